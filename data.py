@@ -1,0 +1,179 @@
+"""Pictures in, tensors out: image files, folders of them, and the built-in domains by name.
+
+Everything returned here is float32 (N, 3, size, size) in [-1, 1] unless it says uint8.
+"""
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+import domains
+from options import InputError
+
+# Pillow "opens" these without decoding them, except for EPS and WMF, which it hands to another program.
+NOT_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in set(Image.OPEN) - NOT_PICTURES}
+FORMATS = sorted(set(Image.OPEN) - NOT_PICTURES)
+CACHE_BYTES = 512 * 2**20
+
+
+def to_tensor(pixels):
+    """uint8 (N, H, W, 3), array or tensor -> float32 (N, 3, H, W) in [-1, 1]."""
+    return torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float (N, 3, H, W), [-1, 1] (beyond it is clamped) -> uint8 tensor (N, H, W, 3) on the CPU."""
+    pixels = ((images.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def load_image(path, size):
+    """One image file -> float32 (3, size, size) in [-1, 1]: upright, centre square, antialiased, transparency on white.
+
+    Raises InputError for what is not an intact image, and for a picture whose shorter side is under size / 2.
+    """
+    return to_tensor(read_pixels(path, size)[None])[0]
+
+
+def read_pixels(path, size):
+    """As load_image, but as a uint8 tensor (size, size, 3)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if min(image.size) < size / 2:  # before decoding: turning it upright does not change the shorter side
+                    raise InputError(f"{path}: too small ({image.width}x{image.height}) for size {size}; "
+                                     f"its shorter side must be at least {(size + 1) // 2} pixels")
+                image.load()
+                image = ImageOps.fit(_to_rgb(ImageOps.exif_transpose(image), path), (size, size), Image.Resampling.LANCZOS)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give an image file") from None
+    except PermissionError:
+        raise InputError(f"{path}: cannot be read, permission denied; check its permissions") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: is not an image, or of a kind that cannot be read; remove or convert it") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
+    except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
+        cause = " ".join(str(error).split())
+        raise InputError(f"{path}: broken or truncated image ({cause}); remove or replace it") from error
+    return torch.from_numpy(np.array(image))
+
+
+def _to_rgb(image, path):
+    """Pillow image of any mode -> mode RGB."""
+    if image.mode[0] in "IF":
+        return _wide_grey(image, path).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _wide_grey(image, path):
+    """Grey of more than 8 bits -> mode L. Pillow's own conversion would clip at 255 what ranges to 65535 or only to 1."""
+    values = np.asarray(image).astype(np.float64)
+    white = 65535 if image.mode[0] == "I" else 1 if values.max() <= 1 else 255
+    if not (values.min() >= 0 and values.max() <= white):  # also true for NaN
+        raise InputError(f"{path}: grey values from {values.min():g} to {values.max():g} have no known white; "
+                         "save it with 8 or 16 bits a pixel, or as floats in 0..1")
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+def _is_image(path):
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+
+
+def list_images(folder):
+    """Paths of the image files right in `folder`, by suffix, sorted, hidden ones left out. At least one, or InputError."""
+    folder = Path(folder)
+    try:
+        paths = sorted(path for path in folder.iterdir() if _is_image(path))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no such folder") from None
+    except NotADirectoryError:
+        raise InputError(f"{folder}: is a file; give a folder of images") from None
+    except PermissionError:
+        raise InputError(f"{folder}: cannot be read, permission denied; check its permissions") from None
+    if not paths:
+        deeper = next((path.parent for path in folder.rglob("*") if _is_image(path)), None)
+        raise InputError(f"{folder}: no images in this folder " + (
+            f"itself, only in its subfolders; give one of them, such as {deeper}" if deeper
+            else "(.png, .jpg, .webp, .tif and the like)"))
+    return paths
+
+
+def load_folder(folder, size, limit=None, at_least=1):
+    """All images of `folder`, or the first `limit` by name -> float32 (N, 3, size, size), all in memory.
+
+    Raises InputError as list_images and load_image do, and when there are fewer than `at_least`.
+    """
+    paths = list_images(folder)[:limit]
+    if len(paths) < at_least:
+        raise InputError(f"{folder}: too few images, {len(paths)} where {at_least} are needed")
+    return torch.stack([load_image(path, size) for path in paths])
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """A folder of any size, read as needed: `folder[i]` is float32 (3, size, size), `folder.batch(indices)` stacks them.
+
+    Decoded images stay in memory if all of them fit in CACHE_BYTES. Raises InputError as list_images and load_image do.
+    """
+
+    def __init__(self, folder, size):
+        self.paths, self.size = list_images(folder), size
+        self.cache = {} if len(self.paths) * size * size * 3 <= CACHE_BYTES else None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def _pixels(self, i):
+        path = self.paths[i]
+        if self.cache is None:
+            return read_pixels(path, self.size)
+        if path not in self.cache:
+            self.cache[path] = read_pixels(path, self.size)
+        return self.cache[path]
+
+    def __getitem__(self, i):
+        return to_tensor(self._pixels(i)[None])[0]
+
+    def batch(self, indices):
+        """indices (B,), tensor or list -> float32 (B, 3, size, size)."""
+        return to_tensor(torch.stack([self._pixels(int(i)) for i in indices]))
+
+
+def target_images(name_or_folder, size):
+    """The pictures to adapt to: the ten of a built-in target, or all of a folder -> float32 (N, 3, size, size).
+
+    A built-in name wins over a folder of that name; `./sunglasses` means the folder. Raises InputError for neither.
+    """
+    if name_or_folder in domains.TARGETS:
+        return to_tensor(domains.ten_shots(name_or_folder, size=size)[0])
+    _need_folder(name_or_folder, "target", domains.TARGETS)
+    return load_folder(name_or_folder, size)
+
+
+def source_images(name_or_folder, n, size, seed):
+    """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else picked from a folder.
+
+    From a folder they are distinct, and all there are if fewer than n. The same seed gives the same pictures.
+    """
+    if name_or_folder in domains.SOURCES:
+        return to_tensor(domains.draw(name_or_folder, n, seed, size=size)[0])
+    _need_folder(name_or_folder, "source", domains.SOURCES)
+    folder = ImageFolder(name_or_folder, size)
+    return folder.batch(torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed))[:n])
+
+
+def _need_folder(name, role, built_in):
+    if not Path(name).exists():
+        raise InputError(f"{name}: neither a folder nor a built-in {role}; "
+                         f"give a folder of images or one of: {', '.join(sorted(built_in))}")

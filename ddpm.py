@@ -1,0 +1,139 @@
+"""Denoising diffusion (Eqs. 1-3): noise schedules, the forward process, the reverse step for any eta, sampling.
+
+Timesteps count from 0 (t = 0..T-1 is the paper's 1..T); alpha_bar at index -1 is 1.  Nothing here knows what the model
+is: any callable model(x_t, t) whose first C output channels are eps will do, on images (B, C, H, W) or vectors (B, D).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+def predict_eps(model: Model, xt: Tensor, t: Tensor) -> Tensor:
+    """eps_theta(x_t, t) in float32.  A network with learned variance gives 2C channels, of which eps is the first C."""
+    out = model(xt, t)[:, : xt.shape[1]]
+    return out if out.dtype == torch.float64 else out.float()
+
+
+class Schedule:
+    """The noise levels alpha_bar_0..alpha_bar_{T-1} (float64, CPU) and everything that follows from them alone.
+
+    name         "linear": beta from beta_start to beta_end (Ho et al. 2020)
+                 "scaled-linear": sqrt(beta) linear between the square roots (Rombach et al. 2022)
+                 "cosine": alpha_bar ~ cos^2, beta at most 0.999 (Nichol & Dhariwal 2021); beta_start/end unused
+    timesteps    T
+    """
+
+    def __init__(self, name: str = "linear", timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
+        self.config = dict(name=name, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end)
+        if name == "linear":
+            betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+        elif name == "scaled-linear":
+            betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, timesteps, dtype=torch.float64) ** 2
+        elif name == "cosine":
+            s = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+            f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        else:
+            raise ValueError(f"unknown noise schedule '{name}': linear, scaled-linear or cosine")
+        self.timesteps = timesteps
+        self.alpha_bar = torch.cumprod(1 - betas, dim=0)
+
+    def at(self, t: Tensor, x: Tensor) -> Tensor:
+        """alpha_bar_t, shaped (B, 1, ...) to multiply x of shape (B, ...); t is int (B,), and -1 gives 1 (no noise)."""
+        padded = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar])
+        return padded.to(x.device)[t + 1].to(torch.promote_types(x.dtype, torch.float32)).view(-1, *[1] * (x.dim() - 1))
+
+    def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, a draw from q(x_t | x_0).  Shapes (B, ...), (B,), (B, ...)."""
+        a = self.at(t, x0)
+        return a.sqrt() * x0 + (1 - a).sqrt() * eps
+
+    def predict_x0(self, xt: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The x_0 that x_t and eps imply.  (The paper prints alpha_bar under the bar; it is its square root.)"""
+        a = self.at(t, xt)
+        return (xt - (1 - a).sqrt() * eps) / a.sqrt()
+
+    def sigma(self, t: Tensor, s: Tensor, x: Tensor, eta: float = 1.0) -> Tensor:
+        """Standard deviation of the reverse step from t to s < t: eta sqrt((1-a_s)/(1-a_t)) sqrt(1-a_t/a_s), shaped like `at`."""
+        a, b = self.at(t, x), self.at(s, x)
+        return eta * ((1 - b) / (1 - a)).sqrt() * (1 - a / b).sqrt()
+
+    def sigma_hat(self, t: Tensor, x: Tensor) -> Tensor:
+        """Eq. 6: sigma_hat_t = (1 - alpha_bar_{t-1}) sqrt(alpha_t / (1 - alpha_bar_t)), shaped like `at`."""
+        a, b = self.at(t, x), self.at(t - 1, x)
+        return (1 - b) * (a / b / (1 - a)).sqrt()
+
+    def reverse_step(self, xt: Tensor, t: Tensor, s: Tensor, eps: Tensor, noise: Tensor | None = None,
+                     eta: float | str = 0.0, clip: bool = False, gradient: Tensor | None = None) -> Tensor:
+        """x_s from x_t (Song et al. 2020), s < t, s = -1 for the last step.
+
+        eta = 0 is DDIM, 1 is DDPM, "large" the paper's third choice, DDPM with variance beta_t.  `noise` is N(0, I) and
+        may be None where eta = 0.  clip limits the predicted x_0 to [-1, 1], for images; the direction keeps the
+        model's own eps, since an eps derived anew from the clipped x_0 leaves speckle in few-step sampling.
+        gradient is gamma times grad log p(y|x_t): Eq. 2 adds sigma_t^2 times it to the mean; where sigma_t = 0, eps is
+        corrected instead by -sqrt(1 - alpha_bar_t) times it (Dhariwal & Nichol 2021, Algorithm 2).
+        """
+        a, b = self.at(t, xt), self.at(s, xt)
+        if gradient is not None and eta == 0:
+            eps = eps - (1 - a).sqrt() * gradient
+        x0 = self.predict_x0(xt, t, eps)
+        if clip:
+            x0 = x0.clamp(-1, 1)
+        # "large" widens the noise only: put into the direction term as well, it would make the root negative.
+        sigma = self.sigma(t, s, xt, 1.0 if eta == "large" else eta)
+        # predicted x0  +  direction pointing to x_t  +  random noise
+        xs = b.sqrt() * x0 + (1 - b - sigma ** 2).clamp(min=0).sqrt() * eps
+        if eta == 0:
+            return xs
+        if eta == "large":
+            sigma = torch.where(b < 1, (1 - a / b).sqrt(), 0.0)
+        if gradient is not None:
+            xs = xs + sigma ** 2 * gradient  # Eq. 2
+        return xs + sigma * noise
+
+    def subset(self, steps: int) -> list[int]:
+        """`steps` timesteps spread evenly over 0..T-1, noisiest first."""
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"{steps} sampling steps: choose 1 to {self.timesteps}")
+        return torch.linspace(self.timesteps - 1, 0, steps).round().long().tolist()
+
+
+def sample(model: Model, schedule: Schedule, shape: Sequence[int], seeds: Sequence[int], steps: int = 50,
+           eta: float | str = 0.0, noise: Tensor | None = None, clip: bool = True, device: torch.device | str = "cpu",
+           gradient: Callable[[Tensor, Tensor], Tensor] | None = None, gamma: float = 1.0, batch_size: int = 64,
+           progress: Callable = lambda steps: steps, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Images (N, *shape) on the CPU, one for each seed; each depends on its own seed alone, not on its neighbours.
+
+    noise      x_T (N, *shape); drawn from the seeds if not given
+    gradient   grad_{x_t} log p(y|x_t) as a function of (x_t, t): classifier guidance with strength gamma (Eqs. 2-3)
+    progress   wraps the list of steps of each batch, e.g. tqdm
+    on_step    called with (timestep reached, x) after each step
+    Raises ValueError for a number of steps outside 1..T.
+    """
+    timesteps = schedule.subset(steps)
+    finished = []
+    for first in range(0, len(seeds), batch_size):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[first:first + batch_size]]
+        draw = lambda: torch.stack([torch.randn(*shape, generator=g) for g in generators])
+        x = draw()
+        if noise is not None:
+            x = noise[first:first + batch_size].cpu()
+        with torch.inference_mode():
+            x = x.to(device)
+            for t, s in progress(list(zip(timesteps, timesteps[1:] + [-1]))):
+                t_batch, s_batch = (torch.full((len(x),), i, device=device) for i in (t, s))
+                g = None
+                if gradient is not None:
+                    with torch.inference_mode(False):
+                        g = gamma * gradient(x.clone(), t_batch)
+                step_noise = draw().to(device) if eta != 0 else None
+                x = schedule.reverse_step(x, t_batch, s_batch, predict_eps(model, x, t_batch), step_noise, eta, clip, g)
+                if on_step is not None:
+                    on_step(s, x)
+        finished.append(x.clone().cpu())
+    return torch.cat(finished)

@@ -1,0 +1,70 @@
+"""Plain torch.distributed: one process a GPU under torchrun, or one process alone with no difference to the caller.
+
+Every rank draws the same global batch from the same generator and keeps its own share; gradients are summed once an
+iteration.  So N processes and one process with the same global batch compute the same step, up to rounding.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from options import InputError
+
+
+def setup(device: str = "auto") -> torch.device:
+    """Join the process group if torchrun started us; returns this process's device.  `device`: auto, cpu, cuda, cuda:1, mps."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}[torch.device(device).type]
+    except (RuntimeError, KeyError):
+        raise InputError(f"--device {device}: not a device; give auto, cpu, cuda or mps") from None
+    if not available():
+        raise InputError(f"--device {device}: not available on this machine; --device cpu always is")
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(n: int) -> slice:
+    """This rank's part of n items; the parts differ by at most one item."""
+    return slice(rank() * n // world(), (rank() + 1) * n // world())
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its sum over all ranks, in one message."""
+    if world() == 1:
+        return
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all ranks; the same on each."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def cleanup() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

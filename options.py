@@ -1,0 +1,103 @@
+"""One way for every program here to turn a documented dataclass into a command line.
+
+    @dataclasses.dataclass
+    class Options:
+        source: str = option("toyfaces", "built-in source or a folder of images", positional=True)
+        gamma: float = option(5.0, "strength of the classifier's correction", group="the paper")
+
+    options, given = parse(Options, description=__doc__)
+"""
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+
+REQUIRED = dataclasses.MISSING  # as a default: the user has to give this one
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message is one line that names the file or flag and says what to do."""
+
+
+def option(default, help, choices=None, metavar=None, positional=False, group=None):
+    """Dataclass field that knows its command line: `--name` (or a positional), listed under `group` in --help."""
+    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional, group=group)
+    if isinstance(default, list):  # dataclasses refuse a shared mutable default
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls, argv=None, description=None):
+    """Read `argv` (default: this program's) into the dataclass `cls`.
+
+    Field types: int, float, str, bool, these `| None`, and tuple[int, ...] and the like (several values after one flag).
+    Returns (options, given): an instance of `cls`, and the frozenset of the field names that stood on the command line.
+    A wrong flag or value prints one line of usage and one of what is wrong, and exits with status 2.
+    """
+    fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, usage=" ".join(["%(prog)s [options]"] + _positionals(fields)),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110))
+    groups = {None: parser}
+    for field in fields:
+        title = field.metadata.get("group")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add(groups[title], field, hints[field.name])
+    # What was not typed is None or [], for argparse is told no defaults: the dataclass has them.
+    values = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None and value != []}
+    for name, value in values.items():
+        if isinstance(value, list) and typing.get_origin(hints[name]) is not list:  # argparse collects into lists
+            values[name] = tuple(value)
+    return cls(**values), frozenset(values)
+
+
+def run(main):
+    """Call `main()`; an InputError becomes one line on stderr and exit status 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _positionals(fields):
+    """How the positional fields look in the usage line."""
+    names = [(f.metadata["metavar"] or f.name, _default(f)) for f in fields if f.metadata.get("positional")]
+    return [name if default is REQUIRED else f"[{name}]" for name, default in names]
+
+
+def _default(field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _add(group, field, kind):
+    """Add one dataclass field to an argparse parser or group."""
+    metadata, default = field.metadata, _default(field)
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:  # `float | None` reads a float
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    several = typing.get_origin(kind) in (tuple, list)
+    kind = typing.get_args(kind)[0] if several else kind
+
+    if default is REQUIRED:
+        note = " (required)"
+    elif default in (None, "", (), []):  # the help text says what that means
+        note = ""
+    elif kind is bool and not several:
+        note = " (default: on)" if default else " (default: off)"
+    else:
+        note = f" (default: {' '.join(map(str, default)) if several else default})"
+    how = dict(help=(metadata.get("help", "") + note).replace("%", "%%"))
+    flag = "--" + field.name.replace("_", "-")
+    if kind is bool and not several:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, required=default is REQUIRED, **how)
+        return
+    how.update(type=kind, choices=metadata.get("choices"), metavar=metadata.get("metavar"))
+    if metadata.get("positional"):
+        nargs = {(False, False): "?", (False, True): None, (True, False): "*", (True, True): "+"}
+        group.add_argument(field.name, nargs=nargs[several, default is REQUIRED], **how)
+        return
+    if how["metavar"] is None and how["choices"] is None and kind in (int, float):
+        how["metavar"] = "N" if kind is int else "X"
+    group.add_argument(flag, nargs="+" if several else None, required=default is REQUIRED, **how)

@@ -1,0 +1,184 @@
+"""Pre-train a source: a DDPM on a built-in domain or on your own folder of images, or a noised attribute classifier.
+
+  python pretrain.py toyfaces                        the model behind --source toyfaces (about an hour on 2 CPU cores)
+  python pretrain.py photos/ --size 64 --channels 64   a DDPM of your own pictures
+  python pretrain.py toyfaces --network classifier   the built-in analogue of an ImageNet classifier
+
+Leaves in runs/pretrain-NAME/: model.safetensors (EMA weights, architecture in its metadata), samples.png as training goes,
+metrics.jsonl, loss.png and checkpoint.pt, from which --resume continues exactly.
+"""
+
+import dataclasses
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import distributed
+import domains
+from checkpoints import LINEAR, Network, build, save_network
+from ddpm import predict_eps, sample
+from options import REQUIRED, InputError, option, parse, run
+from pictures import save_curve, save_grid
+from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_checkpoint, read_metrics, save_checkpoint, warmup)
+
+
+@dataclasses.dataclass
+class Options:
+    source: str = option(REQUIRED, "built-in domain or folder of images", positional=True)
+    network: str = option("unet", "what to train: the diffusion model, or a classifier of the built-in domain's attributes",
+                          choices=["unet", "classifier"])
+    output_dir: str = option("", "where the run goes (default: runs/pretrain-SOURCE or runs/pretrain-SOURCE-classifier)")
+    resume: bool = option(False, "continue the run in --output-dir from its checkpoint")
+
+    size: int = option(32, "pixels per side", group="data")
+    images: int = option(20_000, "how many pictures of a built-in domain to draw", group="data")
+    flip: bool = option(False, "mirror half of the pictures", group="data")
+
+    channels: int = option(32, "channels of the first level", group="network")
+    channel_mult: tuple[int, ...] = option((1, 2, 3), "channels of each level, in multiples of the first", group="network")
+    res_blocks: int = option(1, "residual blocks a level", group="network")
+    attention: tuple[int, ...] = option((4,), "downsampling factors at which there is attention", group="network")
+    head_channels: int = option(32, "width of an attention head", group="network")
+    norm_groups: int = option(8, "groups of each group norm (32 in published networks)", group="network")
+
+    iterations: int = option(10_000, "training steps", group="training")
+    batch_size: int = option(40, "pictures a step, over all processes", group="training")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW, decayed to 0 by half a cosine", group="training")
+    warmup: int = option(200, "iterations of linear warm-up", group="training")
+    ema: float = option(0.999, "decay of the average of the weights that is saved", group="training")
+    precision: str = option("fp32", "fp32, or bf16 autocast", choices=["fp32", "bf16"], group="training")
+    device: str = option("auto", "auto, cpu, cuda or mps", group="training")
+    threads: int | None = option(None, "CPU threads (default: all)", group="training")
+    seed: int = option(0, "seed of everything random", group="training")
+    save_every: int = option(500, "iterations between checkpoints and sample grids", group="training")
+
+
+def describe(options: Options) -> dict:
+    """The network of the options, in the form that checkpoints.build reads."""
+    values = [len(v) for v in domains.ATTRIBUTES.values()]
+    config = dict(image_size=options.size, in_channels=3, model_channels=options.channels,
+                  out_channels=3 if options.network == "unet" else sum(values), num_res_blocks=options.res_blocks,
+                  attention_resolutions=options.attention, channel_mult=options.channel_mult, num_head_channels=options.head_channels,
+                  use_scale_shift_norm=True, norm_groups=options.norm_groups)
+    description = dict(network="UNet" if options.network == "unet" else "Classifier", config=config, schedule=LINEAR,
+                       made_by=shlex.join(["python", "pretrain.py", *sys.argv[1:]]))
+    if options.network == "classifier":
+        description["attributes"] = {name: list(v) for name, v in domains.ATTRIBUTES.items()}
+    return description
+
+
+def load_pictures(options: Options):
+    """A function from indices (B,) to images and labels, and the number of pictures.  Folders have no labels (None)."""
+    if options.source in domains.SOURCES:
+        pixels, labels = domains.draw(options.source, options.images, options.seed, size=options.size, progress=distributed.rank() == 0)
+        pixels, labels = torch.from_numpy(pixels), torch.from_numpy(labels)
+        return (lambda indices: (data.to_tensor(pixels[indices]), labels[indices])), len(pixels)
+    if options.network == "classifier":
+        raise InputError(f"--network classifier learns attributes, which only built-in domains have: {', '.join(domains.SOURCES)}")
+    folder = data.ImageFolder(options.source, options.size)
+    return (lambda indices: (folder.batch(indices), None)), len(folder)
+
+
+def attribute_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over attributes of the cross-entropy: logits (B, all values side by side), labels (B, attributes) -> (B,)."""
+    groups = logits.split([len(v) for v in domains.ATTRIBUTES.values()], dim=1)
+    return torch.stack([F.cross_entropy(g, l, reduction="none") for g, l in zip(groups, labels.T)]).mean(0)
+
+
+def main() -> None:
+    options, _ = parse(Options, description=__doc__)
+    name = Path(options.source).name + ("-classifier" if options.network == "classifier" else "")
+    out = Path(options.output_dir or f"runs/pretrain-{name}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = distributed.setup(options.device)
+    torch.manual_seed(options.seed)
+    network = build(describe(options), "the network flags")
+    batch_of, n_pictures = load_pictures(options)
+    model, schedule = network.model.to(device).train(), network.schedule
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
+    ema, start = EMA(parameters, options.ema), 0
+    if options.resume:
+        state = load_checkpoint(out / "checkpoint.pt")
+        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"]), ema.load_state_dict(state["ema"])
+        start = state["iteration"]
+    if distributed.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        print(f"{n_pictures} pictures of {options.source} at {options.size}x{options.size}; {sum(p.numel() for p in parameters) / 1e6:.2f} M "
+              f"parameters; {device}, {options.precision}; iterations {start} to {options.iterations}; {out}/")
+    distributed.barrier()
+    metrics = Metrics(out / "metrics.jsonl", start)
+
+    def save(iteration: int) -> None:
+        save_checkpoint(out / "checkpoint.pt", dict(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(),
+                                                    iteration=iteration))
+        if distributed.rank() != 0:
+            return
+        ema.swap()
+        save_network(out / "model.safetensors", network)
+        if options.network == "unet":
+            model.eval()
+            shape = (3, options.size, options.size)
+            save_grid(out / "samples.png", sample(model, schedule, shape, range(64), device=device), columns=16)
+            model.train()
+        ema.swap()
+        save_curve(out / "loss.png", [line["loss"] for line in read_metrics(out / "metrics.jsonl")], "loss", smooth=100)
+
+    mine = distributed.share(options.batch_size)
+    bar = tqdm(range(start, options.iterations), initial=start, total=options.iterations, disable=distributed.rank() != 0, mininterval=2)
+    with StopSignal() as stop:
+        for iteration in bar:
+            started = time.time()
+            g = generator(options.seed, iteration)
+            indices = torch.randint(n_pictures, (options.batch_size,), generator=g)[mine]
+            t = torch.randint(schedule.timesteps, (options.batch_size,), generator=g)[mine].to(device)
+            mirror = torch.rand(options.batch_size, generator=g)[mine] < 0.5
+            x0, labels = batch_of(indices)
+            if options.flip:
+                x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
+            x0 = x0.to(device)
+            eps = torch.randn(options.batch_size, *x0.shape[1:], generator=g)[mine].to(device)
+            xt = schedule.add_noise(x0, t, eps)
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                if options.network == "unet":
+                    losses = (eps - predict_eps(model, xt, t)).square().flatten(1).mean(1)                # Eq. 1
+                else:
+                    losses = attribute_loss(model(xt, t).float(), labels.to(device))
+            loss = losses.sum() / options.batch_size
+            optimizer.zero_grad()
+            loss.backward()
+            distributed.sum_gradients(parameters)
+            gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            total = distributed.sum_over_ranks(loss.detach().clone()).item()
+            if not math.isfinite(total):
+                raise InputError(f"loss is {total} at iteration {iteration}; the last checkpoint is intact: continue with --resume and a "
+                                 "lower --learning-rate")
+            rate = options.learning_rate * warmup(iteration, options.warmup) * cosine_decay(iteration, options.iterations)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            ema.update()
+            metrics.write(iteration=iteration, loss=total, gradient_norm=gradient_norm.item(), learning_rate=rate,
+                          seconds=round(time.time() - started, 4))
+            bar.set_postfix(loss=f"{total:.4f}", refresh=False)
+            if stop.received or (iteration + 1) % options.save_every == 0 or iteration + 1 == options.iterations:
+                save(iteration + 1)
+            if stop.received:
+                bar.close()
+                if distributed.rank() == 0:
+                    print(f"\nstopped after iteration {iteration}; continue with the same command and --resume")
+                break
+    distributed.barrier()
+    distributed.cleanup()
+
+
+if __name__ == "__main__":
+    run(main)

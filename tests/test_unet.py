@@ -1,0 +1,56 @@
+"""unet.py against the outputs of guided-diffusion itself (tests/golden)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from classifier import Classifier
+from unet import UNet
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def filled(cls, golden):
+    """A network whose parameters follow the golden file's rule."""
+    model = cls(**golden["config"]).eval()
+    keys = sorted(golden["keys"])
+    state = {}
+    for i, key in enumerate(keys):
+        values = np.random.RandomState(i).standard_normal(golden["keys"][key]).astype(np.float32) * 0.05
+        state[key] = torch.from_numpy(values + 1 if key.endswith("weight") and values.ndim == 1 else values)
+    model.load_state_dict(state)  # strict: names and shapes are guided-diffusion's
+    return model
+
+
+def golden_case(name):
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    x = torch.from_numpy(np.random.RandomState(12345).standard_normal(golden["input_shape"]).astype(np.float32))
+    return golden, x, torch.tensor(golden["t"]), torch.tensor(golden["output"]).view(golden["output_shape"])
+
+
+@pytest.mark.parametrize("name, cls", [("adm_unet_conv_resample", UNet), ("adm_unet_updown_scaleshift", UNet),
+                                       ("adm_classifier_attention_pool", Classifier)])
+def test_golden(name, cls):
+    golden, x, t, expected = golden_case(name)
+    with torch.no_grad():
+        assert (filled(cls, golden)(x, t) - expected).abs().max() < 1e-4
+
+
+def test_checkpointing_gives_the_input_gradient_of_a_frozen_network():
+    golden, x, t, _ = golden_case("adm_unet_updown_scaleshift")
+    model = filled(UNet, golden).requires_grad_(False)
+    gradients = []
+    for model.use_checkpoint in (False, True):
+        x = x.detach().requires_grad_()
+        gradients.append(torch.autograd.grad(model(x, t).square().sum(), x)[0])
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_image_that_does_not_divide_is_refused():
+    golden, *_ = golden_case("adm_unet_conv_resample")
+    with pytest.raises(ValueError, match="divisible by 2"):
+        filled(UNet, golden)(torch.zeros(1, 3, 15, 16), torch.tensor([0]))

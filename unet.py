@@ -1,0 +1,217 @@
+"""The U-Net of guided-diffusion (ADM: Dhariwal & Nichol 2021), with its parameter names, so that published weights load strictly.
+
+    x_t, t  ->  time_embed -> input_blocks -> middle_block -> output_blocks -> out  ->  eps (and, with learned sigma, C more channels)
+
+`Encoder` is the first half; `UNet` here and `Classifier` in classifier.py are built on it.  A residual block has one hook,
+`adaptor`, empty until adaptor.attach() fills it (Eq. 9).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of the timestep, cosines first as in guided-diffusion: int (B,) -> float32 (B, dim), dim even."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t[:, None].float() * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """A new branch starts as the identity: its last layer gives zero."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention on channels-first tokens: (B, heads, width, L) each -> (B, heads * width, L)."""
+    h = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))  # (B, heads, L, width)
+    return h.transpose(2, 3).flatten(1, 2)                                                       # (B, heads * width, L)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour times two, then optionally a 3x3 convolution."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (B, C, H, W) -> (B, C, 2H, 2W)
+
+
+class Downsample(nn.Module):
+    """Half the size by a strided 3x3 convolution or by averaging."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if with_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)  # (B, C, H, W) -> (B, C, H/2, W/2)
+
+
+class ResBlock(nn.Module):
+    """x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})  (Eq. 9): the residual block theta^l and, once attached, its adaptor psi^l.
+
+    `resample` is None, "up" or "down"; the time embedding enters additively or, with `scale_shift`, as scale and shift
+    after the second norm.
+    """
+
+    def __init__(self, channels: int, emb_channels: int, out_channels: int, *, dropout: float, scale_shift: bool,
+                 norm_groups: int, resample: str | None = None):
+        super().__init__()
+        self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels
+        self.scale_shift = scale_shift
+        self.resample = {None: nn.Identity, "up": lambda: Upsample(channels, False), "down": lambda: Downsample(channels, False)}[resample]()
+        self.in_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels))
+        self.out_layers = nn.Sequential(nn.GroupNorm(norm_groups, out_channels), nn.SiLU(), nn.Dropout(dropout),
+                                        zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.register_module("adaptor", None)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm_act, conv = self.in_layers[:-1], self.in_layers[-1]
+        h = conv(self.resample(norm_act(x)))                                     # (B, C, H, W) -> (B, C', H', W')
+        emb_out = self.emb_layers(emb)[:, :, None, None]                         # (B, E) -> (B, C' or 2C', 1, 1)
+        if self.scale_shift:
+            scale, shift = emb_out.chunk(2, dim=1)                               # (B, C', 1, 1) each
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb_out)
+        h = self.skip_connection(self.resample(x)) + h                           # theta^l(x)
+        if self.adaptor is not None:
+            h = h + self.adaptor(x, emb)                                         # Eq. 9: + psi^l(x)
+        return h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all pixels, heads laid out as in guided-diffusion's legacy order: (heads, [q k v], width)."""
+
+    def __init__(self, channels: int, num_heads: int, norm_groups: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(norm_groups, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)                                                           # (B, C, H, W) -> (B, C, L)
+        q, k, v = self.qkv(self.norm(tokens)).unflatten(1, (self.num_heads, 3, -1)).unbind(2)  # (B, heads, width, L) each
+        return (tokens + self.proj_out(attend(q, k, v))).view_as(x)                     # (B, C, L) -> (B, C, H, W)
+
+
+class Stage(nn.Sequential):
+    """A sequence in which the residual blocks also receive the time embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Time embedding, input blocks and middle block: what the U-Net and the classifier have in common.
+
+    image_size            pixels per side the network was made for (the U-Net itself takes any multiple of its downsampling)
+    attention_resolutions downsampling factors (not pixel sizes) at which attention follows each residual block
+    num_heads             attention heads, unless num_head_channels gives the width of each head instead
+    resblock_updown       resample inside a residual block; otherwise by a strided convolution
+    norm_groups           32 in every published network; smaller for networks with few channels, where 32 groups would
+                          leave one channel a group and wipe out its mean
+    use_checkpoint        recompute each block in the backward pass instead of storing its activations
+    """
+
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+                 attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...], num_heads: int = 1,
+                 num_head_channels: int | None = None, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
+                 dropout: float = 0.0, norm_groups: int = 32, use_checkpoint: bool = False):
+        super().__init__()
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.model_channels, self.norm_groups, self.use_checkpoint = model_channels, norm_groups, use_checkpoint
+        self.emb_channels = 4 * model_channels
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, self.emb_channels), nn.SiLU(),
+                                        nn.Linear(self.emb_channels, self.emb_channels))
+
+        def res(channels, out, resample=None):
+            return ResBlock(channels, self.emb_channels, out, dropout=dropout, scale_shift=use_scale_shift_norm,
+                            norm_groups=norm_groups, resample=resample)
+
+        def attention(channels):
+            return AttentionBlock(channels, channels // num_head_channels if num_head_channels else num_heads, norm_groups)
+
+        channels = model_channels * channel_mult[0]
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        self.skip_channels = [channels]
+        factor = 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [res(channels, model_channels * mult)]
+                channels = model_channels * mult
+                if factor in attention_resolutions:
+                    layers.append(attention(channels))
+                self.input_blocks.append(Stage(*layers))
+                self.skip_channels.append(channels)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(Stage(res(channels, channels, "down") if resblock_updown else Downsample(channels, True)))
+                self.skip_channels.append(channels)
+                factor *= 2
+        self.middle_block = Stage(res(channels, channels), attention(channels), res(channels, channels))
+        self.channels, self.factor = channels, factor
+        self._res, self._attention = res, attention
+
+    def run(self, stage: Stage, h: Tensor, emb: Tensor) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            # The reentrant form would drop the gradient where no weight needs one; PGD wants it for the input alone.
+            return checkpoint(stage, h, emb, use_reentrant=False)
+        return stage(h, emb)
+
+    def encode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(B, C, H, W), (B,) -> middle features (B, C', H/factor, W/factor), time embedding (B, E), skip tensors."""
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(f"image of {x.shape[2]}x{x.shape[3]}: this network needs sides divisible by {self.factor}")
+        emb = self.time_embed(timestep_embedding(t, self.model_channels))  # (B,) -> (B, E)
+        skips, h = [], x
+        for stage in self.input_blocks:
+            h = self.run(stage, h, emb)
+            skips.append(h)
+        return self.run(self.middle_block, h, emb), emb, skips
+
+
+class UNet(Encoder):
+    """eps_theta(x_t, t): float (B, C, H, W), int (B,) -> (B, out_channels, H, W); the first C output channels are eps.
+
+    The options are `Encoder`'s.  out_channels = 2C for networks with learned sigma.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+                 attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...], resblock_updown: bool = False, **options):
+        super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
+                         channel_mult, resblock_updown=resblock_updown, **options)
+        skip_channels, channels, factor = list(self.skip_channels), self.channels, self.factor
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [self._res(channels + skip_channels.pop(), model_channels * mult)]
+                channels = model_channels * mult
+                if factor in attention_resolutions:
+                    layers.append(self._attention(channels))
+                if level > 0 and i == num_res_blocks:
+                    layers.append(self._res(channels, channels, "up") if resblock_updown else Upsample(channels, True))
+                    factor //= 2
+                self.output_blocks.append(Stage(*layers))
+        self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, channels), nn.SiLU(),
+                                 zero_init(nn.Conv2d(channels, out_channels, 3, padding=1)))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h, emb, skips = self.encode(x, t)                                           # (B, C, H, W) -> (B, C', h, w)
+        for stage in self.output_blocks:
+            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb)            # back up to (B, C', H, W)
+        return self.out(h)                                                          # -> (B, out_channels, H, W)
