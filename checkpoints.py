@@ -5,6 +5,7 @@ Loading is strict, and nothing in a file is ever run.
 """
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import zipfile
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from classifier import Classifier
+import classifier
 from ddpm import Schedule
 from options import InputError
 from training import write_atomic
@@ -35,7 +36,7 @@ ARCHITECTURES = {
         image_size=256, in_channels=3, model_channels=128, out_channels=1000, num_res_blocks=2, attention_resolutions=[8, 16, 32],
         channel_mult=[1, 1, 2, 2, 4, 4], num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True, pool="attention")),
 }
-NETWORKS = {"UNet": UNet, "Classifier": Classifier}
+NETWORKS = {"UNet": UNet, "Classifier": classifier.Classifier}
 
 
 @dataclasses.dataclass
@@ -131,4 +132,34 @@ def load_source(name: str, arch: str | None = None) -> Network:
     network = load_network(built_in if built_in.exists() else Path(name), arch)
     if not isinstance(network.model, UNet):
         raise InputError(f"{name}: a classifier, not a diffusion model")
+    return network
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of the weights: psi is worth nothing beside another theta."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def start_classifier(name: str | None, arch: str | None, source_name: str, source: Network) -> Network:
+    """The classifier before it sees a target picture, with a fresh two-way head.
+
+    name   a file (with `arch` if it is a published one); "encoder": the source U-Net's own encoder; "scratch": random weights;
+           None: the built-in source's classifier, or else the encoder
+    """
+    built_in = ASSETS / f"{source_name}-classifier.safetensors"
+    if name is None:
+        name = str(built_in) if built_in.exists() else "encoder"
+    if name in ("encoder", "scratch"):
+        model = classifier.from_unet(source.model, pretrained=name == "encoder")
+        return Network(model, source.schedule, dict(network="Classifier", config=model.config, schedule=source.schedule.config))
+    network = load_network(Path(name), arch)
+    if not isinstance(network.model, classifier.Classifier):
+        raise InputError(f"--classifier {name}: a diffusion model, not a classifier; --classifier encoder uses the source's own")
+    if network.model.image_size != source.model.image_size:
+        raise InputError(f"--classifier {name}: made for {network.model.image_size} pixels, the source for {source.model.image_size}")
+    classifier.replace_head(network.model)
+    network.description = dict(network="Classifier", config=network.model.config, schedule=network.schedule.config, started_from=name)
     return network

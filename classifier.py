@@ -4,16 +4,17 @@ The network is guided-diffusion's ADM encoder with attention pooling, under its 
 classifier loads, its 1000-way head is replaced by a 2-way one, and ten target pictures against source pictures fine-tune it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm import Schedule
-from unet import Encoder, attend
+from unet import Encoder, UNet, attend
 
 SOURCE, TARGET = 0, 1
+AUGMENTATIONS = ("flip", "shift", "colour")
 
 
 class AttentionPool(nn.Module):
@@ -56,7 +57,7 @@ def replace_head(model: Classifier, classes: int = 2) -> None:
     """A new last layer for `classes` answers; everything before it keeps its pre-training."""
     pool = model.out[2]
     pool.c_proj = nn.Conv1d(pool.c_proj.in_channels, classes, 1).to(pool.c_proj.weight.device)
-    model.out_channels = classes
+    model.out_channels = model.config["out_channels"] = classes
 
 
 def log_prob_gradient(model: Classifier, xt: Tensor, t: Tensor, label: int = TARGET) -> Tensor:
@@ -65,3 +66,75 @@ def log_prob_gradient(model: Classifier, xt: Tensor, t: Tensor, label: int = TAR
         xt = xt.detach().requires_grad_()
         log_p = F.log_softmax(model(xt, t).float(), dim=1)[:, label]    # (B, classes) -> (B,)
         return torch.autograd.grad(log_p.sum(), xt)[0]
+
+
+def from_unet(unet: UNet, pretrained: bool = True) -> Classifier:
+    """A two-way classifier on the encoder of a U-Net, where no pre-trained classifier is at hand; or the same, untrained."""
+    width = unet.config["num_head_channels"] or unet.channels // unet.config["num_heads"]
+    model = Classifier(**dict(unet.config, out_channels=2, num_head_channels=width)).eval()
+    if pretrained:
+        encoder = {k: v for k, v in unet.state_dict().items() if k.split(".")[0] in ("time_embed", "input_blocks", "middle_block")}
+        model.load_state_dict({**model.state_dict(), **{k: v for k, v in encoder.items() if ".adaptor." not in k}})
+    return model
+
+
+def augment(x: Tensor, kinds: Collection[str], g: torch.Generator) -> Tensor:
+    """Random changes that keep the label: (B, 3, H, W) in [-1, 1] -> the same shape and range.
+
+    flip: mirror half of them; shift: move by up to 1/16 and scale by up to 5 %; colour: scale and shift each channel, for
+    domains that colour does not define.
+    """
+    uniform = lambda *shape: (torch.rand(*shape, generator=g) * 2 - 1).to(x.device)  # U(-1, 1)
+    b = len(x)
+    if "flip" in kinds:
+        x = torch.where(uniform(b, 1, 1, 1) < 0, x.flip(3), x)
+    if "shift" in kinds:
+        theta = torch.eye(2, 3, device=x.device) * (1 + 0.05 * uniform(b, 1, 1))         # (B, 2, 3)
+        theta[:, :, 2] = uniform(b, 2) / 8                                               # of half a side
+        x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+    if "colour" in kinds:
+        x = (x * (1 + 0.3 * uniform(b, 3, 1, 1)) + 0.3 * uniform(b, 3, 1, 1)).clamp(-1, 1)
+    return x
+
+
+def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor, iterations: int, batch_size: int,
+              learning_rate: float, kinds: Collection[str], g: torch.Generator, progress: Callable = lambda steps: steps) -> None:
+    """Teach source against target at all timesteps, every batch half source and half target.
+
+    source (N, C, H, W), target (M, C, H, W), on the model's device.  `kinds` are augmentations; randomness comes from g.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
+    model.train().requires_grad_(True)
+    half = batch_size // 2
+    labels = torch.tensor([SOURCE] * half + [TARGET] * half, device=source.device)
+    for _ in progress(range(iterations)):
+        pick = lambda images: images[torch.randint(len(images), (half,), generator=g).to(images.device)]
+        x0 = augment(torch.cat([pick(source), pick(target)]), kinds, g)
+        t = torch.randint(schedule.timesteps, (2 * half,), generator=g).to(x0.device)
+        eps = torch.randn(x0.shape, generator=g).to(x0.device)
+        loss = F.cross_entropy(model(schedule.add_noise(x0, t, eps), t).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def accuracy_by_quartile(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor, g: torch.Generator,
+                         repeats: int = 32) -> list[float]:
+    """Share of right answers on noised pictures in each quarter of the timesteps, both classes counting equally.
+
+    0.5 is chance: there the guidance means nothing.  Each of the pictures is noised `repeats` times a quartile.
+    """
+    result = []
+    for quartile in range(4):
+        right = []
+        for label, images in ((SOURCE, source), (TARGET, target)):
+            hits = []
+            for _ in range(repeats if label == TARGET else max(1, repeats * len(target) // len(source))):
+                t = (torch.randint(schedule.timesteps // 4, (len(images),), generator=g) + quartile * schedule.timesteps // 4).to(images.device)
+                eps = torch.randn(images.shape, generator=g).to(images.device)
+                hits.append((model(schedule.add_noise(images, t, eps), t).argmax(1) == label).float().mean().item())
+            right.append(sum(hits) / len(hits))
+        result.append(sum(right) / 2)
+    return result

@@ -19,6 +19,10 @@ FORMATS = sorted(set(Image.OPEN) - NOT_PICTURES)
 CACHE_BYTES = 512 * 2**20
 
 
+# Changes of the pictures that leave each built-in target what it is: colour defines sketches, not the other two.
+AUGMENT = {"sunglasses": ("flip", "shift", "colour"), "babies": ("flip", "shift", "colour"), "sketches": ("flip", "shift")}
+
+
 def to_tensor(pixels):
     """uint8 (N, H, W, 3), array or tensor -> float32 (N, 3, H, W) in [-1, 1]."""
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
@@ -28,6 +32,12 @@ def to_uint8(images):
     """float (N, 3, H, W), [-1, 1] (beyond it is clamped) -> uint8 tensor (N, H, W, 3) on the CPU."""
     pixels = ((images.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def read_array(path):
+    """A PNG written by this program, as it is -> uint8 tensor (H, W, 3)."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def load_image(path, size):

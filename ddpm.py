@@ -46,7 +46,8 @@ class Schedule:
     def at(self, t: Tensor, x: Tensor) -> Tensor:
         """alpha_bar_t, shaped (B, 1, ...) to multiply x of shape (B, ...); t is int (B,), and -1 gives 1 (no noise)."""
         padded = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar])
-        return padded.to(x.device)[t + 1].to(torch.promote_types(x.dtype, torch.float32)).view(-1, *[1] * (x.dim() - 1))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return padded.to(dtype).to(x.device)[t + 1].view(-1, *[1] * (x.dim() - 1))
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, a draw from q(x_t | x_0).  Shapes (B, ...), (B,), (B, ...)."""

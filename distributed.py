@@ -4,6 +4,7 @@ Every rank draws the same global batch from the same generator and keeps its own
 iteration.  So N processes and one process with the same global batch compute the same step, up to rounding.
 """
 
+import datetime
 import os
 
 import torch
@@ -26,7 +27,8 @@ def setup(device: str = "auto") -> torch.device:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                timeout=datetime.timedelta(hours=2))  # rank 0 trains the classifier while the others wait
     return torch.device(device)
 
 
@@ -58,6 +60,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world() > 1:
         dist.all_reduce(values)
     return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank if it is on one: what a signal told one process, all must heed at the same iteration."""
+    return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
 
 
 def barrier() -> None:

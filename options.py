@@ -20,9 +20,9 @@ class InputError(Exception):
     """Something the user gave is wrong; the message is one line that names the file or flag and says what to do."""
 
 
-def option(default, help, choices=None, metavar=None, positional=False, group=None):
-    """Dataclass field that knows its command line: `--name` (or a positional), listed under `group` in --help."""
-    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional, group=group)
+def option(default, help, choices=None, metavar=None, positional=False, group=None, short=None):
+    """Dataclass field that knows its command line: `--name` (`short` instead, or a positional), under `group` in --help."""
+    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional, group=group, short=short)
     if isinstance(default, list):  # dataclasses refuse a shared mutable default
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -89,7 +89,7 @@ def _add(group, field, kind):
     else:
         note = f" (default: {' '.join(map(str, default)) if several else default})"
     how = dict(help=(metadata.get("help", "") + note).replace("%", "%%"))
-    flag = "--" + field.name.replace("_", "-")
+    flag = metadata.get("short") or "--" + field.name.replace("_", "-")
     if kind is bool and not several:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, required=default is REQUIRED, **how)
         return
@@ -100,4 +100,4 @@ def _add(group, field, kind):
         return
     if how["metavar"] is None and how["choices"] is None and kind in (int, float):
         how["metavar"] = "N" if kind is int else "X"
-    group.add_argument(flag, nargs="+" if several else None, required=default is REQUIRED, **how)
+    group.add_argument(flag, dest=field.name, nargs="+" if several else None, required=default is REQUIRED, **how)

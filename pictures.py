@@ -7,16 +7,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from data import to_uint8
 from training import write_atomic
 
 
-def save_grid(path: Path, images: torch.Tensor, columns: int, gap_after: int | None = None) -> None:
+def save_grid(path: Path, images: torch.Tensor, columns: int, gap_after: int | None = None, labels: list[str] | None = None) -> None:
     """images (N, 3, H, W) in [-1, 1], row by row -> one PNG; small ones are enlarged, with hard edges, to about 128 pixels.
 
-    gap_after   a wider gap below every so many rows, to show pairs of rows
+    gap_after   a wider gap below every so many rows, to show pairs of rows; the last row must be full
+    labels      a text to the left of each row
     """
     pixels = to_uint8(images)                                                  # (N, H, W, 3)
     enlarge = max(1, 128 // pixels.shape[1])
@@ -24,11 +25,15 @@ def save_grid(path: Path, images: torch.Tensor, columns: int, gap_after: int | N
     n, height, width, _ = pixels.shape
     rows, gap = -(-n // columns), 4
     tops = [r * (height + gap) + (r // gap_after * 3 * gap if gap_after else 0) for r in range(rows)]
-    canvas = torch.full((tops[-1] + height, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
+    margin = 64 if labels else 0
+    canvas = torch.full((tops[-1] + height, margin + columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
     for i, picture in enumerate(pixels):
-        top, left = tops[i // columns], i % columns * (width + gap)
+        top, left = tops[i // columns], margin + i % columns * (width + gap)
         canvas[top:top + height, left:left + width] = picture
-    write_atomic(path, lambda temporary: Image.fromarray(canvas.numpy()).save(temporary, "PNG"))
+    image = Image.fromarray(canvas.numpy())
+    for top, label in zip(tops, labels or []):
+        ImageDraw.Draw(image).text((margin - 8, top + height / 2), label, fill="black", anchor="rm", font=ImageFont.load_default(20))
+    write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
 
 def save_curve(path: Path, values: list[float], ylabel: str, smooth: int = 25) -> None:

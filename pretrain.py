@@ -169,9 +169,10 @@ def main() -> None:
             metrics.write(iteration=iteration, loss=total, gradient_norm=gradient_norm.item(), learning_rate=rate,
                           seconds=round(time.time() - started, 4))
             bar.set_postfix(loss=f"{total:.4f}", refresh=False)
-            if stop.received or (iteration + 1) % options.save_every == 0 or iteration + 1 == options.iterations:
+            stopping = distributed.any_rank(stop.received, device)
+            if stopping or (iteration + 1) % options.save_every == 0 or iteration + 1 == options.iterations:
                 save(iteration + 1)
-            if stop.received:
+            if stopping:
                 bar.close()
                 if distributed.rank() == 0:
                     print(f"\nstopped after iteration {iteration}; continue with the same command and --resume")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distributed import rank
+from distributed import rank, sum_over_ranks
 from options import InputError
 
 
@@ -140,3 +140,30 @@ def read_metrics(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+class Stats:
+    """Sums over one iteration's pictures, over micro-batches and ranks: loss, and what a run should be watched by."""
+
+    def __init__(self, timesteps: int, device: torch.device):
+        # rows: loss, pictures, guidance^2, first and last loss of the PGD; columns: quarters of the timesteps
+        self.timesteps, self.sums, self.guided, self.ascended = timesteps, torch.zeros(5, 4, device=device, dtype=torch.float32), False, False
+
+    def add(self, t: torch.Tensor, losses: torch.Tensor, guidance: torch.Tensor | float, ascent: list[torch.Tensor]) -> None:
+        """t, losses (B,); guidance (B, ...) or 0; ascent: losses (B,) at each PGD step, or an empty list."""
+        self.guided, self.ascended = isinstance(guidance, torch.Tensor), bool(ascent)
+        strength = guidance.detach().square().flatten(1).mean(1) if self.guided else torch.zeros_like(losses)
+        first, last = (ascent[0], ascent[-1]) if ascent else (torch.zeros_like(losses),) * 2
+        rows = torch.stack([losses, torch.ones_like(losses), strength, first, last])        # (5, B)
+        self.sums.index_add_(1, t * 4 // self.timesteps, rows)
+
+    def reduce(self) -> dict:
+        """The line for metrics.jsonl, the same on every rank.  Quarters without a picture are None."""
+        sums = sum_over_ranks(self.sums).cpu()
+        mean = lambda row: [(s / n).item() if n else None for s, n in zip(sums[row], sums[1])]
+        line = dict(loss=(sums[0].sum() / sums[1].sum()).item(), loss_by_quarter=mean(0))
+        if self.guided:  # relative to eps, whose root mean square is 1
+            line["guidance_rms"] = [None if m is None else m ** 0.5 for m in mean(2)]
+        if self.ascended:
+            line["pgd_gain"] = (sums[4].sum() / sums[3].sum()).item()
+        return line

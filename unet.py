@@ -134,6 +134,10 @@ class Encoder(nn.Module):
                  num_head_channels: int | None = None, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
                  dropout: float = 0.0, norm_groups: int = 32, use_checkpoint: bool = False):
         super().__init__()
+        self.config = dict(image_size=image_size, in_channels=in_channels, model_channels=model_channels, out_channels=out_channels,
+                           num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, channel_mult=channel_mult,
+                           num_heads=num_heads, num_head_channels=num_head_channels, use_scale_shift_norm=use_scale_shift_norm,
+                           resblock_updown=resblock_updown, dropout=dropout, norm_groups=norm_groups)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.norm_groups, self.use_checkpoint = model_channels, norm_groups, use_checkpoint
         self.emb_channels = 4 * model_channels

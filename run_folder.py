@@ -1,0 +1,146 @@
+"""What a run of train_tan.py leaves on disk, and how it is read back.
+
+options.json and weights.safetensors together are the adapted model: psi alone beside the source it belongs to, or all
+weights after `finetune`.  checkpoint.pt holds the training state; the rest is for people.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import adaptor
+import data
+import distributed
+from checkpoints import Network, fingerprint, load_network, load_source, load_strictly, read_tensors, save_tensors
+from ddpm import sample
+from options import InputError
+from pictures import save_curve, save_grid
+from training import EMA, read_metrics, write_atomic
+
+FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl", "targets.png", "samples.png",
+         "progress.png", "loss.png")
+MAY_CHANGE = {"resume", "output_dir", "iterations", "device", "micro_batch_size", "checkpoint_blocks", "save_every"}
+
+
+def resumed(out: Path, options, given: frozenset[str]):
+    """The options of the run in `out`, which hold when it is resumed.
+
+    Raises InputError if there is no run, or if a flag that was typed contradicts it.
+    """
+    try:
+        saved = json.loads((out / "options.json").read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{out}: no run to resume (no options.json); leave out --resume to start one") from None
+    for name in sorted(given - MAY_CHANGE):
+        if json.loads(json.dumps(getattr(options, name))) != saved[name]:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: the run in {out} has {saved[name]}; "
+                             "leave the flag out, or start another run with --output-dir")
+    kept = {name: getattr(options, name) for name in (given & MAY_CHANGE) | {"device"}}
+    return dataclasses.replace(options, **{**saved, **kept, "resume": True})
+
+
+def open_run(out: Path, options) -> None:
+    """Make the folder, emptied of an earlier run unless this one resumes it, and write options.json.
+
+    Raises InputError if it holds a run that --overwrite does not give up.
+    """
+    if (out / "checkpoint.pt").exists() and not (options.resume or options.overwrite):
+        raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with --overwrite, or choose --output-dir")
+    distributed.barrier()
+    if distributed.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            for name in FILES:
+                (out / name).unlink(missing_ok=True)
+            shutil.rmtree(out / "progress", ignore_errors=True)
+        text = json.dumps(dict(dataclasses.asdict(options), resume=False, overwrite=False), indent=1)
+        write_atomic(out / "options.json", lambda temporary: temporary.write_text(text))
+    distributed.barrier()
+
+
+def load_run(folder: Path) -> tuple[Network, dict]:
+    """The adapted model of a finished run and the run's options.  Raises InputError if a key or the source does not match."""
+    folder = Path(folder)
+    try:
+        options = json.loads((folder / "options.json").read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{folder}: not the folder of a run (no options.json)") from None
+    if not (folder / "weights.safetensors").exists():
+        raise InputError(f"{folder}: this run is not finished; continue it with train_tan.py --output-dir {folder} --resume")
+    tensors, description = read_tensors(folder / "weights.safetensors")
+    network = load_source(options["source"], options["arch"])
+    if description is None or description["source"] != fingerprint(network.model):
+        raise InputError(f"{folder}/weights.safetensors: made from another source than the present {options['source']}")
+    if options["method"] == "finetune":
+        load_strictly(network.model, tensors, folder / "weights.safetensors")
+        return network, options
+    adaptor.attach(network.model, options["adaptor_width"])
+    try:
+        adaptor.load_state_dict(network.model, tensors)
+    except KeyError as error:
+        raise InputError(f"{folder}/weights.safetensors: {error.args[0]}") from None
+    return network, options
+
+
+def load_classifier(folder: Path) -> Network:
+    """The fine-tuned p_phi of a run with guidance."""
+    path = Path(folder) / "classifier.safetensors"
+    if not path.exists():
+        raise InputError(f"{folder}: this run has no classifier; guidance needs a run with --method tan or guided")
+    return load_network(path)
+
+
+class Report:
+    """The pictures of a run and its final weights; rank 0 writes, the others do nothing."""
+
+    def __init__(self, out: Path, options, source: Network, targets: torch.Tensor, ema: EMA, device: torch.device):
+        self.out, self.options, self.source, self.ema, self.device = out, options, source, ema, device
+        self.shape, self.fingerprint = targets.shape[1:], None
+        if distributed.rank() == 0:
+            self.fingerprint = fingerprint(load_source(options.source, options.arch).model)
+            save_grid(out / "targets.png", targets[:20], columns=min(10, len(targets)))
+
+    def draw(self, seeds, steps: int, network: Network) -> torch.Tensor:
+        model = network.model.to(self.device).eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16" and self.device.type == "cuda"):
+            return sample(model, network.schedule, self.shape, seeds, steps, device=self.device)
+
+    def preview(self, iteration: int) -> None:
+        """One more row of progress.png: the same noises at this iteration."""
+        if distributed.rank() != 0 or self.options.samples == 0:
+            return
+        self.ema.swap()
+        row = self.draw(range(8), min(25, self.options.sample_steps), self.source)
+        self.ema.swap()
+        folder = self.out / "progress"
+        folder.mkdir(exist_ok=True)
+        strip = torch.cat(list(data.to_uint8(row)), dim=1)                       # (8, H, W, 3) -> (H, 8W, 3)
+        write_atomic(folder / f"{iteration:06d}.png", lambda temporary: Image.fromarray(strip.numpy()).save(temporary, "PNG"))
+        files = sorted(folder.glob("*.png"))
+        rows = [data.to_tensor(data.read_array(file)[None])[0] for file in files]  # (3, H, 8W) each
+        images = torch.cat([torch.stack(row.chunk(8, dim=2)) for row in rows])
+        save_grid(self.out / "progress.png", images, columns=8, labels=[f"{int(file.stem)}" for file in files])
+
+    def finish(self) -> None:
+        """weights.safetensors (of the running average), samples.png and loss.png."""
+        if distributed.rank() != 0:
+            return
+        options, model = self.options, self.source.model
+        self.ema.swap()
+        tensors = model.state_dict() if options.method == "finetune" else adaptor.state_dict(model)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_tensors(self.out / "weights.safetensors", tensors, dict(method=options.method, source=self.fingerprint))
+        if options.samples:
+            seeds, columns = range(options.samples), min(16, options.samples)
+            adapted = self.draw(seeds, options.sample_steps, self.source)
+            source = self.draw(seeds, options.sample_steps, load_source(options.source, options.arch))
+            pairs = [torch.cat(rows) for rows in zip(source.split(columns), adapted.split(columns))]
+            save_grid(self.out / "samples.png", torch.cat(pairs), columns, gap_after=2)
+        self.ema.swap()
+        save_curve(self.out / "loss.png", [line["loss"] for line in read_metrics(self.out / "metrics.jsonl")], "loss (Eq. 9)")
+        print(f"done: {self.out}/samples.png (same noise: source above, adapted below), progress.png, loss.png; "
+              f"more with: python sample.py {self.out} -n 64")

@@ -1,0 +1,87 @@
+"""Draw pictures from an adapted model, or from a source alone.
+
+  python sample.py runs/sunglasses -n 64           64 pictures in runs/sunglasses/drawn/, and a grid
+  python sample.py toyfaces -n 64                  the built-in source
+  python sample.py ffhq_p2.pt --arch ffhq256 -n 8  a published source
+  torchrun --nproc_per_node=8 sample.py runs/sunglasses -n 1000
+
+Picture i comes from seed + i alone: the same noise through source and adapted model gives a pair, and the number of
+processes and the batch size change nothing.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import distributed
+import run_folder
+from checkpoints import load_source
+from classifier import TARGET, log_prob_gradient
+from ddpm import sample
+from options import REQUIRED, InputError, option, parse, run
+from pictures import save_grid
+from training import write_atomic
+
+
+@dataclasses.dataclass
+class Options:
+    model: str = option(REQUIRED, "folder of a run, built-in source, or file of weights", positional=True)
+    n: int = option(64, "number of pictures", short="-n")
+    arch: str | None = option(None, "network of a published file: ffhq256, or a JSON file", metavar="NAME")
+    steps: int = option(50, "sampling steps")
+    eta: str = option("0", "0: DDIM, 1: DDPM, any number between, or 'large': DDPM with variance beta_t", metavar="X")
+    seed: int = option(0, "seed of the first picture")
+    guidance: float = option(0.0, "gamma of classifier guidance while sampling (Eq. 2), with the run's own classifier")
+    batch_size: int = option(64, "pictures at once on a device")
+    output_dir: str = option("", "where they go (default: RUN/drawn, or runs/NAME-samples)")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+
+
+def main() -> None:
+    options, _ = parse(Options, description=__doc__)
+    device = distributed.setup(options.device)
+    try:
+        eta = "large" if options.eta == "large" else float(options.eta)
+    except ValueError:
+        raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'") from None
+    if eta != "large" and not 0 <= eta <= 1:
+        raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'")
+    if options.n < 1:
+        raise InputError(f"-n {options.n}: give at least 1")
+    folder = Path(options.model)
+    if folder.is_dir():
+        network, _ = run_folder.load_run(folder)
+    else:
+        network = load_source(options.model, options.arch)
+    out = Path(options.output_dir or (folder / "drawn" if folder.is_dir() else f"runs/{folder.stem}-samples"))
+    model = network.model.to(device)
+    gradient = None
+    if options.guidance:
+        classifier = run_folder.load_classifier(folder).model.to(device).requires_grad_(False)
+        gradient = lambda xt, t: log_prob_gradient(classifier, xt, t, TARGET)
+
+    mine = range(options.n)[distributed.share(options.n)]
+    size = model.image_size
+    progress = lambda steps: tqdm(steps, leave=False, disable=distributed.rank() != 0)
+    try:
+        images = sample(model, network.schedule, (model.in_channels, size, size), [options.seed + i for i in mine], options.steps, eta,
+                        device=device, gradient=gradient, gamma=options.guidance, batch_size=options.batch_size, progress=progress)
+    except ValueError as error:
+        raise InputError(f"--steps {options.steps}: {error}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    for i, pixels in zip(mine, data.to_uint8(images)):
+        write_atomic(out / f"{options.seed + i:06d}.png", lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
+    distributed.barrier()
+    if distributed.rank() == 0:
+        shown = [data.read_array(out / f"{options.seed + i:06d}.png") for i in range(min(options.n, 256))]
+        save_grid(out.with_name(out.name + ".png"), data.to_tensor(torch.stack(shown)), columns=min(16, options.n))
+        print(f"{options.n} pictures in {out}/, a grid in {out}.png")
+    distributed.cleanup()
+
+
+if __name__ == "__main__":
+    run(main)

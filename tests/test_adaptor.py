@@ -1,0 +1,165 @@
+"""adaptor.py: step 0 is the source model bit for bit, only psi learns, and psi is as small as in Table 1."""
+
+import pytest
+import torch
+
+import adaptor
+from checkpoints import ARCHITECTURES
+from unet import UNet
+
+SMALL = dict(image_size=16, in_channels=3, model_channels=8, out_channels=3, num_res_blocks=1, attention_resolutions=[2],
+             channel_mult=[1, 2], norm_groups=4)
+CONFIGS = {
+    "plain": SMALL,
+    "updown": dict(SMALL, resblock_updown=True, use_scale_shift_norm=True, num_head_channels=8),
+    "learned-sigma": dict(SMALL, resblock_updown=True, out_channels=6),
+    "deep": dict(SMALL, channel_mult=[1, 1, 2], num_res_blocks=2, dropout=0.1),
+    "checkpointed": dict(SMALL, use_checkpoint=True),
+}
+# Latent FFHQ of Rombach et al. 2022 (ldm-vq-4): its own latents have 3 channels and 64 x 64 pixels
+LATENT_FFHQ = dict(image_size=64, in_channels=3, model_channels=224, out_channels=3, num_res_blocks=2, attention_resolutions=[8, 4, 2],
+                   channel_mult=[1, 2, 3, 4], num_head_channels=32)
+T = torch.tensor([3, 800])
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def perturb(parameters, scale=0.2):
+    """Away from the zeros that would make every comparison trivial: the U-Net's own last layer is one, too."""
+    for i, p in enumerate(parameters):
+        p.data += scale * randn(*p.shape, seed=i)
+
+
+def source(config="updown"):
+    unet = UNet(**CONFIGS[config]).eval()
+    perturb(unet.parameters())
+    return unet
+
+
+def attached(config="updown", width=4):
+    unet = source(config)
+    adaptor.attach(unet, width)
+    return unet
+
+
+# ---- step 0 ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("height, width", [(16, 16), (32, 32), (48, 48), (16, 40), (36, 8)])
+def test_attached_is_the_source_bit_for_bit(config, height, width):
+    unet, x = source(config), randn(2, 3, height, width)
+    before = unet(x, T)
+    adaptor.attach(unet, 4)
+    assert before.abs().max() > 0.1 and unet(x, T).equal(before)
+    perturb(adaptor.parameters(unet))
+    assert not unet(x, T).equal(before)
+
+
+def test_every_residual_block_has_one():
+    unet = attached("deep")
+    assert len(adaptor.blocks(unet)) == 3 * 2 + 2 + 3 * 3  # down, middle, up
+    assert all(block.adaptor is not None for block in adaptor.blocks(unet).values())
+
+
+@pytest.mark.parametrize("scale, size", [(1, (16, 24)), (2, (32, 48)), (0.5, (8, 12))])
+def test_adaptor_has_the_output_size_of_its_block(scale, size):
+    psi = adaptor.Adaptor(8, 32, 12, width=4, scale=scale, norm_groups=4)
+    assert psi(randn(2, 8, 16, 24), randn(2, 32)).shape == (2, 12, *size)
+
+
+def test_adaptor_sees_image_and_time_and_adds_to_its_block():
+    unet = attached()
+    block = adaptor.blocks(unet)["middle_block.0"]
+    perturb(block.adaptor.parameters())
+    x, emb = randn(2, block.channels, 8, 8), randn(2, block.emb_channels)
+    psi = block.adaptor(x, emb)
+    assert (psi - block.adaptor(x + randn(*x.shape, seed=1), emb)).abs().max() > 1e-3
+    assert (psi - block.adaptor(x, emb + 1)).abs().max() > 1e-3
+    with adaptor.detached(unet):
+        theta = block(x, emb)
+    torch.testing.assert_close(block(x, emb), theta + psi)  # Eq. 9
+
+
+# ---- what learns -----------------------------------------------------------------------------------------------------
+
+def test_only_psi_learns():
+    unet = attached()
+    psi = {name for name, p in unet.named_parameters() if p.requires_grad}
+    assert psi == adaptor.state_dict(unet).keys() and all(".adaptor." in name for name in psi)
+    assert sum(p.numel() for p in adaptor.parameters(unet)) == sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    unet(randn(2, 3, 16, 16), T).square().sum().backward()
+    assert {name for name, p in unet.named_parameters() if p.grad is not None} == psi
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_no_branch_is_dead(config):
+    """One step moves psi's last layers off zero; from then on every tensor of every adaptor has a gradient."""
+    unet, x = attached(config), randn(2, 3, 32, 32)
+    optimiser = torch.optim.Adam(adaptor.parameters(unet), 0.01)
+    for _ in range(2):
+        optimiser.zero_grad()
+        (unet(x, T) - x.mean()).square().mean().backward()
+        gradients = {name: p.grad.abs().max().item() for name, p in unet.named_parameters() if p.requires_grad}
+        optimiser.step()
+    assert [name for name, size in gradients.items() if size < 1e-7] == []
+
+
+# ---- off and on ------------------------------------------------------------------------------------------------------
+
+def test_detached_is_the_source():
+    unet, x = source(), randn(2, 3, 16, 16)
+    before = unet(x, T)
+    adaptor.attach(unet)
+    perturb(adaptor.parameters(unet))
+    adapted = unet(x, T)
+    with pytest.raises(ZeroDivisionError), adaptor.detached(unet):
+        assert unet(x, T).equal(before) and not adaptor.state_dict(unet)
+        1 / 0
+    assert unet(x, T).equal(adapted) and not adapted.equal(before)
+
+
+def test_attaching_twice_is_refused():
+    with pytest.raises(ValueError, match="already has adaptors"):
+        adaptor.attach(attached())
+
+
+# ---- psi in a file ---------------------------------------------------------------------------------------------------
+
+def test_round_trip():
+    unet, other, x = attached(), attached(), randn(2, 3, 16, 16)
+    perturb(adaptor.parameters(unet))
+    adaptor.load_state_dict(other, {key: value.clone() for key, value in adaptor.state_dict(unet).items()})
+    assert other(x, T).equal(unet(x, T))
+    assert all(p.requires_grad for p in adaptor.parameters(other))
+
+
+@pytest.mark.parametrize("fault, message", [
+    (lambda psi, key: psi.pop(key), "missing key {}"),
+    (lambda psi, key: psi.update({key + "2": psi[key]}), "unexpected key {}2"),
+    (lambda psi, key: psi.update({key: psi[key][:1]}), "{} has shape"),
+], ids=["missing", "unexpected", "misshapen"])
+def test_faulty_weights_are_named_and_change_nothing(fault, message):
+    unet, key = attached(), "middle_block.0.adaptor.up.weight"
+    psi = {name: torch.ones_like(value) for name, value in adaptor.state_dict(unet).items()}
+    fault(psi, key)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    with pytest.raises(KeyError, match=message.format(key)):
+        adaptor.load_state_dict(unet, psi)
+    assert all(value.equal(before[name]) for name, value in unet.state_dict().items())
+
+
+# ---- Table 1, second column ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config, millions, percent", [(ARCHITECTURES["ffhq256"]["config"], 93.56, 1.3), (LATENT_FFHQ, 274.06, 1.6)],
+                         ids=["ffhq256", "latent-ffhq"])
+def test_parameter_rate_is_the_papers(config, millions, percent):
+    with torch.device("meta"):  # shapes without memory
+        unet = UNet(**config)
+        theta = sum(p.numel() for p in unet.parameters())
+        adaptor.attach(unet)
+    psi = sum(p.numel() for name, p in unet.named_parameters() if ".adaptor." in name)
+    assert abs(theta / 1e6 - millions) < 0.01
+    assert adaptor.parameter_rate(unet) == pytest.approx(psi / theta)
+    assert abs(100 * psi / theta - percent) < 0.4

@@ -1,0 +1,278 @@
+"""TAN: adapt a pre-trained diffusion model to a new domain from ten pictures (Algorithm 1).
+
+  python train_tan.py --target sunglasses                    built-in faces, built-in target; minutes on a laptop
+  python train_tan.py --target photos/                       your own pictures instead
+  python train_tan.py --source ffhq_p2.pt --arch ffhq256 --target photos/ --precision bf16
+  torchrun --nproc_per_node=8 train_tan.py --source ...      the same on 8 GPUs; --batch-size stays the global one
+  python train_tan.py --target sunglasses --resume           go on after an interruption, to the very same weights
+
+A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below), progress.png (the same
+noises at several iterations), loss.png, metrics.jsonl, options.json, weights.safetensors, classifier.safetensors.
+More pictures from it: python sample.py runs/TARGET -n 64
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import adaptor
+import data
+import distributed
+import domains
+import run_folder
+from adversarial_noise import worst_case_noise
+from checkpoints import Network, load_source, save_network, start_classifier
+from classifier import AUGMENTATIONS, TARGET, accuracy_by_quartile, fine_tune, log_prob_gradient
+from ddpm import predict_eps, sample
+from options import InputError, option, parse, run
+from training import EMA, Metrics, Stats, StopSignal, generator, load_checkpoint, save_checkpoint, warmup
+
+METHODS = {
+    "tan": "all of the paper: adaptors, similarity guidance, adversarial noise (Eq. 9)",
+    "guided": "TAN without adversarial noise (Eq. 6)",
+    "adaptor": "adaptors alone (Eq. 1)",
+    "finetune": "all weights (Eq. 1)",
+}
+
+
+@dataclasses.dataclass
+class Options:
+    target: str = option("sunglasses", f"what to adapt to: {', '.join(domains.TARGETS)}, or a folder of about ten pictures")
+    source: str = option("toyfaces", "what to adapt: a built-in source, or a file of weights")
+    arch: str | None = option(None, "network of a published file: ffhq256, or a JSON file", metavar="NAME")
+    method: str = option("tan", "; ".join(f"{name}: {text}" for name, text in METHODS.items()), choices=list(METHODS))
+    output_dir: str = option("", "where the run goes (default: runs/TARGET, runs/TARGET-METHOD for the other methods)")
+    resume: bool = option(False, "continue the run in --output-dir; its own options hold")
+    overwrite: bool = option(False, "replace the run in --output-dir")
+
+    iterations: int = option(300, "updates of psi", group="training")
+    batch_size: int = option(40, "pictures an iteration, over all processes", group="training")
+    micro_batch_size: int | None = option(None, "pictures at once on a device, to save memory (default: all)", group="training")
+    learning_rate: float = option(5e-5, "of Adam", group="training")
+    warmup: int = option(0, "iterations of linear warm-up", group="training")
+    ema: float = option(0.99, "decay of the running average of the weights that is used in the end (less at the start)", group="training")
+    flip: bool = option(True, "mirror half of the pictures", group="training")
+    adaptor_width: int | None = option(None, "channels d of the adaptors (default: near the paper's parameter rate)", group="training")
+    precision: str = option("fp32", "fp32, or bf16 autocast", choices=["fp32", "bf16"], group="training")
+    checkpoint_blocks: bool = option(False, "recompute activations instead of storing them: less memory, more time", group="training")
+    seed: int = option(0, "seed of everything random", group="training")
+    device: str = option("auto", "auto, cpu, cuda or mps", group="training")
+
+    gamma: float = option(5.0, "strength of the guidance", group="similarity-guided training (Eq. 6)")
+    guidance_power: int = option(2, "power of sigma_hat before the gradient: 2 as printed, 1 as derived from Eqs. 2-3",
+                                 choices=[1, 2], group="similarity-guided training (Eq. 6)")
+    guidance_below: int | None = option(None, "guide only at timesteps below this (default: at all)", group="similarity-guided training (Eq. 6)")
+    classifier: str | None = option(None, "what the classifier starts from: a file, 'encoder' (of the source U-Net) or 'scratch' "
+                                    "(default: the built-in one where it fits, else the encoder)", group="similarity-guided training (Eq. 6)")
+    classifier_arch: str | None = option(None, "network of a published classifier file: imagenet256-classifier, or a JSON file",
+                                         metavar="NAME", group="similarity-guided training (Eq. 6)")
+    classifier_iterations: int = option(300, "steps of fine-tuning the classifier", group="similarity-guided training (Eq. 6)")
+    classifier_learning_rate: float = option(1e-4, "its learning rate", group="similarity-guided training (Eq. 6)")
+    source_images: str | None = option(None, "pictures of the source for the classifier: a folder or a built-in source (default: drawn "
+                                       "for a built-in source, else sampled from the source model)", group="similarity-guided training (Eq. 6)")
+    source_count: int = option(256, "how many of them", group="similarity-guided training (Eq. 6)")
+    augment: tuple[str, ...] | None = option(None, "changes of the classifier's pictures that keep the domain: flip, shift, colour (default: "
+                                             "flip and shift, for built-in targets what suits)", choices=AUGMENTATIONS,
+                                             group="similarity-guided training (Eq. 6)")
+
+    omega: float = option(0.02, "rate of the gradient ascent", group="adversarial noise (Eq. 8)")
+    pgd_steps: int = option(10, "its steps J", group="adversarial noise (Eq. 8)")
+    pgd_network: str = option("current", "network whose worst noise is sought: current (theta and psi), or source (theta alone, as "
+                              "Eq. 10 prints)", choices=["current", "source"], group="adversarial noise (Eq. 8)")
+
+    samples: int = option(32, "pictures in samples.png (0: no pictures)", group="pictures")
+    sample_steps: int = option(50, "DDIM steps for them", group="pictures")
+    previews: int = option(5, "rows of progress.png after the first", group="pictures")
+    save_every: int = option(25, "iterations between checkpoints", group="pictures")
+
+
+# The paper's settings, above, are for 256x256 networks.  What suits small ones (64 pixels and less), chosen on sketches:
+SMALL = dict(iterations=150, batch_size=20, learning_rate=2e-3, adaptor_width=8, gamma=1.0)
+
+
+def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) -> Tensor:
+    """|| eps - eps_theta(x_t, t) - guidance ||^2 of Eqs. 6 and 9, as a mean over each image: (B, ...) -> (B,).
+
+    guidance = sigma_hat_t^2 gamma grad log p(y = T | x_t); with 0 it is Eq. 1.
+    """
+    return (eps - eps_predicted - guidance).square().flatten(1).mean(1)
+
+
+def prepare(options: Options, network: Network) -> list[torch.nn.Parameter]:
+    """Set the source U-Net up for the method; returns what is to be trained."""
+    model = network.model.eval()
+    model.use_checkpoint = options.checkpoint_blocks
+    if options.method == "finetune":
+        return list(model.requires_grad_(True).parameters())
+    adaptor.attach(model, options.adaptor_width)
+    return adaptor.parameters(model)
+
+
+def make_classifier(options: Options, source: Network, targets: Tensor, device: torch.device, say) -> tuple[Network, list[float]]:
+    """p_phi of Eq. 5, fine-tuned on the targets against source pictures, and its accuracy on held-out pictures by timestep quartile."""
+    count, size, schedule = options.source_count, source.model.image_size, source.schedule
+    progress = lambda text: lambda steps: tqdm(steps, desc=text, leave=False)
+    name = options.source_images or (options.source if options.source in domains.SOURCES else None)
+    if name:
+        pictures = data.source_images(name, count, size, options.seed)
+    else:
+        say(f"sampling {count} source pictures for the classifier (--source-images FOLDER would save this)")
+        pictures = sample(source.model, schedule, targets.shape[1:], range(10**6, 10**6 + count), steps=25, device=device,
+                          progress=progress("source pictures"))  # psi, still zero, changes nothing
+    pictures, targets = pictures.to(device), targets.to(device)
+    kinds = options.augment or data.AUGMENT.get(options.target, ("flip", "shift"))
+
+    def train(source_pictures: Tensor, target_pictures: Tensor, text: str) -> Network:
+        torch.manual_seed(options.seed)  # the new head
+        network = start_classifier(options.classifier, options.classifier_arch, options.source, source)
+        fine_tune(network.model.to(device), schedule, source_pictures, target_pictures, options.classifier_iterations, min(64, 2 * count),
+                  options.classifier_learning_rate, kinds, generator(options.seed, 2), progress(text))
+        return network
+
+    # A fifth of the pictures is held out from a first classifier, only to see whether guidance means anything here.
+    held_out, held_out_source = max(1, len(targets) // 5), max(1, len(pictures) // 5)
+    check = train(pictures[held_out_source:], targets[held_out:], "classifier, a fifth held out")
+    accuracy = accuracy_by_quartile(check.model, schedule, pictures[:held_out_source], targets[:held_out], generator(options.seed, 3))
+    return train(pictures, targets, "classifier"), accuracy
+
+
+def main() -> None:
+    options, given = parse(Options, description=__doc__)
+    device = distributed.setup(options.device)
+    main_rank = distributed.rank() == 0
+    say = print if main_rank else lambda *a: None
+    out = Path(options.output_dir or f"runs/{Path(options.target).name}" + ("" if options.method == "tan" else f"-{options.method}"))
+    if options.resume:
+        options = run_folder.resumed(out, options, given)
+    source = load_source(options.source, options.arch)
+    if source.model.image_size <= 64 and not options.resume:
+        options = dataclasses.replace(options, **{k: v for k, v in SMALL.items() if k not in given})
+    run_folder.open_run(out, options)
+    torch.manual_seed(options.seed)
+
+    size = source.model.image_size
+    targets = data.target_images(options.target, size)
+    model, schedule = source.model.to(device), source.schedule
+    parameters = prepare(options, source)
+    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    rate = 1 if options.method == "finetune" else adaptor.parameter_rate(model)
+    say(f"source {options.source}: {size}x{size}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
+        f"{options.method} on {len(targets)} pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
+    if source.model.image_size <= 64:
+        say("settings for a small source: " + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in SMALL))
+
+    classifier = None
+    if options.method in ("guided", "tan"):
+        if main_rank and not (out / "classifier.safetensors").exists():
+            network, accuracy = make_classifier(options, source, targets, device, say)
+            network.description["held_out_accuracy"] = accuracy
+            save_network(out / "classifier.safetensors", network)
+        distributed.barrier()
+        classifier_network = run_folder.load_classifier(out)
+        classifier = classifier_network.model.to(device).requires_grad_(False)
+        accuracy = classifier_network.description["held_out_accuracy"]
+        say("classifier, accuracy on held-out pictures for t in the 1st, 2nd, 3rd, 4th quarter (0.5 is chance): "
+            + ", ".join(f"{a:.2f}" for a in accuracy))
+
+    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
+    ema, start = EMA(parameters, options.ema), 0
+    if options.resume and (out / "checkpoint.pt").exists():
+        state = load_checkpoint(out / "checkpoint.pt")
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, [p.to(device) for p in state["parameters"]])
+        optimizer.load_state_dict(state["optimizer"]), ema.load_state_dict(state["ema"])
+        start = state["iteration"]
+        say(f"resuming at iteration {start}")
+    metrics = Metrics(out / "metrics.jsonl", start)
+    report = run_folder.Report(out, options, source, targets, ema, device)
+    if start == 0:
+        report.preview(0)
+
+    def save(done: int) -> None:
+        save_checkpoint(out / "checkpoint.pt", dict(parameters=[p.detach() for p in parameters], optimizer=optimizer.state_dict(),
+                                                    ema=ema.state_dict(), iteration=done))
+
+    b, micro = options.batch_size, options.micro_batch_size or options.batch_size
+    mine = distributed.share(b)
+    stages = {round(options.iterations * (i + 1) / options.previews) for i in range(options.previews)}
+    warned = False
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+    bar = tqdm(range(start, options.iterations), initial=start, total=options.iterations, desc=options.method, disable=not main_rank)
+    with StopSignal() as stop:
+        for iteration in bar:                                                       # Algorithm 1, line 1
+            started = time.time()
+            g = generator(options.seed, 0, iteration)  # every rank draws the global batch and works on its share
+            x0 = targets[torch.randint(len(targets), (b,), generator=g)]            # line 2
+            t = torch.randint(schedule.timesteps, (b,), generator=g)                # line 3
+            eps = torch.randn(x0.shape, generator=g)                                # line 4
+            if options.flip:
+                x0 = torch.where(torch.rand(b, 1, 1, 1, generator=g) < 0.5, x0.flip(3), x0)
+            x0, t, eps = x0[mine].to(device), t[mine].to(device), eps[mine].to(device)
+
+            optimizer.zero_grad()
+            stats = Stats(schedule.timesteps, device)
+            pgd_seconds = 0.0
+            for part in range(0, len(x0), micro):
+                x0_, t_, eps_ = x0[part:part + micro], t[part:part + micro], eps[part:part + micro]
+                ascent, guidance = [], 0.0
+                if options.method == "tan":                                         # lines 5-7
+                    since = time.time()
+                    network = adaptor.detached(model) if options.pgd_network == "source" else contextlib.nullcontext()
+                    with network, autocast():
+                        eps_, ascent = worst_case_noise(model, schedule, x0_, t_, eps_, options.pgd_steps, options.omega)
+                    pgd_seconds += time.time() - since
+                xt = schedule.add_noise(x0_, t_, eps_)
+                if classifier is not None:
+                    with autocast():
+                        score = log_prob_gradient(classifier, xt, t_, TARGET)
+                    guidance = schedule.sigma_hat(t_, xt) ** options.guidance_power * options.gamma * score   # Eq. 6
+                    if options.guidance_below is not None:
+                        guidance = guidance * (t_ < options.guidance_below).view(-1, 1, 1, 1)
+                with autocast():
+                    eps_predicted = predict_eps(model, xt, t_)
+                losses = guided_loss(eps_, eps_predicted, guidance)                 # line 8, Eq. 9
+                (losses.sum() / b).backward()
+                stats.add(t_, losses.detach(), guidance, ascent)
+            distributed.sum_gradients(parameters)
+            line = stats.reduce()
+            gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
+            if not math.isfinite(line["loss"] + gradient_norm):
+                save(iteration)  # this step has not been taken: the weights are still good
+                raise InputError(f"loss {line['loss']}, gradient {gradient_norm} at iteration {iteration}: try a lower --learning-rate or "
+                                 f"--gamma, or --precision fp32; the state before it is in {out}/checkpoint.pt")
+            optimizer.param_groups[0]["lr"] = options.learning_rate * warmup(iteration, options.warmup)
+            optimizer.step()                                                        # line 9
+            ema.update()
+
+            done, seconds = iteration + 1, time.time() - started
+            metrics.write(iteration=iteration, **line, gradient_norm=gradient_norm, seconds=seconds, pgd_share=pgd_seconds / seconds,
+                          images_per_second=b / seconds)
+            bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+            swamped = [q + 1 for q, r in enumerate(line.get("guidance_rms", [])) if r is not None and r > 0.5]
+            if swamped and not warned:
+                warned = True
+                bar.write(f"warning: in timestep quarter {swamped[0]} the guidance has over half the strength of the noise itself; "
+                          "a lower --gamma is safer")
+            stopping = distributed.any_rank(stop.received, device)
+            if done in stages:
+                report.preview(done)
+            if stopping or done % options.save_every == 0 or done == options.iterations:
+                save(done)
+            if stopping and done < options.iterations:
+                bar.close()
+                say(f"\nstopped and saved after {done} iterations; continue with --resume")
+                distributed.cleanup()
+                return
+    report.finish()
+    distributed.barrier()
+    distributed.cleanup()
+
+
+if __name__ == "__main__":
+    run(main)
