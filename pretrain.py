@@ -1,8 +1,11 @@
-"""Pre-train a source: a DDPM on a built-in domain or on your own folder of images, or a noised attribute classifier.
+"""Pre-train a source: a DDPM on a built-in domain or on your own folder of images, or the classifiers of a built-in domain.
 
-  python pretrain.py toyfaces                        the model behind --source toyfaces (about an hour on 2 CPU cores)
+  python pretrain.py toyfaces                          the model behind --source toyfaces (about an hour on 2 CPU cores)
   python pretrain.py photos/ --size 64 --channels 64   a DDPM of your own pictures
-  python pretrain.py toyfaces --network classifier   the built-in analogue of an ImageNet classifier
+  python pretrain.py toyfaces --network classifier     learns the attributes of noised source pictures: the built-in
+                                                       analogue of the ImageNet classifier that guidance starts from
+  python pretrain.py toyfaces --network judge          learns attributes and domain of clean pictures of the source and all
+                                                       its targets: evaluate.py counts with it, nothing is trained with it
 
 Leaves in runs/pretrain-NAME/: model.safetensors (EMA weights, architecture in its metadata), samples.png as training goes,
 metrics.jsonl, loss.png and checkpoint.pt, from which --resume continues exactly.
@@ -15,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +27,7 @@ from tqdm import tqdm
 import data
 import distributed
 import domains
-from checkpoints import LINEAR, Network, build, save_network
+from checkpoints import LINEAR, build, save_network
 from ddpm import predict_eps, sample
 from options import REQUIRED, InputError, option, parse, run
 from pictures import save_curve, save_grid
@@ -33,9 +37,8 @@ from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_ch
 @dataclasses.dataclass
 class Options:
     source: str = option(REQUIRED, "built-in domain or folder of images", positional=True)
-    network: str = option("unet", "what to train: the diffusion model, or a classifier of the built-in domain's attributes",
-                          choices=["unet", "classifier"])
-    output_dir: str = option("", "where the run goes (default: runs/pretrain-SOURCE or runs/pretrain-SOURCE-classifier)")
+    network: str = option("unet", "what to train", choices=["unet", "classifier", "judge"])
+    output_dir: str = option("", "where the run goes (default: runs/pretrain-SOURCE, with -classifier or -judge)")
     resume: bool = option(False, "continue the run in --output-dir from its checkpoint")
 
     size: int = option(32, "pixels per side", group="data")
@@ -63,39 +66,50 @@ class Options:
 
 def describe(options: Options) -> dict:
     """The network of the options, in the form that checkpoints.build reads."""
-    values = [len(v) for v in domains.ATTRIBUTES.values()]
+    attributes = {name: list(values) for name, values in domains.ATTRIBUTES.items()}
+    if options.network == "judge":
+        attributes["domain"] = family(options.source)
     config = dict(image_size=options.size, in_channels=3, model_channels=options.channels,
-                  out_channels=3 if options.network == "unet" else sum(values), num_res_blocks=options.res_blocks,
+                  out_channels=3 if options.network == "unet" else sum(map(len, attributes.values())), num_res_blocks=options.res_blocks,
                   attention_resolutions=options.attention, channel_mult=options.channel_mult, num_head_channels=options.head_channels,
                   use_scale_shift_norm=True, norm_groups=options.norm_groups)
     description = dict(network="UNet" if options.network == "unet" else "Classifier", config=config, schedule=LINEAR,
                        made_by=shlex.join(["python", "pretrain.py", *sys.argv[1:]]))
-    if options.network == "classifier":
-        description["attributes"] = {name: list(v) for name, v in domains.ATTRIBUTES.items()}
+    if options.network != "unet":
+        description["attributes"] = attributes
     return description
 
 
+def family(source: str) -> list[str]:
+    """A built-in source and its targets."""
+    return [source, *(target for target, of in domains.TARGETS.items() if of == source)]
+
+
 def load_pictures(options: Options):
-    """A function from indices (B,) to images and labels, and the number of pictures.  Folders have no labels (None)."""
+    """A function from indices (B,) to images and labels (B, attributes), and the number of pictures.  Folders have no labels (None)."""
     if options.source in domains.SOURCES:
-        pixels, labels = domains.draw(options.source, options.images, options.seed, size=options.size, progress=distributed.rank() == 0)
-        pixels, labels = torch.from_numpy(pixels), torch.from_numpy(labels)
+        drawn = []
+        names = family(options.source) if options.network == "judge" else [options.source]
+        for i, domain in enumerate(names):
+            pixels, labels = domains.draw(domain, options.images // len(names), options.seed, options.size, progress=distributed.rank() == 0)
+            drawn.append((pixels, np.column_stack([labels, np.full(len(labels), i)]) if options.network == "judge" else labels))
+        pixels, labels = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*drawn))
         return (lambda indices: (data.to_tensor(pixels[indices]), labels[indices])), len(pixels)
-    if options.network == "classifier":
-        raise InputError(f"--network classifier learns attributes, which only built-in domains have: {', '.join(domains.SOURCES)}")
+    if options.network != "unet":
+        raise InputError(f"--network {options.network} learns attributes, which only built-in sources have: {', '.join(domains.SOURCES)}")
     folder = data.ImageFolder(options.source, options.size)
     return (lambda indices: (folder.batch(indices), None)), len(folder)
 
 
-def attribute_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def attribute_loss(logits: Tensor, labels: Tensor, attributes: dict) -> Tensor:
     """Mean over attributes of the cross-entropy: logits (B, all values side by side), labels (B, attributes) -> (B,)."""
-    groups = logits.split([len(v) for v in domains.ATTRIBUTES.values()], dim=1)
+    groups = logits.split([len(values) for values in attributes.values()], dim=1)
     return torch.stack([F.cross_entropy(g, l, reduction="none") for g, l in zip(groups, labels.T)]).mean(0)
 
 
 def main() -> None:
     options, _ = parse(Options, description=__doc__)
-    name = Path(options.source).name + ("-classifier" if options.network == "classifier" else "")
+    name = Path(options.source).name + ("" if options.network == "unet" else f"-{options.network}")
     out = Path(options.output_dir or f"runs/pretrain-{name}")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -134,13 +148,14 @@ def main() -> None:
         save_curve(out / "loss.png", [line["loss"] for line in read_metrics(out / "metrics.jsonl")], "loss", smooth=100)
 
     mine = distributed.share(options.batch_size)
+    noisiest = schedule.timesteps if options.network != "judge" else schedule.timesteps // 20  # a judge need only bear a little noise
     bar = tqdm(range(start, options.iterations), initial=start, total=options.iterations, disable=distributed.rank() != 0, mininterval=2)
     with StopSignal() as stop:
         for iteration in bar:
             started = time.time()
             g = generator(options.seed, iteration)
             indices = torch.randint(n_pictures, (options.batch_size,), generator=g)[mine]
-            t = torch.randint(schedule.timesteps, (options.batch_size,), generator=g)[mine].to(device)
+            t = torch.randint(noisiest, (options.batch_size,), generator=g)[mine].to(device)
             mirror = torch.rand(options.batch_size, generator=g)[mine] < 0.5
             x0, labels = batch_of(indices)
             if options.flip:
@@ -152,7 +167,7 @@ def main() -> None:
                 if options.network == "unet":
                     losses = (eps - predict_eps(model, xt, t)).square().flatten(1).mean(1)                # Eq. 1
                 else:
-                    losses = attribute_loss(model(xt, t).float(), labels.to(device))
+                    losses = attribute_loss(model(xt, t).float(), labels.to(device), network.description["attributes"])
             loss = losses.sum() / options.batch_size
             optimizer.zero_grad()
             loss.backward()

@@ -33,6 +33,7 @@ def perturb(parameters, scale=0.2):
 
 
 def source(config="updown"):
+    torch.manual_seed(0)
     unet = UNet(**CONFIGS[config]).eval()
     perturb(unet.parameters())
     return unet

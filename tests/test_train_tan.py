@@ -1,0 +1,218 @@
+"""train_tan.py: the loss of Eq. 6, the four methods, and that a run comes out the same however it is split, stopped or spread."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, call
+from safetensors.torch import load_file
+
+import run_folder
+import train_tan
+import training
+from checkpoints import load_network, load_source
+from options import InputError
+from train_tan import METHODS, guided_loss
+
+
+def weights(run):
+    return (run / "weights.safetensors").read_bytes()
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [(line["iteration"], line["loss"], line["gradient_norm"]) for line in metrics(run)]
+
+
+def resume(run, *flags):
+    call(train_tan.main, "--output-dir", run, "--resume", *flags)
+
+
+def python(*argv, cwd):
+    """Another process with this project importable, and threads as here: their number changes the last bits."""
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(torch.get_num_threads()))
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+def test_guided_loss_is_eq_6():
+    eps, predicted, gradient = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    sigma_hat, gamma = 0.3, 5.0
+    by_hand = [sum((e - p - sigma_hat ** 2 * gamma * g) ** 2 for e, p, g in zip(*(x[i].flatten().tolist() for x in (eps, predicted, gradient))))
+               / 64 for i in range(2)]
+    torch.testing.assert_close(guided_loss(eps, predicted, sigma_hat ** 2 * gamma * gradient), torch.tensor(by_hand))
+
+
+def test_without_guidance_it_is_eq_1():
+    eps, predicted = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(guided_loss(eps, predicted, 0.0).mean(), torch.nn.functional.mse_loss(predicted, eps))
+
+
+def test_the_loss_pulls_the_prediction_to_eps_minus_guidance():
+    eps, guidance = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    predicted = eps.clone().requires_grad_()  # right without guidance
+    gradient, = torch.autograd.grad(guided_loss(eps, predicted, guidance).sum(), predicted)
+    torch.testing.assert_close(gradient, 2 / 16 * guidance)  # descent moves it against the guidance
+    assert guided_loss(eps, eps - guidance, guidance).allclose(torch.zeros(2), atol=1e-12)
+
+
+# ---- the methods -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method(method, tiny, train, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(train_tan, "load_source", lambda *a: used.append(load_source(*a)) or used[-1])
+    run = train(tmp_path / "run", "--method", method, "--iterations", "3", "--samples", "2")
+
+    guided = method in ("guided", "tan")
+    files = {"targets.png", "samples.png", "progress.png", "loss.png", "metrics.jsonl", "options.json", "weights.safetensors"}
+    assert files <= {p.name for p in run.iterdir()} and (run / "classifier.safetensors").exists() == guided
+
+    before, after = load_file(tiny.source), used[0].model.state_dict()
+    assert [k for k in before if not before[k].equal(after[k])] == (list(before) if method == "finetune" else [])
+    trained = load_file(run / "weights.safetensors")
+    assert trained.keys() == (before.keys() if method == "finetune" else {k for k in after if ".adaptor." in k})
+
+    lines = metrics(run)
+    fields = {"iteration", "loss", "loss_by_quarter", "gradient_norm", "images_per_second"}
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    for line in lines:
+        assert fields <= line.keys() and ("guidance_rms" in line) == guided and ("pgd_gain" in line) == (method == "tan")
+        assert len(line["loss_by_quarter"]) == 4 and line["loss"] > 0 and line["gradient_norm"] > 0
+
+
+def test_before_training_the_run_is_the_source(tiny, train, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "0", "--adaptor-width", "8")
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 800])
+    network, options = run_folder.load_run(run)
+    output = load_network(tiny.source).model(x, t)
+    assert options["adaptor_width"] == 8 and output.std() > 0.1 and network.model(x, t).equal(output)
+
+
+def test_the_weights_are_the_running_average(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "2")
+    state = training.load_checkpoint(run / "checkpoint.pt")
+    saved = load_file(run / "weights.safetensors")
+    adapted = run_folder.load_run(run)[0].model
+    names = [k for k, _ in adapted.named_parameters() if ".adaptor." in k]
+    assert len(names) == len(state["parameters"]) and all(saved[k].equal(a) for k, a in zip(names, state["ema"]["average"]))
+    assert not all(a.equal(p) for a, p in zip(state["ema"]["average"], state["parameters"]))
+
+
+def test_every_iteration_draws_its_own_batch(train, tmp_path, monkeypatch):
+    drawn = []
+    def record(model, schedule, x0, t, eps, *rest):
+        drawn.append((x0, t, eps))
+        return eps, []
+    monkeypatch.setattr(train_tan, "worst_case_noise", record)
+    train(tmp_path / "run", "--iterations", "3")
+    for a, b in zip(drawn, drawn[1:]):
+        assert not any(torch.equal(x, y) for x, y in zip(a, b))
+
+
+# ---- the same run, however it is stopped, split or spread ------------------------------------------------------------
+
+# train_tan.py that sends itself a signal right after it has written so many lines of metrics
+KILLED = """
+import os, sys, train_tan, training
+signal, lines = map(int, sys.argv[1:3])
+del sys.argv[1:3]
+write = training.Metrics.write
+def write_and_kill(self, **line):
+    write(self, **line)
+    if line["iteration"] + 1 == lines:
+        os.kill(os.getpid(), signal)
+training.Metrics.write = write_and_kill
+train_tan.main()
+"""
+
+
+@pytest.mark.parametrize("number, lines, save_every, start", [
+    (signal.SIGTERM, 2, 25, 2),
+    (signal.SIGKILL, 3, 1, 2),   # the third line is past the checkpoint
+    (signal.SIGKILL, 4, 2, 2),   # so are the third and fourth
+    (signal.SIGKILL, 2, 25, 0),  # before any checkpoint
+])
+def test_stopped_and_resumed_is_the_same_run(number, lines, save_every, start, tiny, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    stopped = python("-c", KILLED, int(number), lines, *tiny.flags, "--output-dir", run, "--save-every", save_every, cwd=tmp_path)
+    assert stopped.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL), stopped.stderr
+    assert len(metrics(run)) == lines and not (run / "weights.safetensors").exists()
+    assert ("stopped and saved after 2 iterations" in stopped.stdout) == (number == signal.SIGTERM)
+    resume(run)
+    assert ("resuming at iteration" in capsys.readouterr().out) == (start > 0)
+    assert losses(run) == losses(finished) and [line["iteration"] for line in metrics(run)] == list(range(6))
+    assert weights(run) == weights(finished)
+
+
+def interrupted(train, run, monkeypatch, at, *flags):
+    """A run whose disk fails while it writes its `at`-th checkpoint."""
+    saves = []
+    def fail(state, path):
+        saves.append(path)
+        if len(saves) < at:
+            return torch_save(state, path)
+        path.write_bytes(b"half a file")
+        raise OSError("disk full")
+    torch_save = torch.save
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(torch, "save", fail)
+        train(run, *flags)
+
+
+@pytest.mark.parametrize("method", ["finetune", "guided"])
+def test_killed_while_saving(method, train, tmp_path, monkeypatch):
+    whole, run = train(tmp_path / "whole", "--method", method, "--iterations", "3"), tmp_path / "run"
+    interrupted(train, run, monkeypatch, 3, "--method", method, "--iterations", "3", "--save-every", "1")
+    assert training.load_checkpoint(run / "checkpoint.pt")["iteration"] == 2
+    resume(run)
+    assert losses(run) == losses(whole) and weights(run) == weights(whole)
+
+
+def test_more_iterations_later(train, finished, tmp_path):
+    run = train(tmp_path / "run", "--iterations", "2")
+    resume(run, "--iterations", "6")
+    assert weights(run) == weights(finished)
+    assert json.loads((run / "options.json").read_text())["iterations"] == 6
+
+
+def test_a_seed_is_a_run(train, finished, tmp_path):
+    assert weights(train(tmp_path / "same")) == weights(finished)
+    other = train(tmp_path / "other", "--seed", "1")
+    assert weights(other) != weights(finished) and losses(other)[0] != losses(finished)[0]
+
+
+D=[]
+def assert_same_run(run, other):
+    """Equal but for rounding.  Adam divides by the size of the gradient, so noise in tiny ones shows: hence 2 % of a run's way."""
+    for a, b in zip(losses(run), losses(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = load_file(run / "weights.safetensors"), load_file(other / "weights.safetensors")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-4, msg=lambda m: f"{key}: {m}")
+        D.append((a[key]-b[key]).abs().max().item())
+    print("MAXDIFF", max(D), [abs(x[i]/y[i]-1) for x,y in zip(losses(run),losses(other)) for i in (1,2)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_micro_batches(size, train, finished, tmp_path):
+    assert_same_run(train(tmp_path / "run", "--micro-batch-size", size), finished)
+
+
+def test_two_processes(tiny, train, tmp_path):
+    flags = *tiny.flags, "--iterations", "3", "--batch-size", "5"
+    run, alone = tmp_path / "two", train(tmp_path / "alone", *flags)
+    spread = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train_tan.py", *flags, "--output-dir", run,
+                    cwd=tmp_path)
+    assert spread.returncode == 0, spread.stderr
+    assert "2 process(es)" in spread.stdout and spread.stdout.count("done:") == 1
+    assert (run / "classifier.safetensors").read_bytes() == (alone / "classifier.safetensors").read_bytes()
+    assert_same_run(run, alone)
