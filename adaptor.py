@@ -55,8 +55,9 @@ class Adaptor(nn.Module):
 
 
 def default_width(unet: UNet) -> int:
-    """The d that brings the parameter rate near the paper's 1.3 % (FFHQ-256 DDPM) and 1.6 % (latent FFHQ)."""
-    return max(4, round(unet.model_channels / 24))
+    """The d at which psi has about 1.4 % of theta's parameters, between the paper's 1.3 % (DDPM) and 1.6 % (LDM); at least 4."""
+    per_channel = sum(9 * (b.channels + b.out_channels) + b.emb_channels for b in blocks(unet).values())  # the two 3x3 and the time layer
+    return max(4, round(0.014 * sum(p.numel() for p in unet.parameters()) / per_channel))
 
 
 def blocks(unet: UNet) -> dict[str, ResBlock]:
@@ -68,11 +69,11 @@ def attach(unet: UNet, width: int | None = None) -> None:
     """Freeze theta and put a fresh psi beside each residual block.  Raises ValueError if there is one already."""
     if any(block.adaptor is not None for block in blocks(unet).values()):
         raise ValueError("this U-Net already has adaptors")
+    width, device = width or default_width(unet), next(unet.parameters()).device
     unet.requires_grad_(False)
-    device = next(unet.parameters()).device
     for block in blocks(unet).values():
         scale = {"Upsample": 2, "Downsample": 0.5}.get(type(block.resample).__name__, 1)
-        block.adaptor = Adaptor(block.channels, block.emb_channels, block.out_channels, width or default_width(unet), scale,
+        block.adaptor = Adaptor(block.channels, block.emb_channels, block.out_channels, width, scale,
                                 unet.norm_groups).to(device)
 
 

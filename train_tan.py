@@ -72,7 +72,7 @@ class Options:
                                     "(default: the built-in one where it fits, else the encoder)", group="similarity-guided training (Eq. 6)")
     classifier_arch: str | None = option(None, "network of a published classifier file: imagenet256-classifier, or a JSON file",
                                          metavar="NAME", group="similarity-guided training (Eq. 6)")
-    classifier_iterations: int = option(300, "steps of fine-tuning the classifier", group="similarity-guided training (Eq. 6)")
+    classifier_iterations: int = option(300, "steps of fine-tuning the classifier, at --batch-size", group="similarity-guided training (Eq. 6)")
     classifier_learning_rate: float = option(1e-4, "its learning rate", group="similarity-guided training (Eq. 6)")
     source_images: str | None = option(None, "pictures of the source for the classifier: a folder or a built-in source (default: drawn "
                                        "for a built-in source, else sampled from the source model)", group="similarity-guided training (Eq. 6)")
@@ -131,7 +131,7 @@ def make_classifier(options: Options, source: Network, targets: Tensor, device: 
     def train(source_pictures: Tensor, target_pictures: Tensor, text: str) -> Network:
         torch.manual_seed(options.seed)  # the new head
         network = start_classifier(options.classifier, options.classifier_arch, options.source, source)
-        fine_tune(network.model.to(device), schedule, source_pictures, target_pictures, options.classifier_iterations, min(64, 2 * count),
+        fine_tune(network.model.to(device), schedule, source_pictures, target_pictures, options.classifier_iterations, options.batch_size,
                   options.classifier_learning_rate, kinds, generator(options.seed, 2), progress(text))
         return network
 

@@ -20,6 +20,10 @@ from distributed import rank, sum_over_ranks
 from options import InputError
 
 
+UMASK = os.umask(0)  # the only way to read it is to set it
+os.umask(UMASK)
+
+
 def generator(seed: int, *stream: int) -> torch.Generator:
     """A CPU generator for one purpose: different (seed, *stream) give independent numbers."""
     state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]
@@ -32,6 +36,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that only their owner can read
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)

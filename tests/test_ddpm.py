@@ -38,7 +38,7 @@ def gaussian(mu, s):
 def test_alpha_bar_is_diffusers(name, theirs, timesteps, beta_start, beta_end):
     expected = DDPMScheduler(timesteps, beta_start, beta_end, theirs).alphas_cumprod.double()  # computed there in float32
     schedule = Schedule(name, timesteps, beta_start, beta_end)
-    torch.testing.assert_close(schedule.alpha_bar, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(schedule.alpha_bar, expected, rtol=3e-4, atol=0)
     assert Schedule(**schedule.config).alpha_bar.equal(schedule.alpha_bar)
 
 

@@ -1,0 +1,252 @@
+"""checkpoints.py: what is saved loads, what does not fit is named, and nothing in a file is run."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import TINY, tiny_network
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import run_folder
+from checkpoints import (ARCHITECTURES, LINEAR, Network, build, fingerprint, load_network, load_source, read_tensors, save_network,
+                         start_classifier)
+from classifier import from_unet
+from ddpm import Schedule
+from options import InputError
+from unet import UNet
+
+X, T = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 800])
+
+
+def rewrite(source, path, change):
+    """A copy of a safetensors file with its dict of tensors changed."""
+    tensors = load_file(source)
+    with safe_open(source, "pt") as f:
+        metadata = f.metadata()
+    change(tensors)
+    save_file(tensors, path, metadata)
+    return path
+
+
+# ---- what is saved loads ---------------------------------------------------------------------------------------------
+
+def test_round_trip(tmp_path):
+    network = tiny_network()
+    network.description.update(made_by="a test", schedule=dict(name="cosine", timesteps=50))
+    network.schedule = Schedule(**network.description["schedule"])
+    save_network(tmp_path / "a.safetensors", network)
+    loaded = load_network(tmp_path / "a.safetensors")
+    assert isinstance(loaded.model, UNet) and not loaded.model.training and loaded.model(X, T).equal(network.model(X, T))
+    assert loaded.description["made_by"] == "a test" and loaded.schedule.alpha_bar.equal(network.schedule.alpha_bar)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_classifier_round_trip(tmp_path):
+    source = tiny_network()
+    network = start_classifier("scratch", None, "", source)
+    save_network(tmp_path / "c.safetensors", network)
+    assert load_network(tmp_path / "c.safetensors").model(X, T).equal(network.model(X, T))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_published_files(tmp_path, zipped, suffix):
+    model, path = tiny_network().model, tmp_path / f"published{suffix}"
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    (tmp_path / "arch.json").write_text(json.dumps(dict(config=TINY)))
+    network = load_source(str(path), str(tmp_path / "arch.json"))
+    assert network.model(X, T).equal(model(X, T)) and network.schedule.config == LINEAR
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files(tmp_path, dtype):
+    model = tiny_network().model
+    torch.save({k: v.to(dtype) for k, v in model.state_dict().items()}, tmp_path / "half.pt")
+    (tmp_path / "arch.json").write_text(json.dumps(dict(config=TINY, schedule=dict(LINEAR, timesteps=10))))
+    network = load_network(tmp_path / "half.pt", str(tmp_path / "arch.json"))
+    assert {p.dtype for p in network.model.parameters()} == {torch.float32} and network.schedule.timesteps == 10
+    torch.testing.assert_close(network.model.out[2].weight, model.out[2].weight, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_published_architectures_can_be_built(name):
+    with torch.device("meta"):
+        network = build(ARCHITECTURES[name], name)
+    million = sum(p.numel() for p in network.model.parameters()) / 1e6
+    assert million == pytest.approx({"ffhq256": 93.56, "imagenet256-classifier": 54.1}[name], rel=1e-3)
+
+
+def test_fingerprint():
+    model = tiny_network().model
+    before = fingerprint(model)
+    assert fingerprint(tiny_network().model) == before and len(before) == 16
+    model.input_blocks[0][0].bias.data[0] += 1e-6
+    assert fingerprint(model) != before
+
+
+# ---- what does not fit is named --------------------------------------------------------------------------------------
+
+KEY = "time_embed.0.weight"
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t.pop(KEY), f"missing {KEY}"),
+    (lambda t: t.update(extra=torch.ones(1)), "unexpected extra"),
+    (lambda t: t.update({KEY: t[KEY].T.contiguous()}), rf"{KEY} is \[16, 64\], expected \[64, 16\]"),
+    (lambda t: [t.pop(k) for k in list(t)[:5]], "missing .*; missing .*; missing .* and 2 more; is --arch right"),
+])
+def test_keys(tiny, tmp_path, change, says):
+    with pytest.raises(InputError, match=f"broken.safetensors: weights do not fit the network: {says}"):
+        load_network(rewrite(tiny.source, tmp_path / "broken.safetensors", change))
+
+
+@pytest.mark.parametrize("arch, says", [
+    (None, "a.pt: the file does not say which network it is for; add --arch {ffhq256"),
+    ("nosuch", "--arch nosuch: neither one of ffhq256, imagenet256-classifier nor a JSON file"),
+    ("[1]", r"must hold {\"config\""),
+    ('{"config": {"image_size": 16}}', "does not describe a network this program can build .*missing"),
+    (json.dumps(dict(config=dict(TINY, colour="red"))), "does not describe a network .*unexpected keyword argument 'colour'"),
+    (json.dumps(dict(config=TINY, network="GAN")), "does not describe a network .*GAN"),
+    (json.dumps(dict(config=TINY, schedule=dict(name="sine"))), "unknown noise schedule 'sine'"),
+    (json.dumps(dict(config=dict(TINY, norm_groups=7))), "does not describe a network .*divisible"),
+    ("{", "nor a JSON file"),
+])
+def test_architectures(tmp_path, arch, says):
+    torch.save(tiny_network().model.state_dict(), tmp_path / "a.pt")
+    if arch and not arch.isalpha():
+        (tmp_path / "arch.json").write_text(arch)
+        arch = str(tmp_path / "arch.json")
+    with pytest.raises(InputError, match=says):
+        load_network(tmp_path / "a.pt", arch)
+
+
+def test_a_classifier_is_not_a_source_nor_a_source_a_classifier(tiny, tmp_path):
+    source = load_source(str(tiny.source))
+    path = str(tmp_path / "c.safetensors")
+    save_network(path, start_classifier("encoder", None, "", source))
+    with pytest.raises(InputError, match="c.safetensors: a classifier, not a diffusion model"):
+        load_source(path)
+    with pytest.raises(InputError, match="source.safetensors: a diffusion model, not a classifier"):
+        start_classifier(str(tiny.source), None, "", source)
+    with pytest.raises(InputError, match="made for 16 pixels, the source for 32"):
+        start_classifier(path, None, "", tiny_network(image_size=32))
+
+
+def test_start_classifier_from_a_file_keeps_all_but_the_head(tiny, tmp_path):
+    source = load_source(str(tiny.source))
+    model = from_unet(source.model)
+    config = dict(model.config, out_channels=10)
+    many = build(dict(network="Classifier", config=config, schedule=dict(LINEAR, timesteps=500)), "test")
+    save_network(tmp_path / "c.safetensors", many)
+    network = start_classifier(str(tmp_path / "c.safetensors"), None, "", source)
+    assert network.model(X, T).shape == (2, 2) and network.description["config"]["out_channels"] == 2
+    assert network.schedule.timesteps == 500 and network.description["schedule"]["timesteps"] == 500
+    assert network.model.encode(X, T)[0].equal(many.model.encode(X, T)[0])
+
+
+# ---- nothing in a file is run ----------------------------------------------------------------------------------------
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("hide", [lambda bad: bad, lambda bad: {"a": torch.ones(1), "b": bad}])
+def test_a_file_that_would_run_code(tmp_path, zipped, hide):
+    victim, path = tmp_path / "created", tmp_path / "evil.pt"
+    torch.save(hide(Malicious(str(victim))), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match="evil.pt: not a file of weights that can be read safely"):
+        read_tensors(path)
+    assert not victim.exists()
+    torch.load(path, weights_only=False)  # the danger is real
+    assert victim.exists()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.pt", {"model": {"w": torch.ones(1)}}), ("a.pt", [torch.ones(1)]), ("a.pt", torch.ones(1)), ("a.pt", {"w": torch.ones(1), "step": 3}),
+])
+def test_not_a_flat_dict(tmp_path, name, content):
+    torch.save(content, tmp_path / name)
+    with pytest.raises(InputError, match="holds something else than a flat dict of tensors"):
+        read_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_damaged_files(tiny, tmp_path, kind):
+    tensors = {"w": torch.randn(50), "b": torch.zeros(3)}
+    path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")
+    if kind == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    for content in [whole[:n] for n in range(0, len(whole), max(1, len(whole) // 40))] + [b"<!DOCTYPE html><html>", b"version https://git-lfs"]:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path.name}: not a file of weights that can be read safely"):
+            read_tensors(path)
+
+
+def test_files_that_are_not_there(tmp_path):
+    (tmp_path / "folder.pt").mkdir()
+    for name in ("none.pt", "none.safetensors"):
+        with pytest.raises(InputError, match=f"{name}: no such file"):
+            read_tensors(tmp_path / name)
+    with pytest.raises(InputError, match="folder.pt: is a folder"):
+        read_tensors(tmp_path / "folder.pt")
+
+
+# ---- a run's own files (run_folder.py) -------------------------------------------------------------------------------
+
+@pytest.fixture
+def run(finished, tiny, tmp_path):
+    """A copy of a finished run, with a source of its own to change."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    source = shutil.copy(tiny.source, tmp_path / "source.safetensors")
+    options = json.loads((folder / "options.json").read_text())
+    (folder / "options.json").write_text(json.dumps(dict(options, source=str(source))))
+    return folder
+
+
+def test_load_run(run, tiny):
+    network, options = run_folder.load_run(run)
+    assert options["method"] == "tan" and not network.model(X, T).equal(load_source(str(tiny.source)).model(X, T))
+    assert run_folder.load_classifier(run).model(X, T).shape == (2, 2)
+
+
+def test_another_source_under_the_same_name(run):
+    save_network(run.parent / "source.safetensors", tiny_network(seed=1))
+    with pytest.raises(InputError, match="weights.safetensors: made from another source than the present .*source.safetensors"):
+        run_folder.load_run(run)
+
+
+PSI = "input_blocks.1.0.adaptor.up.weight"
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t.pop(PSI), f"missing key {PSI}"),
+    (lambda t: t.update(extra=torch.ones(1)), "unexpected key extra"),
+    (lambda t: t.update({PSI: t[PSI][:1]}), f"{PSI} has shape .*expected"),
+])
+def test_keys_of_a_run(run, change, says):
+    rewrite(run / "weights.safetensors", run / "weights.safetensors", change)
+    with pytest.raises(InputError, match=f"weights.safetensors: adaptor weights: {says}"):
+        run_folder.load_run(run)
+
+
+def test_unfinished_and_absent_runs(run, tmp_path):
+    (run / "weights.safetensors").unlink()
+    with pytest.raises(InputError, match="this run is not finished; continue it with train_tan.py --output-dir .* --resume"):
+        run_folder.load_run(run)
+    (run / "classifier.safetensors").unlink()
+    with pytest.raises(InputError, match="this run has no classifier"):
+        run_folder.load_classifier(run)
+    with pytest.raises(InputError, match="not the folder of a run"):
+        run_folder.load_run(tmp_path)
