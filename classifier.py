@@ -98,23 +98,28 @@ def augment(x: Tensor, kinds: Collection[str], g: torch.Generator) -> Tensor:
 
 
 def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor, iterations: int, batch_size: int,
-              learning_rate: float, kinds: Collection[str], g: torch.Generator, progress: Callable = lambda steps: steps) -> None:
+              learning_rate: float, kinds: Collection[str], g: torch.Generator, micro_batch_size: int | None = None,
+              progress: Callable = lambda steps: steps) -> None:
     """Teach source against target at all timesteps, every batch half source and half target.
 
     source (N, C, H, W), target (M, C, H, W), on the model's device.  `kinds` are augmentations; randomness comes from g.
+    micro_batch_size limits the pictures that go through the network at once.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
     model.train().requires_grad_(True)
-    half = batch_size // 2
+    half = max(1, batch_size // 2)
+    micro = micro_batch_size or 2 * half
     labels = torch.tensor([SOURCE] * half + [TARGET] * half, device=source.device)
     for _ in progress(range(iterations)):
         pick = lambda images: images[torch.randint(len(images), (half,), generator=g).to(images.device)]
         x0 = augment(torch.cat([pick(source), pick(target)]), kinds, g)
         t = torch.randint(schedule.timesteps, (2 * half,), generator=g).to(x0.device)
         eps = torch.randn(x0.shape, generator=g).to(x0.device)
-        loss = F.cross_entropy(model(schedule.add_noise(x0, t, eps), t).float(), labels)
+        xt = schedule.add_noise(x0, t, eps)
         optimizer.zero_grad()
-        loss.backward()
+        for part in range(0, 2 * half, micro):
+            logits = model(xt[part:part + micro], t[part:part + micro]).float()
+            (F.cross_entropy(logits, labels[part:part + micro], reduction="sum") / (2 * half)).backward()
         optimizer.step()
     model.eval().requires_grad_(False)
 
@@ -124,7 +129,8 @@ def accuracy_by_quartile(model: Classifier, schedule: Schedule, source: Tensor, 
                          repeats: int = 32) -> list[float]:
     """Share of right answers on noised pictures in each quarter of the timesteps, both classes counting equally.
 
-    0.5 is chance: there the guidance means nothing.  Each of the pictures is noised `repeats` times a quartile.
+    0.5 is chance: there the guidance means nothing.  In each quarter every target picture is noised `repeats` times, and
+    source pictures about as often in all.
     """
     result = []
     for quartile in range(4):

@@ -72,7 +72,9 @@ class Options:
                                     "(default: the built-in one where it fits, else the encoder)", group="similarity-guided training (Eq. 6)")
     classifier_arch: str | None = option(None, "network of a published classifier file: imagenet256-classifier, or a JSON file",
                                          metavar="NAME", group="similarity-guided training (Eq. 6)")
-    classifier_iterations: int = option(300, "steps of fine-tuning the classifier, at --batch-size", group="similarity-guided training (Eq. 6)")
+    classifier_batch_size: int = option(40, "pictures a step of its fine-tuning, half source and half target",
+                                        group="similarity-guided training (Eq. 6)")
+    classifier_iterations: int = option(300, "steps of its fine-tuning", group="similarity-guided training (Eq. 6)")
     classifier_learning_rate: float = option(1e-4, "its learning rate", group="similarity-guided training (Eq. 6)")
     source_images: str | None = option(None, "pictures of the source for the classifier: a folder or a built-in source (default: drawn "
                                        "for a built-in source, else sampled from the source model)", group="similarity-guided training (Eq. 6)")
@@ -92,8 +94,9 @@ class Options:
     save_every: int = option(25, "iterations between checkpoints", group="pictures")
 
 
-# The paper's settings, above, are for 256x256 networks.  What suits small ones (64 pixels and less), chosen on sketches:
-SMALL = dict(iterations=150, batch_size=20, learning_rate=2e-3, adaptor_width=8, gamma=1.0)
+# The paper's settings, above, are for 256x256 networks.  What suits small ones (64 pixels and less), chosen on babies:
+SMALL = dict(iterations=80, batch_size=16, learning_rate=2e-3, adaptor_width=8, classifier_iterations=150)
+SMALL_FINETUNE = dict(SMALL, learning_rate=3e-4)  # all weights at once want smaller steps than fresh adaptors
 
 
 def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) -> Tensor:
@@ -131,8 +134,10 @@ def make_classifier(options: Options, source: Network, targets: Tensor, device: 
     def train(source_pictures: Tensor, target_pictures: Tensor, text: str) -> Network:
         torch.manual_seed(options.seed)  # the new head
         network = start_classifier(options.classifier, options.classifier_arch, options.source, source)
-        fine_tune(network.model.to(device), schedule, source_pictures, target_pictures, options.classifier_iterations, options.batch_size,
-                  options.classifier_learning_rate, kinds, generator(options.seed, 2), progress(text))
+        network.model.use_checkpoint = options.checkpoint_blocks
+        fine_tune(network.model.to(device), schedule, source_pictures, target_pictures, options.classifier_iterations,
+                  options.classifier_batch_size, options.classifier_learning_rate, kinds, generator(options.seed, 2),
+                  options.micro_batch_size, progress(text))
         return network
 
     # A fifth of the pictures is held out from a first classifier, only to see whether guidance means anything here.
@@ -151,8 +156,9 @@ def main() -> None:
     if options.resume:
         options = run_folder.resumed(out, options, given)
     source = load_source(options.source, options.arch)
-    if source.model.image_size <= 64 and not options.resume:
-        options = dataclasses.replace(options, **{k: v for k, v in SMALL.items() if k not in given})
+    suits = {} if source.model.image_size > 64 else SMALL_FINETUNE if options.method == "finetune" else SMALL
+    if not options.resume:
+        options = dataclasses.replace(options, **{k: v for k, v in suits.items() if k not in given})
     run_folder.open_run(out, options)
     torch.manual_seed(options.seed)
 
@@ -164,8 +170,8 @@ def main() -> None:
     rate = 1 if options.method == "finetune" else adaptor.parameter_rate(model)
     say(f"source {options.source}: {size}x{size}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
         f"{options.method} on {len(targets)} pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
-    if source.model.image_size <= 64:
-        say("settings for a small source: " + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in SMALL))
+    if suits:
+        say("settings for a small source: " + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in suits))
 
     classifier = None
     if options.method in ("guided", "tan"):

@@ -58,8 +58,8 @@ def test_a_picture_is_its_seed(finished, tmp_path):
 def test_processes_change_nothing(finished, tmp_path):
     alone = draw(finished, tmp_path / "alone", "-n", "3")
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "sample.py", finished, "-n", "3",
-                    "--output-dir", tmp_path / "spread", *FAST], check=True, env=env, cwd=tmp_path, timeout=300)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "sample.py", finished,
+                    "-n", "3", "--output-dir", tmp_path / "spread", *FAST], check=True, env=env, cwd=tmp_path, timeout=600)
     assert apart(alone, {p.name: np.array(Image.open(p)).astype(int) for p in (tmp_path / "spread").iterdir()}) <= 1
 
 

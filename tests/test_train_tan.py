@@ -2,19 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, tiny_network
 from safetensors.torch import load_file
 
 import run_folder
 import train_tan
 import training
-from checkpoints import load_network, load_source
+from checkpoints import load_network, load_source, save_network
 from options import InputError
 from train_tan import METHODS, guided_loss
 
@@ -38,7 +39,7 @@ def resume(run, *flags):
 def python(*argv, cwd):
     """Another process with this project importable, and threads as here: their number changes the last bits."""
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(torch.get_num_threads()))
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -46,8 +47,8 @@ def python(*argv, cwd):
 def test_guided_loss_is_eq_6():
     eps, predicted, gradient = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     sigma_hat, gamma = 0.3, 5.0
-    by_hand = [sum((e - p - sigma_hat ** 2 * gamma * g) ** 2 for e, p, g in zip(*(x[i].flatten().tolist() for x in (eps, predicted, gradient))))
-               / 64 for i in range(2)]
+    numbers = lambda i: zip(*(x[i].flatten().tolist() for x in (eps, predicted, gradient)))
+    by_hand = [sum((e - p - sigma_hat ** 2 * gamma * g) ** 2 for e, p, g in numbers(i)) / 64 for i in range(2)]
     torch.testing.assert_close(guided_loss(eps, predicted, sigma_hat ** 2 * gamma * gradient), torch.tensor(by_hand))
 
 
@@ -304,3 +305,20 @@ def test_an_unknown_method(train, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(tmp_path / "run", "--method", "dreambooth")
     assert "--method: invalid choice: 'dreambooth'" in capsys.readouterr().err
+
+
+@pytest.mark.xfail(strict=True, reason="the held-out fifth of one picture is all of it: RuntimeError from randint in fine_tune")
+def test_a_single_target_picture(tiny, train, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(tiny.targets / "0.png", tmp_path / "one")
+    train(tmp_path / "run", "--method", "guided", "--iterations", "1", "--target", tmp_path / "one")
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="psi of the old source goes on beside the new one, and weights.safetensors claims the new one")
+def test_resume_after_the_source_has_changed(tiny, train, tmp_path):
+    source, run = shutil.copy(tiny.source, tmp_path / "source.safetensors"), tmp_path / "run"
+    train(run, "--method", "adaptor", "--iterations", "1", "--source", source)
+    save_network(source, tiny_network(seed=1))
+    with pytest.raises(InputError):
+        resume(run, "--iterations", "2")
