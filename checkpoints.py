@@ -7,12 +7,10 @@ Loading is strict, and nothing in a file is ever run.
 import dataclasses
 import hashlib
 import json
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -82,7 +80,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; give a file of weights") from None
-    except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, OSError) as error:
+    except Exception as error:  # on damaged bytes torch's unpickler raises nearly every type there is
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a file of weights that can be read safely ({reason[:160]})") from None
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
@@ -107,6 +105,8 @@ def load_network(path: Path, arch: str | None = None) -> Network:
     tensors, description = read_tensors(path)
     if description is None:
         description = read_architecture(arch, path)
+    if "network" not in description:
+        raise InputError(f"{path}: the weights of a run, not a whole network; give the run's folder to sample.py or evaluate.py")
     network = build(description, arch or str(path))
     load_strictly(network.model, tensors, path)
     return network
@@ -132,6 +132,9 @@ def load_source(name: str, arch: str | None = None) -> Network:
     network = load_network(built_in if built_in.exists() else Path(name), arch)
     if not isinstance(network.model, UNet):
         raise InputError(f"{name}: a classifier, not a diffusion model")
+    if network.model.in_channels != 3 or network.model.out_channels not in (3, 6):
+        raise InputError(f"{name}: takes {network.model.in_channels} channels and gives {network.model.out_channels}; only RGB models "
+                         "(3 in, 3 or 6 out) can be adapted")
     return network
 
 
@@ -161,5 +164,5 @@ def start_classifier(name: str | None, arch: str | None, source_name: str, sourc
     if network.model.image_size != source.model.image_size:
         raise InputError(f"--classifier {name}: made for {network.model.image_size} pixels, the source for {source.model.image_size}")
     classifier.replace_head(network.model)
-    network.description = dict(network="Classifier", config=network.model.config, schedule=network.schedule.config, started_from=name)
-    return network
+    description = dict(network="Classifier", config=network.model.config, schedule=source.schedule.config, started_from=name)
+    return Network(network.model, source.schedule, description)  # it is fine-tuned and asked at the source's noise levels

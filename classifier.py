@@ -39,15 +39,15 @@ class Classifier(Encoder):
     """Logits (B, out_channels) of x_t: float (B, C, H, W), int (B,).  The options are `Encoder`'s; H = W = image_size."""
 
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
-                 attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...], num_head_channels: int,
-                 pool: str = "attention", **options):
+                 attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...], num_heads: int = 1,
+                 num_head_channels: int | None = None, pool: str = "attention", **options):
         if pool != "attention":
             raise ValueError(f"classifier pool '{pool}': only 'attention' exists here")
         super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
-                         channel_mult, num_head_channels=num_head_channels, **options)
+                         channel_mult, num_heads=num_heads, num_head_channels=num_head_channels, **options)
         tokens = (image_size // self.factor) ** 2
         self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, self.channels), nn.SiLU(),
-                                 AttentionPool(tokens, self.channels, self.channels // num_head_channels, out_channels))
+                                 AttentionPool(tokens, self.channels, self.heads(self.channels), out_channels))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.out(self.encode(x, t)[0])  # (B, C, H, W) -> (B, C', h, w) -> (B, out_channels)
@@ -70,8 +70,7 @@ def log_prob_gradient(model: Classifier, xt: Tensor, t: Tensor, label: int = TAR
 
 def from_unet(unet: UNet, pretrained: bool = True) -> Classifier:
     """A two-way classifier on the encoder of a U-Net, where no pre-trained classifier is at hand; or the same, untrained."""
-    width = unet.config["num_head_channels"] or unet.channels // unet.config["num_heads"]
-    model = Classifier(**dict(unet.config, out_channels=2, num_head_channels=width)).eval()
+    model = Classifier(**dict(unet.config, out_channels=2)).eval()
     if pretrained:
         encoder = {k: v for k, v in unet.state_dict().items() if k.split(".")[0] in ("time_embed", "input_blocks", "middle_block")}
         model.load_state_dict({**model.state_dict(), **{k: v for k, v in encoder.items() if ".adaptor." not in k}})

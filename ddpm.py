@@ -75,8 +75,9 @@ class Schedule:
 
         eta = 0 is DDIM, 1 is DDPM, "large" the paper's third choice, DDPM with variance beta_t.  `noise` is N(0, I) and
         may be None where eta = 0.  clip limits the predicted x_0 to [-1, 1], for images; the direction keeps the
-        model's own eps, since an eps derived anew from the clipped x_0 leaves speckle in few-step sampling.
-        gradient is gamma times grad log p(y|x_t): Eq. 2 adds sigma_t^2 times it to the mean; where sigma_t = 0, eps is
+        model's own eps, since an eps derived anew from the clipped x_0 leaves speckle in few-step sampling (so where the clip
+        bites, eta = 1 is not the clipped posterior mean of Ho et al.).
+        gradient is gamma times grad log p(y|x_t): Eq. 2 adds sigma_t^2 times it to the mean; with eta = 0, eps is
         corrected instead by -sqrt(1 - alpha_bar_t) times it (Dhariwal & Nichol 2021, Algorithm 2).
         """
         a, b = self.at(t, xt), self.at(s, xt)
@@ -137,4 +138,4 @@ def sample(model: Model, schedule: Schedule, shape: Sequence[int], seeds: Sequen
                 if on_step is not None:
                     on_step(s, x)
         finished.append(x.clone().cpu())
-    return torch.cat(finished)
+    return torch.cat(finished) if finished else torch.empty(0, *shape)

@@ -15,17 +15,23 @@ from options import InputError
 
 def setup(device: str = "auto") -> torch.device:
     """Join the process group if torchrun started us; returns this process's device.  `device`: auto, cpu, cuda, cuda:1, mps."""
+    launched = "LOCAL_RANK" in os.environ
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not launched else "cpu"
     try:
         available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}[torch.device(device).type]
     except (RuntimeError, KeyError):
         raise InputError(f"--device {device}: not a device; give auto, cpu, cuda or mps") from None
     if not available():
         raise InputError(f"--device {device}: not available on this machine; --device cpu always is")
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if launched and device not in ("cuda", "cpu"):
+        raise InputError(f"--device {device}: under torchrun give cuda (one GPU a process), cpu, or nothing")
+    if launched and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs of this machine")
+    if launched and not dist.is_initialized():
+        if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                 timeout=datetime.timedelta(hours=2))  # rank 0 trains the classifier while the others wait

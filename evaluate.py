@@ -53,12 +53,11 @@ def judge_attributes(judge: Network, images: Tensor) -> dict[str, Tensor]:
     return {name: group.argmax(1) for name, group in zip(attributes, logits.split([len(v) for v in attributes.values()], dim=1))}
 
 
-def score_run(folder: Path, options: Options, sources: dict[str, dict]) -> dict:
+def score_run(folder: Path, options: Options, sources: dict[str, dict], device: torch.device) -> dict:
     """One run's shares.  `sources` keeps what the judge saw in each source's samples, the same for all its runs."""
     network, trained = run_folder.load_run(folder)
     if trained["source"] not in domains.SOURCES or trained["target"] not in domains.TARGETS:
         raise InputError(f"{folder}: from {trained['source']} to {trained['target']}; the judge knows built-in domains only")
-    device = distributed.setup(options.device)
     judge = load_network(ASSETS / f"{trained['source']}-judge.safetensors")
     # Noises that no picture of a run has shown, so that nobody has looked at them while choosing settings.
     seeds = range(20_000, 20_000 + options.n)
@@ -85,10 +84,10 @@ def train_ablation(options: Options) -> list[Path]:
             folders.append(folder)
             if (folder / "weights.safetensors").exists():
                 continue
-            command = [sys.executable, str(Path(__file__).with_name("train_tan.py")), "--output-dir", str(folder)]
+            command = [sys.executable, str(Path(__file__).with_name("train_tan.py")), "--output-dir", str(folder), "--device", options.device]
             command += ["--resume"] if (folder / "options.json").exists() else [
-                "--target", options.target, "--method", method, "--seed", str(seed), "--device", options.device]
-            if subprocess.run(command).returncode:
+                "--target", options.target, "--method", method, "--seed", str(seed)]
+            if subprocess.run(command).returncode or not (folder / "weights.safetensors").exists():
                 raise InputError(f"{folder}: training stopped; run the same command again to continue")
     return folders
 
@@ -109,12 +108,15 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     options, _ = parse(Options, description=__doc__)
-    if not options.runs and not options.ablation:
-        raise InputError("nothing to score: give folders of runs, or --ablation")
+    if bool(options.runs) == options.ablation:
+        raise InputError("what to score: give either folders of runs, or --ablation")
+    if options.n < 1:
+        raise InputError(f"-n {options.n}: must be at least 1")
+    device = distributed.setup(options.device)
     folders = [Path(name) for name in options.runs] or train_ablation(options)
     sources, rows = {}, []
     for folder in folders:
-        row = score_run(folder, options, sources)
+        row = score_run(folder, options, sources, device)
         rows.append(row)
         print(f"{folder}: " + ", ".join(f"{column} {row[column]:.2f}" for column in COLUMNS), flush=True)
     text = table(rows)

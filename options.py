@@ -54,12 +54,15 @@ def parse(cls, argv=None, description=None):
 
 
 def run(main):
-    """Call `main()`; an InputError becomes one line on stderr and exit status 2, without a traceback."""
+    """Call `main()`; an InputError becomes one line on stderr and exit status 2, Ctrl-C one and 130, without a traceback."""
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _positionals(fields):

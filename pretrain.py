@@ -39,7 +39,8 @@ class Options:
     source: str = option(REQUIRED, "built-in domain or folder of images", positional=True)
     network: str = option("unet", "what to train", choices=["unet", "classifier", "judge"])
     output_dir: str = option("", "where the run goes (default: runs/pretrain-SOURCE, with -classifier or -judge)")
-    resume: bool = option(False, "continue the run in --output-dir from its checkpoint")
+    resume: bool = option(False, "continue the run in --output-dir from its checkpoint, with the same flags")
+    overwrite: bool = option(False, "replace the run in --output-dir")
 
     size: int = option(32, "pixels per side", group="data")
     images: int = option(20_000, "how many pictures of a built-in domain to draw", group="data")
@@ -74,7 +75,7 @@ def describe(options: Options) -> dict:
                   attention_resolutions=options.attention, channel_mult=options.channel_mult, num_head_channels=options.head_channels,
                   use_scale_shift_norm=True, norm_groups=options.norm_groups)
     description = dict(network="UNet" if options.network == "unet" else "Classifier", config=config, schedule=LINEAR,
-                       made_by=shlex.join(["python", "pretrain.py", *sys.argv[1:]]))
+                       made_by=shlex.join(["python", "pretrain.py", *(a for a in sys.argv[1:] if a != "--resume")]))
     if options.network != "unet":
         description["attributes"] = attributes
     return description
@@ -114,6 +115,11 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = distributed.setup(options.device)
+    if (out / "checkpoint.pt").exists() and not (options.resume or options.overwrite):
+        raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with --overwrite, or choose --output-dir")
+    for name, low in dict(size=8, images=1, iterations=1, batch_size=distributed.world(), warmup=0, seed=0, save_every=1).items():
+        if getattr(options, name) < low:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {low}")
     torch.manual_seed(options.seed)
     network = build(describe(options), "the network flags")
     batch_of, n_pictures = load_pictures(options)
@@ -133,8 +139,6 @@ def main() -> None:
     metrics = Metrics(out / "metrics.jsonl", start)
 
     def save(iteration: int) -> None:
-        save_checkpoint(out / "checkpoint.pt", dict(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(),
-                                                    iteration=iteration))
         if distributed.rank() != 0:
             return
         ema.swap()
@@ -145,6 +149,9 @@ def main() -> None:
             save_grid(out / "samples.png", sample(model, schedule, shape, range(64), device=device), columns=16)
             model.train()
         ema.swap()
+        # Last: a run killed on the way here does this save again when it is resumed.
+        save_checkpoint(out / "checkpoint.pt", dict(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(),
+                                                    iteration=iteration))
         save_curve(out / "loss.png", [line["loss"] for line in read_metrics(out / "metrics.jsonl")], "loss", smooth=100)
 
     mine = distributed.share(options.batch_size)
@@ -174,8 +181,8 @@ def main() -> None:
             distributed.sum_gradients(parameters)
             gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             total = distributed.sum_over_ranks(loss.detach().clone()).item()
-            if not math.isfinite(total):
-                raise InputError(f"loss is {total} at iteration {iteration}; the last checkpoint is intact: continue with --resume and a "
+            if not math.isfinite(total + gradient_norm.item()):
+                raise InputError(f"loss is {total}, gradient {gradient_norm.item()} at iteration {iteration}; the last checkpoint is intact: continue with --resume and a "
                                  "lower --learning-rate")
             rate = options.learning_rate * warmup(iteration, options.warmup) * cosine_decay(iteration, options.iterations)
             optimizer.param_groups[0]["lr"] = rate
@@ -190,8 +197,9 @@ def main() -> None:
             if stopping:
                 bar.close()
                 if distributed.rank() == 0:
-                    print(f"\nstopped after iteration {iteration}; continue with the same command and --resume")
-                break
+                    print(f"\nstopped and saved after {iteration + 1} iterations; continue with the same command and --resume")
+                distributed.cleanup()
+                sys.exit(130)
     distributed.barrier()
     distributed.cleanup()
 

@@ -35,6 +35,8 @@ def resumed(out: Path, options, given: frozenset[str]):
         saved = json.loads((out / "options.json").read_text())
     except (OSError, ValueError):
         raise InputError(f"{out}: no run to resume (no options.json); leave out --resume to start one") from None
+    if not isinstance(saved, dict) or saved.keys() != dataclasses.asdict(options).keys():
+        raise InputError(f"{out}/options.json: from another version of this program; start anew with --overwrite")
     for name in sorted(given - MAY_CHANGE):
         if json.loads(json.dumps(getattr(options, name))) != saved[name]:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: the run in {out} has {saved[name]}; "
@@ -48,15 +50,19 @@ def open_run(out: Path, options) -> None:
 
     Raises InputError if it holds a run that --overwrite does not give up.
     """
-    if (out / "checkpoint.pt").exists() and not (options.resume or options.overwrite):
+    if not options.resume and (out / "options.json").exists() and not options.overwrite:
         raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with --overwrite, or choose --output-dir")
+    if not (out / "options.json").exists() and any((out / name).exists() for name in FILES):
+        raise InputError(f"{out}: holds files with the names a run would write, but is not a run; choose another --output-dir")
     distributed.barrier()
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not options.resume:
             for name in FILES:
                 (out / name).unlink(missing_ok=True)
-            shutil.rmtree(out / "progress", ignore_errors=True)
+            for folder in ("progress", "drawn"):
+                shutil.rmtree(out / folder, ignore_errors=True)
+        (out / "weights.safetensors").unlink(missing_ok=True)  # until the run is finished again
         text = json.dumps(dict(dataclasses.asdict(options), resume=False, overwrite=False), indent=1)
         write_atomic(out / "options.json", lambda temporary: temporary.write_text(text))
     distributed.barrier()
@@ -97,17 +103,16 @@ def load_classifier(folder: Path) -> Network:
 class Report:
     """The pictures of a run and its final weights; rank 0 writes, the others do nothing."""
 
-    def __init__(self, out: Path, options, source: Network, targets: torch.Tensor, ema: EMA, device: torch.device):
-        self.out, self.options, self.source, self.ema, self.device = out, options, source, ema, device
-        self.shape, self.fingerprint = targets.shape[1:], None
+    def __init__(self, out: Path, options, source: Network, theta: str, targets: torch.Tensor, ema: EMA, device: torch.device):
+        self.out, self.options, self.source, self.theta, self.ema, self.device = out, options, source, theta, ema, device
+        self.shape = targets.shape[1:]
         if distributed.rank() == 0:
-            self.fingerprint = fingerprint(load_source(options.source, options.arch).model)
             save_grid(out / "targets.png", targets[:20], columns=min(10, len(targets)))
 
     def draw(self, seeds, steps: int, network: Network) -> torch.Tensor:
         model = network.model.to(self.device).eval()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16" and self.device.type == "cuda"):
-            return sample(model, network.schedule, self.shape, seeds, steps, device=self.device)
+            return sample(model, network.schedule, self.shape, seeds, steps, device=self.device, batch_size=self.options.micro_batch_size or 64)
 
     def preview(self, iteration: int) -> None:
         """One more row of progress.png: the same noises at this iteration."""
@@ -133,14 +138,15 @@ class Report:
         self.ema.swap()
         tensors = model.state_dict() if options.method == "finetune" else adaptor.state_dict(model)
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_tensors(self.out / "weights.safetensors", tensors, dict(method=options.method, source=self.fingerprint))
+        save_tensors(self.out / "weights.safetensors", tensors, dict(method=options.method, source=self.theta))
         if options.samples:
             seeds, columns = range(options.samples), min(16, options.samples)
             adapted = self.draw(seeds, options.sample_steps, self.source)
             source = self.draw(seeds, options.sample_steps, load_source(options.source, options.arch))
-            pairs = [torch.cat(rows) for rows in zip(source.split(columns), adapted.split(columns))]
+            blank = torch.ones(-options.samples % columns, *self.shape)  # both rows of the last pair are full
+            pairs = [torch.cat(rows) for rows in zip(*(torch.cat([images, blank]).split(columns) for images in (source, adapted)))]
             save_grid(self.out / "samples.png", torch.cat(pairs), columns, gap_after=2)
         self.ema.swap()
-        save_curve(self.out / "loss.png", [line["loss"] for line in read_metrics(self.out / "metrics.jsonl")], "loss (Eq. 9)")
+        save_curve(self.out / "loss.png", [line["loss"] for line in read_metrics(self.out / "metrics.jsonl")], "loss (Eq. 9)" if options.method in ("tan", "guided") else "loss (Eq. 1)")
         print(f"done: {self.out}/samples.png (same noise: source above, adapted below), progress.png, loss.png; "
               f"more with: python sample.py {self.out} -n 64")

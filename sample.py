@@ -35,7 +35,7 @@ class Options:
     steps: int = option(50, "sampling steps")
     eta: str = option("0", "0: DDIM, 1: DDPM, any number between, or 'large': DDPM with variance beta_t", metavar="X")
     seed: int = option(0, "seed of the first picture")
-    guidance: float = option(0.0, "gamma of classifier guidance while sampling (Eq. 2), with the run's own classifier")
+    guidance: float = option(0.0, "gamma of classifier guidance while sampling, with the run's own classifier (Eq. 2; at eta 0 through eps)")
     batch_size: int = option(64, "pictures at once on a device")
     output_dir: str = option("", "where they go (default: RUN/drawn, or runs/NAME-samples)")
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -50,15 +50,20 @@ def main() -> None:
         raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'") from None
     if eta != "large" and not 0 <= eta <= 1:
         raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'")
-    if options.n < 1:
-        raise InputError(f"-n {options.n}: give at least 1")
+    for flag, value in (("-n", options.n), ("--batch-size", options.batch_size), ("--steps", options.steps)):
+        if value < 1:
+            raise InputError(f"{flag} {value}: must be at least 1")
     folder = Path(options.model)
     if folder.is_dir():
         network, _ = run_folder.load_run(folder)
     else:
         network = load_source(options.model, options.arch)
-    out = Path(options.output_dir or (folder / "drawn" if folder.is_dir() else f"runs/{folder.stem}-samples"))
+    out = Path(options.output_dir or (folder / "drawn" if folder.is_dir() else f"runs/{folder.stem}-samples")).resolve()
     model = network.model.to(device)
+    if options.steps > network.schedule.timesteps:
+        raise InputError(f"--steps {options.steps}: this model has {network.schedule.timesteps}")
+    if out.is_dir() and any(out.glob("*.png")):
+        print(f"note: {out} already holds pictures; those of other seeds stay there")
     gradient = None
     if options.guidance:
         classifier = run_folder.load_classifier(folder).model.to(device).requires_grad_(False)
@@ -67,11 +72,8 @@ def main() -> None:
     mine = range(options.n)[distributed.share(options.n)]
     size = model.image_size
     progress = lambda steps: tqdm(steps, leave=False, disable=distributed.rank() != 0)
-    try:
-        images = sample(model, network.schedule, (model.in_channels, size, size), [options.seed + i for i in mine], options.steps, eta,
-                        device=device, gradient=gradient, gamma=options.guidance, batch_size=options.batch_size, progress=progress)
-    except ValueError as error:
-        raise InputError(f"--steps {options.steps}: {error}") from None
+    images = sample(model, network.schedule, (model.in_channels, size, size), [options.seed + i for i in mine], options.steps, eta,
+                    device=device, gradient=gradient, gamma=options.guidance, batch_size=options.batch_size, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     for i, pixels in zip(mine, data.to_uint8(images)):
         write_atomic(out / f"{options.seed + i:06d}.png", lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))

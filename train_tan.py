@@ -4,7 +4,10 @@
   python train_tan.py --target photos/                       your own pictures instead
   python train_tan.py --source ffhq_p2.pt --arch ffhq256 --target photos/ --precision bf16
   torchrun --nproc_per_node=8 train_tan.py --source ...      the same on 8 GPUs; --batch-size stays the global one
-  python train_tan.py --target sunglasses --resume           go on after an interruption, to the very same weights
+  python train_tan.py --target sunglasses --resume           go on after an interruption; on a CPU to the very same weights
+
+The defaults below are the paper's, for 256x256 networks.  A source of 64 pixels or less, as the built-in one, replaces some by
+what suits it and says so when it starts; flags that are typed always hold.
 
 A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below), progress.png (the same
 noises at several iterations), loss.png, metrics.jsonl, options.json, weights.safetensors, classifier.safetensors.
@@ -14,6 +17,7 @@ More pictures from it: python sample.py runs/TARGET -n 64
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -27,7 +31,7 @@ import distributed
 import domains
 import run_folder
 from adversarial_noise import worst_case_noise
-from checkpoints import Network, load_source, save_network, start_classifier
+from checkpoints import Network, fingerprint, load_source, save_network, start_classifier
 from classifier import AUGMENTATIONS, TARGET, accuracy_by_quartile, fine_tune, log_prob_gradient
 from ddpm import predict_eps, sample
 from options import InputError, option, parse, run
@@ -48,7 +52,7 @@ class Options:
     arch: str | None = option(None, "network of a published file: ffhq256, or a JSON file", metavar="NAME")
     method: str = option("tan", "; ".join(f"{name}: {text}" for name, text in METHODS.items()), choices=list(METHODS))
     output_dir: str = option("", "where the run goes (default: runs/TARGET, runs/TARGET-METHOD for the other methods)")
-    resume: bool = option(False, "continue the run in --output-dir; its own options hold")
+    resume: bool = option(False, "continue the run in --output-dir (or of this target and method); its own options hold")
     overwrite: bool = option(False, "replace the run in --output-dir")
 
     iterations: int = option(300, "updates of psi", group="training")
@@ -107,6 +111,19 @@ def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) ->
     return (eps - eps_predicted - guidance).square().flatten(1).mean(1)
 
 
+def check(options: Options, out: Path) -> None:
+    """InputError for a number that makes no sense or an --output-dir that would be written among somebody's pictures."""
+    least = dict(iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0, seed=0, adaptor_width=1, pgd_steps=0,
+                 classifier_batch_size=2, classifier_iterations=1, source_count=1, samples=0, sample_steps=1, previews=1, save_every=1)
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+    for folder in (options.target, options.source_images):
+        if folder and Path(folder).is_dir() and Path(folder).resolve() == out.resolve():
+            raise InputError(f"--output-dir {out}: is the folder of the pictures; choose another one")
+
+
 def prepare(options: Options, network: Network) -> list[torch.nn.Parameter]:
     """Set the source U-Net up for the method; returns what is to be trained."""
     model = network.model.eval()
@@ -117,8 +134,9 @@ def prepare(options: Options, network: Network) -> list[torch.nn.Parameter]:
     return adaptor.parameters(model)
 
 
-def make_classifier(options: Options, source: Network, targets: Tensor, device: torch.device, say) -> tuple[Network, list[float]]:
-    """p_phi of Eq. 5, fine-tuned on the targets against source pictures, and its accuracy on held-out pictures by timestep quartile."""
+def make_classifier(options: Options, source: Network, targets: Tensor, device: torch.device, say) -> tuple[Network, list[float] | None]:
+    """p_phi of Eq. 5, fine-tuned on the targets against source pictures, and its accuracy on held-out pictures by timestep quarter
+    (None where there is only one picture)."""
     count, size, schedule = options.source_count, source.model.image_size, source.schedule
     progress = lambda text: lambda steps: tqdm(steps, desc=text, leave=False)
     name = options.source_images or (options.source if options.source in domains.SOURCES else None)
@@ -127,7 +145,7 @@ def make_classifier(options: Options, source: Network, targets: Tensor, device: 
     else:
         say(f"sampling {count} source pictures for the classifier (--source-images FOLDER would save this)")
         pictures = sample(source.model, schedule, targets.shape[1:], range(10**6, 10**6 + count), steps=25, device=device,
-                          progress=progress("source pictures"))  # psi, still zero, changes nothing
+                          batch_size=options.micro_batch_size or 64, progress=progress("source pictures"))  # psi, still zero, changes nothing
     pictures, targets = pictures.to(device), targets.to(device)
     kinds = options.augment or data.AUGMENT.get(options.target, ("flip", "shift"))
 
@@ -141,9 +159,11 @@ def make_classifier(options: Options, source: Network, targets: Tensor, device: 
         return network
 
     # A fifth of the pictures is held out from a first classifier, only to see whether guidance means anything here.
-    held_out, held_out_source = max(1, len(targets) // 5), max(1, len(pictures) // 5)
-    check = train(pictures[held_out_source:], targets[held_out:], "classifier, a fifth held out")
-    accuracy = accuracy_by_quartile(check.model, schedule, pictures[:held_out_source], targets[:held_out], generator(options.seed, 3))
+    accuracy = None
+    if min(len(targets), len(pictures)) >= 2:
+        held_out, held_out_source = max(1, len(targets) // 5), max(1, len(pictures) // 5)
+        trial = train(pictures[held_out_source:], targets[held_out:], "classifier, a fifth held out")
+        accuracy = accuracy_by_quartile(trial.model, schedule, pictures[:held_out_source], targets[:held_out], generator(options.seed, 3))
     return train(pictures, targets, "classifier"), accuracy
 
 
@@ -152,21 +172,25 @@ def main() -> None:
     device = distributed.setup(options.device)
     main_rank = distributed.rank() == 0
     say = print if main_rank else lambda *a: None
-    out = Path(options.output_dir or f"runs/{Path(options.target).name}" + ("" if options.method == "tan" else f"-{options.method}"))
+    out = Path(options.output_dir or f"runs/{Path(options.target).resolve().name}" + ("" if options.method == "tan" else f"-{options.method}"))
     if options.resume:
         options = run_folder.resumed(out, options, given)
     source = load_source(options.source, options.arch)
     suits = {} if source.model.image_size > 64 else SMALL_FINETUNE if options.method == "finetune" else SMALL
     if not options.resume:
         options = dataclasses.replace(options, **{k: v for k, v in suits.items() if k not in given})
-    run_folder.open_run(out, options)
-    torch.manual_seed(options.seed)
-
-    size = source.model.image_size
+    check(options, out)
+    size, theta = source.model.image_size, fingerprint(source.model)
     targets = data.target_images(options.target, size)
+    if options.method in ("guided", "tan"):
+        start_classifier(options.classifier, options.classifier_arch, options.source, source)  # a wrong file is found out now
+    run_folder.open_run(out, options)
+
+    torch.manual_seed(options.seed)
     model, schedule = source.model.to(device), source.schedule
+    total = sum(p.numel() for p in model.parameters())
     parameters = prepare(options, source)
-    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in parameters)
     rate = 1 if options.method == "finetune" else adaptor.parameter_rate(model)
     say(f"source {options.source}: {size}x{size}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
         f"{options.method} on {len(targets)} pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
@@ -183,26 +207,29 @@ def main() -> None:
         classifier_network = run_folder.load_classifier(out)
         classifier = classifier_network.model.to(device).requires_grad_(False)
         accuracy = classifier_network.description["held_out_accuracy"]
-        say("classifier, accuracy on held-out pictures for t in the 1st, 2nd, 3rd, 4th quarter (0.5 is chance): "
-            + ", ".join(f"{a:.2f}" for a in accuracy))
+        if accuracy is not None:
+            say("classifier, accuracy on held-out pictures for t in the 1st, 2nd, 3rd, 4th quarter (0.5 is chance): "
+                + ", ".join(f"{a:.2f}" for a in accuracy))
 
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     ema, start = EMA(parameters, options.ema), 0
     if options.resume and (out / "checkpoint.pt").exists():
         state = load_checkpoint(out / "checkpoint.pt")
+        if state["source"] != theta:
+            raise InputError(f"{out}: belongs to another source than the present {options.source}")
         with torch.no_grad():
             torch._foreach_copy_(parameters, [p.to(device) for p in state["parameters"]])
         optimizer.load_state_dict(state["optimizer"]), ema.load_state_dict(state["ema"])
         start = state["iteration"]
         say(f"resuming at iteration {start}")
     metrics = Metrics(out / "metrics.jsonl", start)
-    report = run_folder.Report(out, options, source, targets, ema, device)
+    report = run_folder.Report(out, options, source, theta, targets, ema, device)
     if start == 0:
         report.preview(0)
 
     def save(done: int) -> None:
         save_checkpoint(out / "checkpoint.pt", dict(parameters=[p.detach() for p in parameters], optimizer=optimizer.state_dict(),
-                                                    ema=ema.state_dict(), iteration=done))
+                                                    ema=ema.state_dict(), iteration=done, source=theta))
 
     b, micro = options.batch_size, options.micro_batch_size or options.batch_size
     mine = distributed.share(b)
@@ -250,8 +277,8 @@ def main() -> None:
             gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
             if not math.isfinite(line["loss"] + gradient_norm):
                 save(iteration)  # this step has not been taken: the weights are still good
-                raise InputError(f"loss {line['loss']}, gradient {gradient_norm} at iteration {iteration}: try a lower --learning-rate or "
-                                 f"--gamma, or --precision fp32; the state before it is in {out}/checkpoint.pt")
+                raise InputError(f"loss {line['loss']}, gradient {gradient_norm} at iteration {iteration}; the state before it is in "
+                                 f"{out}/checkpoint.pt; start again with --overwrite and a lower --learning-rate or --gamma, or --precision fp32")
             optimizer.param_groups[0]["lr"] = options.learning_rate * warmup(iteration, options.warmup)
             optimizer.step()                                                        # line 9
             ema.update()
@@ -261,7 +288,7 @@ def main() -> None:
                           images_per_second=b / seconds)
             bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
             swamped = [q + 1 for q, r in enumerate(line.get("guidance_rms", [])) if r is not None and r > 0.5]
-            if swamped and not warned:
+            if swamped and not warned and main_rank:
                 warned = True
                 bar.write(f"warning: in timestep quarter {swamped[0]} the guidance has over half the strength of the noise itself; "
                           "a lower --gamma is safer")
@@ -274,7 +301,7 @@ def main() -> None:
                 bar.close()
                 say(f"\nstopped and saved after {done} iterations; continue with --resume")
                 distributed.cleanup()
-                return
+                sys.exit(130)
     report.finish()
     distributed.barrier()
     distributed.cleanup()

@@ -7,9 +7,7 @@ holds weights, EMA and optimiser, so a resumed run computes the very same number
 import json
 import math
 import os
-import pickle
 import signal
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,8 +54,8 @@ def load_checkpoint(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no checkpoint to resume from; leave out --resume to start anew") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]}); leave out --resume to start anew") from None
+    except Exception as error:  # on damaged bytes torch's unpickler raises nearly every type there is
+        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}); leave out --resume to start anew") from None
 
 
 class EMA:

@@ -149,7 +149,7 @@ class Encoder(nn.Module):
                             norm_groups=norm_groups, resample=resample)
 
         def attention(channels):
-            return AttentionBlock(channels, channels // num_head_channels if num_head_channels else num_heads, norm_groups)
+            return AttentionBlock(channels, self.heads(channels), norm_groups)
 
         channels = model_channels * channel_mult[0]
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
@@ -170,6 +170,11 @@ class Encoder(nn.Module):
         self.middle_block = Stage(res(channels, channels), attention(channels), res(channels, channels))
         self.channels, self.factor = channels, factor
         self._res, self._attention = res, attention
+
+    def heads(self, channels: int) -> int:
+        """Attention heads at this many channels."""
+        width = self.config["num_head_channels"]
+        return channels // width if width not in (None, -1) else self.config["num_heads"]
 
     def run(self, stage: Stage, h: Tensor, emb: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():

@@ -145,7 +145,7 @@ train_tan.main()
 def test_stopped_and_resumed_is_the_same_run(number, lines, save_every, start, tiny, finished, tmp_path, capsys):
     run = tmp_path / "run"
     stopped = python("-c", KILLED, int(number), lines, *tiny.flags, "--output-dir", run, "--save-every", save_every, cwd=tmp_path)
-    assert stopped.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL), stopped.stderr
+    assert stopped.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), stopped.stderr
     assert len(metrics(run)) == lines and not (run / "weights.safetensors").exists()
     assert ("stopped and saved after 2 iterations" in stopped.stdout) == (number == signal.SIGTERM)
     resume(run)
@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite(train, finished, tmp_path, monkeypatch):
     def broken(*a):
         steps.append(a)
         return guided_loss(*a) * (float("nan") if len(steps) == 3 else 1)
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="at iteration 2: try a lower --learning-rate") as error:
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="at iteration 2; .* a lower --learning-rate") as error:
         patch.setattr(train_tan, "guided_loss", broken)
         train(run)
     assert "\n" not in str(error.value)
@@ -237,24 +237,26 @@ def test_a_loss_that_is_not_finite(train, finished, tmp_path, monkeypatch):
 
 def test_a_learning_rate_far_too_high(train, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(InputError, match="loss nan, gradient nan at iteration 1: try"):
+    with pytest.raises(InputError, match="loss nan, gradient nan at iteration 1; the state before it"):
         train(run, "--learning-rate", "1e30")
     assert all(p.isfinite().all() for p in training.load_checkpoint(run / "checkpoint.pt")["parameters"])
 
 
 def test_a_folder_that_holds_a_run(train, tmp_path):
-    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
+    run = train(tmp_path / "run", "--method", "guided", "--iterations", "1", "--samples", "1")
     with pytest.raises(InputError, match="holds a run already; continue it with --resume, replace it with --overwrite"):
         train(run, "--method", "finetune", "--iterations", "2")
     assert len(metrics(run)) == 1
     (run / "drawn").mkdir()
     train(run, "--method", "finetune", "--iterations", "2", "--overwrite")
-    assert len(metrics(run)) == 2 and run_folder.load_run(run)[1]["method"] == "finetune" and (run / "drawn").exists()
+    assert len(metrics(run)) == 2 and run_folder.load_run(run)[1]["method"] == "finetune"
+    assert not any((run / name).exists() for name in ("classifier.safetensors", "samples.png", "progress"))  # the first run's
+    assert (run / "drawn").exists()  # not a file of train_tan.py
     assert json.loads((run / "options.json").read_text())["overwrite"] is False
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--gamma", "2"], "--gamma 2.0: the run in .* has 1.0; leave the flag out"),
+    (["--gamma", "2"], "--gamma 2.0: the run in .* has 5.0; leave the flag out"),
     (["--method", "guided"], "--method guided: the run in .* has tan"),
     (["--seed", "1"], "--seed 1: the run in .* has 0"),
 ])
@@ -265,7 +267,7 @@ def test_resume_with_a_flag_that_contradicts(flags, says, finished):
 
 def test_resume_with_flags_that_agree(finished, tmp_path, tiny):
     before = weights(finished)
-    resume(finished, "--gamma", "1", "--method", "tan", "--source", tiny.source, "--save-every", "25")
+    resume(finished, "--gamma", "5", "--method", "tan", "--source", tiny.source, "--save-every", "25")
     assert weights(finished) == before
 
 
@@ -307,7 +309,6 @@ def test_an_unknown_method(train, tmp_path, capsys):
     assert "--method: invalid choice: 'dreambooth'" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="the held-out fifth of one picture is all of it: RuntimeError from randint in fine_tune")
 def test_a_single_target_picture(tiny, train, tmp_path):
     (tmp_path / "one").mkdir()
     shutil.copy(tiny.targets / "0.png", tmp_path / "one")
@@ -315,7 +316,6 @@ def test_a_single_target_picture(tiny, train, tmp_path):
     assert len(metrics(tmp_path / "run")) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="psi of the old source goes on beside the new one, and weights.safetensors claims the new one")
 def test_resume_after_the_source_has_changed(tiny, train, tmp_path):
     source, run = shutil.copy(tiny.source, tmp_path / "source.safetensors"), tmp_path / "run"
     train(run, "--method", "adaptor", "--iterations", "1", "--source", source)
