@@ -80,6 +80,8 @@ class Options:
                                         group="similarity-guided training (Eq. 6)")
     classifier_iterations: int = option(300, "steps of its fine-tuning", group="similarity-guided training (Eq. 6)")
     classifier_learning_rate: float = option(1e-4, "its learning rate", group="similarity-guided training (Eq. 6)")
+    classifier_check: bool = option(True, "train one with a fifth of the pictures held out first, to see whether guidance means anything",
+                                    group="similarity-guided training (Eq. 6)")
     source_images: str | None = option(None, "pictures of the source for the classifier: a folder or a built-in source (default: drawn "
                                        "for a built-in source, else sampled from the source model)", group="similarity-guided training (Eq. 6)")
     source_count: int = option(256, "how many of them", group="similarity-guided training (Eq. 6)")
@@ -136,7 +138,7 @@ def prepare(options: Options, network: Network) -> list[torch.nn.Parameter]:
 
 def make_classifier(options: Options, source: Network, targets: Tensor, device: torch.device, say) -> tuple[Network, list[float] | None]:
     """p_phi of Eq. 5, fine-tuned on the targets against source pictures, and its accuracy on held-out pictures by timestep quarter
-    (None where there is only one picture)."""
+    (None without --classifier-check, or where there is only one picture)."""
     count, size, schedule = options.source_count, source.model.image_size, source.schedule
     progress = lambda text: lambda steps: tqdm(steps, desc=text, leave=False)
     name = options.source_images or (options.source if options.source in domains.SOURCES else None)
@@ -158,9 +160,8 @@ def make_classifier(options: Options, source: Network, targets: Tensor, device: 
                   options.micro_batch_size, progress(text))
         return network
 
-    # A fifth of the pictures is held out from a first classifier, only to see whether guidance means anything here.
     accuracy = None
-    if min(len(targets), len(pictures)) >= 2:
+    if options.classifier_check and min(len(targets), len(pictures)) >= 2:
         held_out, held_out_source = max(1, len(targets) // 5), max(1, len(pictures) // 5)
         trial = train(pictures[held_out_source:], targets[held_out:], "classifier, a fifth held out")
         accuracy = accuracy_by_quartile(trial.model, schedule, pictures[:held_out_source], targets[:held_out], generator(options.seed, 3))
