@@ -316,6 +316,11 @@ def test_a_single_target_picture(tiny, train, tmp_path):
     assert len(metrics(tmp_path / "run")) == 1
 
 
+def test_without_the_classifier_check_nothing_is_held_out(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "guided", "--iterations", "0", "--no-classifier-check")
+    assert run_folder.load_classifier(run).description["held_out_accuracy"] is None
+
+
 def test_resume_after_the_source_has_changed(tiny, train, tmp_path):
     source, run = shutil.copy(tiny.source, tmp_path / "source.safetensors"), tmp_path / "run"
     train(run, "--method", "adaptor", "--iterations", "1", "--source", source)
