@@ -61,7 +61,6 @@ def open_run(out: Path, options) -> None:
             for name in FILES:
                 (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / "progress", ignore_errors=True)
-        (out / "weights.safetensors").unlink(missing_ok=True)  # until the run is finished again
         text = json.dumps(dict(dataclasses.asdict(options), resume=False, overwrite=False), indent=1)
         write_atomic(out / "options.json", lambda temporary: temporary.write_text(text))
     distributed.barrier()

@@ -121,6 +121,11 @@ def check(options: Options, out: Path) -> None:
         value = getattr(options, name)
         if value is not None and value < low:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+    for name in ("learning_rate", "classifier_learning_rate"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be a positive number")
+    if not 0 <= options.ema < 1:
+        raise InputError(f"--ema {options.ema}: must be at least 0 and below 1")
     for folder in (options.target, options.source_images):
         if folder and Path(folder).is_dir() and Path(folder).resolve() == out.resolve():
             raise InputError(f"--output-dir {out}: is the folder of the pictures; choose another one")
@@ -223,6 +228,8 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"]), ema.load_state_dict(state["ema"])
         start = state["iteration"]
         say(f"resuming at iteration {start}")
+    if main_rank and start < options.iterations:
+        (out / "weights.safetensors").unlink(missing_ok=True)  # a finished run that goes on is not finished until it ends
     metrics = Metrics(out / "metrics.jsonl", start)
     report = run_folder.Report(out, options, source, theta, targets, ema, device)
     if start == 0:

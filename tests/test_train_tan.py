@@ -316,6 +316,14 @@ def test_a_single_target_picture(tiny, train, tmp_path):
     assert len(metrics(tmp_path / "run")) == 1
 
 
+def test_a_resume_that_fails_leaves_the_finished_run_alone(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
+    (run / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        resume(run, "--iterations", "2")
+    assert run_folder.load_run(run)[1]["method"] == "adaptor"
+
+
 def test_without_the_classifier_check_nothing_is_held_out(train, tmp_path):
     run = train(tmp_path / "run", "--method", "guided", "--iterations", "0", "--no-classifier-check")
     assert run_folder.load_classifier(run).description["held_out_accuracy"] is None
