@@ -26,7 +26,7 @@ import domains
 import run_folder
 from checkpoints import ASSETS, Network, load_network, load_source
 from ddpm import sample
-from options import InputError, option, parse, run
+from options import InputError, at_least, option, parse, run
 from train_tan import METHODS
 from training import write_atomic
 
@@ -110,8 +110,7 @@ def main() -> None:
     options, _ = parse(Options, description=__doc__)
     if bool(options.runs) == options.ablation:
         raise InputError("what to score: give either folders of runs, or --ablation")
-    if options.n < 1:
-        raise InputError(f"-n {options.n}: must be at least 1")
+    at_least(options, n=1)
     device = distributed.setup(options.device)
     folders = [Path(name) for name in options.runs] or train_ablation(options)
     sources, rows = {}, []

@@ -53,6 +53,16 @@ def parse(cls, argv=None, description=None):
     return cls(**values), frozenset(values)
 
 
+def at_least(options, **bounds):
+    """InputError that names the flag of the first field in `bounds` whose value lies below its bound; None passes."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    for name, low in bounds.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            flag = fields[name].metadata.get("short") or "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {value}: must be at least {low}")
+
+
 def run(main):
     """Call `main()`; an InputError becomes one line on stderr and exit status 2, Ctrl-C one and 130, without a traceback."""
     try:

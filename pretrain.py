@@ -29,7 +29,7 @@ import distributed
 import domains
 from checkpoints import LINEAR, build, save_network
 from ddpm import predict_eps, sample
-from options import REQUIRED, InputError, option, parse, run
+from options import REQUIRED, InputError, at_least, option, parse, run
 from pictures import save_curve, save_grid
 from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_checkpoint, read_metrics, save_checkpoint, warmup)
 
@@ -117,9 +117,7 @@ def main() -> None:
     device = distributed.setup(options.device)
     if (out / "checkpoint.pt").exists() and not (options.resume or options.overwrite):
         raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with --overwrite, or choose --output-dir")
-    for name, low in dict(size=8, images=1, iterations=1, batch_size=distributed.world(), warmup=0, seed=0, save_every=1).items():
-        if getattr(options, name) < low:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {low}")
+    at_least(options, size=8, images=1, iterations=1, batch_size=distributed.world(), warmup=0, seed=0, save_every=1)
     torch.manual_seed(options.seed)
     network = build(describe(options), "the network flags")
     batch_of, n_pictures = load_pictures(options)

@@ -22,7 +22,7 @@ import run_folder
 from checkpoints import load_source
 from classifier import TARGET, log_prob_gradient
 from ddpm import sample
-from options import REQUIRED, InputError, option, parse, run
+from options import REQUIRED, InputError, at_least, option, parse, run
 from pictures import save_grid
 from training import write_atomic
 
@@ -50,9 +50,7 @@ def main() -> None:
         raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'") from None
     if eta != "large" and not 0 <= eta <= 1:
         raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'")
-    for flag, value in (("-n", options.n), ("--batch-size", options.batch_size), ("--steps", options.steps)):
-        if value < 1:
-            raise InputError(f"{flag} {value}: must be at least 1")
+    at_least(options, n=1, batch_size=1, steps=1)
     folder = Path(options.model)
     if folder.is_dir():
         network, _ = run_folder.load_run(folder)

@@ -34,7 +34,7 @@ from adversarial_noise import worst_case_noise
 from checkpoints import Network, fingerprint, load_source, save_network, start_classifier
 from classifier import AUGMENTATIONS, TARGET, accuracy_by_quartile, fine_tune, log_prob_gradient
 from ddpm import predict_eps, sample
-from options import InputError, option, parse, run
+from options import InputError, at_least, option, parse, run
 from training import EMA, Metrics, Stats, StopSignal, generator, load_checkpoint, save_checkpoint, warmup
 
 METHODS = {
@@ -115,12 +115,8 @@ def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) ->
 
 def check(options: Options, out: Path) -> None:
     """InputError for a number that makes no sense or an --output-dir that would be written among somebody's pictures."""
-    least = dict(iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0, seed=0, adaptor_width=1, pgd_steps=0,
+    at_least(options, iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0, seed=0, adaptor_width=1, pgd_steps=0,
                  classifier_batch_size=2, classifier_iterations=1, source_count=1, samples=0, sample_steps=1, previews=1, save_every=1)
-    for name, low in least.items():
-        value = getattr(options, name)
-        if value is not None and value < low:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
     for name in ("learning_rate", "classifier_learning_rate"):
         if not 0 < getattr(options, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be a positive number")
