@@ -12,6 +12,7 @@ import socket
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def published_weights(url: str, flag: str, path: Path | None = None, download: b
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
-    except (OSError, RuntimeError) as error:  # RuntimeError: not the bytes that the name promises
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: not the bytes that the name promises
         raise InputError(f"{cached}: could not be downloaded ({error}); {remedy}") from None
     finally:
         socket.setdefaulttimeout(before)
