@@ -58,7 +58,7 @@ def at_least(options, **bounds):
     fields = {field.name: field for field in dataclasses.fields(options)}
     for name, low in bounds.items():
         value = getattr(options, name)
-        if value is not None and value < low:
+        if value is not None and not value >= low:  # nan is not, either
             flag = fields[name].metadata.get("short") or "--" + name.replace("_", "-")
             raise InputError(f"{flag} {value}: must be at least {low}")
 

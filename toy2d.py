@@ -1,0 +1,475 @@
+"""TAN in two dimensions (section 5.1, Figure 2), where the truth is known in closed form.
+
+  python toy2d.py             two to three minutes: the figure, the measurements, a table of what holds
+  python toy2d.py --quick     the same from fewer repetitions, in twenty seconds
+
+Source N((1, 1), I), target N((-1, -1), I).  x_t of the source is N(sqrt(a) mu_S, I) with a = alpha_bar_t, so the best predictor is
+
+    eps*(x_t, t) = sqrt(1-a) (x_t - sqrt(a) mu_S)    and on a target sample    eps - eps* = a eps - sqrt(a (1-a)) (x_0 - mu_S).
+
+Three things follow for the first gradient of the output layer, which is -2 mean(eps - eps_theta - guidance) for its bias:
+ 1. Without guidance it points along mean(x_0) - mu_S - sqrt(a / (1-a)) mean(eps).  Ten shots repeated a thousand times leave the error of
+    the shots' mean alone: an angle of standard deviation sqrt(1/10) / |mu_T - mu_S| = 6.4 degrees, 5.1 on average.
+ 2. Guidance adds sigma_hat^2 gamma mean(grad log p).  The Bayes classifier's gradient lies on mu_T - mu_S exactly, and pulls the sum
+    towards it; a classifier that knows only the ten shots points where they do.
+ 3. The ascent of Eq. 8 adds a multiple of a eps - sqrt(a (1-a)) (x_0 - mu_S) to eps, and Norm takes the mean away again: noise whose mean is 0
+    gives the gradient of 1 whatever omega and J.  What is left of the shift is its difference between shots, which makes the noise
+    an ellipse with the shots' own correlation: since Norm makes both variances 1, its long axis lies on a diagonal, as often across the gradient as along it.
+
+Arrays are (B, E, 2): B points of each of E independent experiments (draws of ten shots, networks) side by side.  Writes to runs/toy2d/
+figure2.png, measured.png, results.json and the table it prints.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.patches import Ellipse
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adversarial_noise import norm, worst_case_noise
+from classifier import SOURCE, TARGET, log_prob_gradient
+from ddpm import Schedule, predict_eps, sample
+from options import InputError, at_least, option, parse, run
+from train_tan import guided_loss
+from training import generator, write_atomic
+from unet import timestep_embedding
+
+MEANS = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])  # of SOURCE and TARGET; both covariances are I
+
+METHODS = [("baseline", None), ("adversarial", None), ("guided", "ten"), ("TAN", "ten"), ("guided", "bayes"), ("TAN", "bayes")]  # and their classifier
+STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512)  # iterations after which samples are drawn
+FEW = 3                                                         # iterations before Figures 2(b) and 2(c)
+GAMMAS = (1, 5, 20, 100)
+ASCENTS = [(omega, steps) for omega in (0.02, 0.1, 0.5) for steps in (1, 10, 50)]
+COLOURS = {"reference": "cyan", "baseline": "darkblue", "adversarial": "tab:gray", "guided": "sienna", "TAN": "orange"}  # Figure 2's caption
+
+
+@dataclasses.dataclass
+class Options:
+    draws: int = option(200, "independent draws of the ten shots")
+    repeats: int = option(1000, "copies of the shots in one batch, each with its own noise (the paper's thousand)")
+    timesteps: tuple[int, ...] = option((100, 300, 500, 700, 900), "where gradients are compared (0 to 999)")
+    gamma: float = option(5.0, "strength of the guidance (Eq. 6)")
+    omega: float = option(0.02, "rate of the gradient ascent (Eq. 8)")
+    pgd_steps: int = option(10, "its steps J")
+    iterations: int = option(256, "updates when adapting")
+    learning_rate: float = option(0.02, "of plain gradient descent when adapting (Algorithm 1, line 9)")
+    seed: int = option(0, "seed of everything random")
+    quick: bool = option(False, "20 draws, 100 copies, 32 iterations, where nothing else is typed")
+    output_dir: str = option("runs/toy2d", "where the results go (an earlier result there is replaced)")
+
+
+class MLP(nn.Module):
+    """E small networks side by side: x (B, E, 2), t (B,) -> (B, E, 2).  With E = 1 it serves any number of experiments."""
+
+    def __init__(self, copies: int, width: int = 32):
+        super().__init__()
+        sizes = [2 + 16, width, width, 2]
+        self.weights = nn.ParameterList(torch.randn(copies, i, o) / i ** 0.5 for i, o in zip(sizes, sizes[1:]))
+        self.biases = nn.ParameterList(torch.zeros(copies, 1, o) for o in sizes[1:])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        e = timestep_embedding(t, 16)[:, None].expand(-1, x.shape[1], -1)     # (B,) -> (B, E, 16)
+        h = torch.cat([x, e], dim=2).transpose(0, 1)                          # (E, B, 18)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            h = F.silu(h @ weight + bias)                                     # (E, B, width)
+        return (h @ self.weights[-1] + self.biases[-1]).transpose(0, 1)       # (B, E, 2)
+
+    def select(self, which: slice | list[int]) -> "MLP":
+        """Copies of some of the networks; [0] * n makes n that begin as the first."""
+        state = {key: value[which] for key, value in self.state_dict().items()}
+        other = MLP(len(state["biases.0"]), self.weights[0].shape[2])
+        other.load_state_dict(state)
+        return other.requires_grad_(self.biases[0].requires_grad)
+
+
+def optimal_predictor(schedule: Schedule, domain: int = SOURCE) -> Callable:
+    """eps*(x_t, t) = E[eps | x_t] for a unit Gaussian."""
+    def model(xt: Tensor, t: Tensor) -> Tensor:
+        a = schedule.at(t, xt)
+        return (1 - a).sqrt() * (xt - a.sqrt() * MEANS[domain].to(xt))
+    return model
+
+
+def bayes_classifier(schedule: Schedule) -> Callable:
+    """log q(x_t | domain) up to a constant, as logits (B, 2, E), classes second."""
+    def model(xt: Tensor, t: Tensor) -> Tensor:
+        centres = schedule.at(t, xt)[..., None].sqrt() * MEANS                # (B, 1, 2 classes, 2)
+        return -0.5 * (xt[:, :, None] - centres).square().sum(3).transpose(1, 2)
+    return model
+
+
+def draw_points(domain: int, n: int, experiments: int, g: torch.Generator) -> Tensor:
+    """(n, experiments, 2) points of SOURCE or TARGET."""
+    return MEANS[domain] + torch.randn(n, experiments, 2, generator=g)
+
+
+def train(model: MLP, loss: Callable[[int], Tensor], iterations: int, learning_rate: float, progress: tqdm) -> None:
+    """Adam with a learning rate that falls to 0 by half a cosine; loss(i) is summed over the experiments."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for i in range(iterations):
+        optimizer.zero_grad()
+        loss(i).backward()
+        optimizer.step(), decay.step()
+        progress.update()
+
+
+def pretrain(schedule: Schedule, iterations: int, seed: int, progress: tqdm) -> MLP:
+    """A noise predictor of the source (Eq. 1)."""
+    torch.manual_seed(seed)
+    model, g = MLP(1), generator(seed, 1)
+
+    def loss(i: int) -> Tensor:
+        x0, eps = draw_points(SOURCE, 1024, 1, g), torch.randn(1024, 1, 2, generator=g)
+        t = torch.randint(schedule.timesteps, (1024,), generator=g)
+        return guided_loss(eps, predict_eps(model, schedule.add_noise(x0, t, eps), t), 0.0).mean()
+
+    train(model, loss, iterations, 5e-3, progress)
+    return model.requires_grad_(False)
+
+
+def train_classifier(targets: Tensor, schedule: Schedule, iterations: int, seed: int, progress: tqdm) -> MLP:
+    """E networks that tell the source from `targets` (N, E, 2) on noised points."""
+    experiments = targets.shape[1]
+    torch.manual_seed(seed)
+    model, g = MLP(1).select([0] * experiments), generator(seed, 2)
+    labels = torch.tensor([SOURCE, TARGET]).repeat_interleave(32)[:, None].expand(-1, experiments)
+
+    def loss(i: int) -> Tensor:
+        x0 = torch.cat([draw_points(SOURCE, 32, experiments, g), targets[torch.randint(len(targets), (32,), generator=g)]])
+        t = torch.randint(schedule.timesteps, (64,), generator=g)
+        logits = model(schedule.add_noise(x0, t, torch.randn(x0.shape, generator=g)), t)
+        return experiments * F.cross_entropy(logits.transpose(1, 2), labels)
+
+    train(model, loss, iterations, 5e-3, progress)
+    return model.requires_grad_(False)
+
+
+def class_logits(model: MLP) -> Callable:
+    """The classifier that log_prob_gradient expects, classes second: (B, E, 2), (B,) -> (B, 2, E)."""
+    return lambda xt, t: model(xt, t).transpose(1, 2)
+
+
+def guidance(classifier: Callable | None, schedule: Schedule, xt: Tensor, t: Tensor, gamma: float) -> Tensor | float:
+    """sigma_hat_t^2 gamma grad log p(y = T | x_t) of Eq. 6, or 0 without a classifier."""
+    if classifier is None:
+        return 0.0
+    return schedule.sigma_hat(t, xt) ** 2 * gamma * log_prob_gradient(classifier, xt, t, TARGET)
+
+
+def output_gradient(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, classifier: Callable | None = None,
+                    gamma: float = 5.0) -> Tensor:
+    """Gradient (E, 2) of the loss (Eqs. 1, 6, 9) by the bias of the model's output layer."""
+    xt = schedule.add_noise(x0, t, eps)
+    bias = torch.zeros(x0.shape[1:], requires_grad=True)
+    losses = guided_loss(eps, predict_eps(model, xt, t) + bias, guidance(classifier, schedule, xt, t, gamma))
+    return torch.autograd.grad(losses.mean() * bias.numel(), bias)[0]  # guided_loss is a mean over E and coordinates; ||.||^2 is a sum
+
+
+def angle(u: Tensor, v: Tensor) -> Tensor:
+    """Between vectors (..., 2), in degrees, 0 to 180."""
+    return F.cosine_similarity(u, v, dim=-1).clamp(-1, 1).arccos().rad2deg()
+
+
+def ellipse(eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a cloud (B, E, 2): lengths (E, 2) of the half axes, short one first, and the direction (E, 2) of the long one."""
+    variances, directions = torch.linalg.eigh(torch.einsum("bei,bej->eij", eps, eps) / len(eps))
+    return variances.sqrt(), directions[..., 1]
+
+
+def wasserstein(x: Tensor) -> tuple[Tensor, Tensor]:
+    """From samples (N, E, 2): distance (E,) of the mean to the target's, and the 2-Wasserstein distance (E,) of the fitted Gaussian to the target.
+
+    W_2^2 = |m - mu|^2 + tr(C + I - 2 C^(1/2)) for covariance C against I.
+    """
+    offset = (x.mean(0) - MEANS[TARGET]).norm(dim=1)
+    axes, _ = ellipse(x - x.mean(0))
+    return offset, (offset ** 2 + (axes - 1).square().sum(1)).sqrt()
+
+
+def compare_gradients(model: Callable, classifiers: dict[str, Callable], shots: Tensor, schedule: Schedule, t: int, options: Options, repeats: int,
+                      g: torch.Generator) -> dict[str, Tensor]:
+    """Gradients (E, 2) by method at the first iteration, for shots (10, E, 2) repeated `repeats` times, all at the same t and from the same noise.
+
+    "reference" has 10,000 different target points instead.  "norm only" normalises the noise and stops there, which shows what of
+    "adversarial" is the ascent.  Under "worst" the worst-case noise (B, E, 2) itself.
+    """
+    x0, many = shots.repeat(repeats, 1, 1), draw_points(TARGET, 10_000, shots.shape[1], g)
+    all_eps = torch.randn(max(len(many), len(x0)), *many.shape[1:], generator=g)
+    eps, times = all_eps[:len(x0)], torch.full((len(x0),), t)
+    worst, _ = worst_case_noise(model, schedule, x0, times, eps, options.pgd_steps, options.omega, dims=(0,))
+    gradient = lambda noise, classifier=None: output_gradient(model, schedule, x0, times, noise, classifier, options.gamma)
+    result = {"reference": output_gradient(model, schedule, many, torch.full((len(many),), t), all_eps[:len(many)]),
+              "baseline": gradient(eps), "norm only": gradient(norm(eps, dims=(0,))), "adversarial": gradient(worst), "worst": worst}
+    for name, classifier in classifiers.items():
+        result[f"guided, {name}"], result[f"TAN, {name}"] = gradient(eps, classifier), gradient(worst, classifier)
+    return result
+
+
+def adapt(model: MLP, method: str, classifier: Callable | None, shots: Tensor, schedule: Schedule, options: Options,
+          seed: int, progress: tqdm) -> Iterator[MLP]:
+    """Fine-tune a copy of `model` for each draw of shots (10, E, 2), 40 points an iteration as in the paper; yields after each iteration."""
+    experiments = shots.shape[1]
+    model, g = model.select([0] * experiments).requires_grad_(True), generator(seed, 3)  # every method sees the same timesteps and noises
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate)  # Algorithm 1, line 9
+    x0 = shots.repeat(4, 1, 1)
+    for _ in range(options.iterations):
+        t = torch.randint(schedule.timesteps, (len(x0),), generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        if method in ("adversarial", "TAN"):
+            eps, _ = worst_case_noise(model, schedule, x0, t, eps, options.pgd_steps, options.omega, dims=(0,))
+        xt = schedule.add_noise(x0, t, eps)
+        losses = guided_loss(eps, predict_eps(model, xt, t), guidance(classifier, schedule, xt, t, options.gamma))
+        optimizer.zero_grad()
+        (experiments * losses.mean()).backward()
+        optimizer.step()
+        progress.update()
+        yield model
+
+
+def trajectories(model: MLP, schedule: Schedule, noise: Tensor) -> Tensor:
+    """First coordinate along 100 DDIM steps from noise (N, 2), start included: (101, N)."""
+    path = [noise[:, 0]]
+    sample(model, schedule, (1, 2), range(len(noise)), 100, noise=noise[:, None], clip=False, batch_size=len(noise),
+           on_step=lambda s, x: path.append(x[:, 0, 0].clone()))
+    return torch.stack(path)
+
+
+
+def measure_angles(model: Callable, classifiers: dict[str, Callable], shots: Tensor, schedule: Schedule, options: Options, seed: int,
+                   progress: tqdm) -> list[tuple]:
+    """(batch, t, method, angles (E,) to the reference): with the shots repeated and with one noise each; guided methods for several gamma.
+
+    `classifiers` give the classifier of a slice of the draws.  The gradient is linear in gamma, so two of them give all.
+    """
+    rows = []
+    for batch, repeats in (("repeated", options.repeats), ("one noise each", 1)):
+        for t in options.timesteps:
+            parts = []
+            for first in range(0, shots.shape[1], 10):  # ten draws fit the processor's cache
+                part = slice(first, first + 10)
+                parts.append(compare_gradients(model, {name: of(part) for name, of in classifiers.items()}, shots[:, part], schedule, t, options,
+                                               repeats, generator(seed, 4, repeats, t, first)))
+                progress.update()
+            found = {name: torch.cat([p[name] for p in parts]) for name in parts[0] if name != "worst"}
+            reference = found.pop("reference")
+            rows += [(batch, t, method, angle(gradient, reference)) for method, gradient in found.items()]
+            for name in ("bayes", "ten"):
+                slope = (found[f"guided, {name}"] - found["baseline"]) / options.gamma
+                rows += [(batch, t, f"guided, {name}, gamma {gamma}", angle(found["baseline"] + gamma * slope, reference)) for gamma in GAMMAS]
+    return rows
+
+
+def measure_noise(model: Callable, shots: Tensor, schedule: Schedule, seed: int, progress: tqdm) -> list[tuple]:
+    """(timesteps, omega, J, ratio (E,) of the axes, angle (E,) from the long axis to the gradient, 0 to 90) of worst-case noise."""
+    rows, x0 = [], shots.repeat(100, 1, 1)
+    for name, t in (("100", 100), ("500", 500), ("mixed", None)):
+        g = generator(seed, 5)
+        times = torch.randint(schedule.timesteps, (len(x0),), generator=g) if t is None else torch.full((len(x0),), t)
+        eps = torch.randn(x0.shape, generator=g)
+        for omega, steps in ASCENTS:
+            worst, _ = worst_case_noise(model, schedule, x0, times, eps, steps, omega, dims=(0,))
+            axes, long = ellipse(worst)
+            off = angle(long, output_gradient(model, schedule, x0, times, worst))
+            rows.append((name, omega, steps, axes[:, 1] / axes[:, 0], torch.minimum(off, 180 - off)))
+            progress.update()
+    return rows
+
+
+def measure_adaptation(model: MLP, classifiers: dict[str, Callable], shots: Tensor, schedule: Schedule, options: Options, seed: int,
+                       progress: tqdm) -> list[tuple]:
+    """(method, iteration, error (E,) of the mean, W_2 (E,)) of what the adapted networks sample."""
+    rows, n = [], 250
+    noise = norm(torch.randn(n, shots.shape[1], 2, generator=generator(seed, 6)), dims=(0,))  # less sampling error
+    for method, name in METHODS:
+        for i, adapted in enumerate(adapt(model, method, name and classifiers[name](slice(None)), shots, schedule, options, seed,
+                                                  progress), start=1):
+            if i in STAGES:
+                x = sample(adapted, schedule, tuple(noise.shape[1:]), range(n), 25, noise=noise, clip=False, batch_size=n)
+                rows.append((f"{method}, {name}" if name else method, i, *wasserstein(x)))
+    return rows
+
+
+def quartiles(values: Tensor) -> list[float]:
+    """25, 50 and 75 % of the draws lie below."""
+    return [round(v, 4) for v in torch.quantile(values, torch.tensor([0.25, 0.5, 0.75])).tolist()]
+
+
+def summarise(angles: list[tuple], noise: list[tuple], adaptation: list[tuple]) -> dict:
+    """The measurements as plain numbers, for results.json: mean and quartiles over the draws."""
+    baseline = {(batch, t): values for batch, t, method, values in angles if method == "baseline"}
+    return dict(
+        angles=[dict(batch=batch, t=t, method=method, mean=v.mean().item(), quartiles=quartiles(v),
+                     closer_than_baseline=(v < baseline[batch, t]).float().mean().item()) for batch, t, method, v in angles],
+        noise=[dict(t=t, omega=omega, pgd_steps=steps, axes_ratio=ratio.mean().item(), axis_to_gradient=off.mean().item(),
+                    along_gradient=(off < 45).float().mean().item()) for t, omega, steps, ratio, off in noise],
+        adaptation=[dict(method=method, iteration=i, mean_error=quartiles(error), w2=quartiles(w2)) for method, i, error, w2 in adaptation])
+
+
+def tables(results: dict) -> str:
+    """Markdown of the three measurements, for people."""
+    lines = ["Angle to the gradient of 10,000 samples, degrees: mean over draws and timesteps (in brackets: share closer than the baseline)", "",
+             "| method | shots repeated | one noise each |", "|---|---|---|"]
+    rows = results["angles"]
+    for method in dict.fromkeys(r["method"] for r in rows):
+        cells = []
+        for batch in ("repeated", "one noise each"):
+            mine = [r for r in rows if r["method"] == method and r["batch"] == batch]
+            mean, closer = (sum(r[k] for r in mine) / len(mine) for k in ("mean", "closer_than_baseline"))
+            cells.append(f"{mean:.1f}" + (f" ({closer:.0%})" if method != "baseline" else ""))
+        lines.append(f"| {method} | {cells[0]} | {cells[1]} |")
+    lines += ["", "Worst-case noise: ratio of its axes (in brackets: share of draws whose long axis lies along the gradient, not across)", "",
+              "| omega, J | t = 100 | t = 500 | mixed timesteps |", "|---|---|---|---|"]
+    for omega, steps in ASCENTS:
+        mine = [r for r in results["noise"] if (r["omega"], r["pgd_steps"]) == (omega, steps)]
+        lines.append(f"| {omega}, {steps} | " + " | ".join(f"{r['axes_ratio']:.2f} ({r['along_gradient']:.0%})" for r in mine) + " |")
+    stages = sorted({r["iteration"] for r in results["adaptation"]})
+    lines += ["", "2-Wasserstein distance of the samples to the target, median over draws, after so many iterations (before: 2.83)", "",
+              "| method | " + " | ".join(map(str, stages)) + " |", "|---|" + "---|" * len(stages)]
+    for method in dict.fromkeys(r["method"] for r in results["adaptation"]):
+        cells = [f"{r['w2'][1]:.2f}" for r in results["adaptation"] if r["method"] == method]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def style(method: str) -> dict:
+    """Colour of the caption; the Bayes classifier's lines are dotted."""
+    return dict(color=COLOURS[method.split(",")[0]], linestyle=":" if "bayes" in method else "-")
+
+
+def draw_gradients(axes: plt.Axes, model: Callable, classifiers: dict[str, Callable], shots: Tensor, schedule: Schedule, options: Options, seed: int) -> dict:
+    """Figure 2(a) from one draw of shots (10, 1, 2) at the middle timestep; returns the angles."""
+    t = sorted(options.timesteps)[len(options.timesteps) // 2]
+    chosen = {name: classifiers[name](slice(0, 1)) for name in ("ten", "bayes")}
+    found = compare_gradients(model, chosen, shots, schedule, t, options, options.repeats, generator(seed, 7))
+    worst, reference = found.pop("worst"), found["reference"]
+    half, long = ellipse(worst)
+    turn = torch.arctan2(long[0, 1], long[0, 0]).rad2deg().item()
+    axes.scatter(*worst[:3000, 0].T.numpy(), s=2, color="red", alpha=0.25, linewidths=0, label="worst-case noise", rasterized=True)
+    axes.add_patch(Ellipse((0, 0), 4 * half[0, 1].item(), 4 * half[0, 0].item(), angle=turn, fill=False, color="darkred", linewidth=1.5,
+                           label=f"its covariance, 2 s.d.:\naxes {(half[0, 1] / half[0, 0]).item():.2f} to 1"))
+    angles = {}
+    for name in ("reference", "baseline", "guided, ten", "TAN, ten", "guided, bayes", "TAN, bayes"):
+        end = F.normalize(found[name][0], dim=0) * 4  # the paper shows directions
+        angles[name] = angle(found[name], reference).item()
+        text = "10,000 samples" if name == "reference" else f"{name}: {angles[name]:.1f}°"
+        axes.plot([0, end[0].item()], [0, end[1].item()], linewidth=4 if name == "reference" else 1.6, label=text, **style(name))
+    axes.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", xlabel="first coordinate", ylabel="second coordinate",
+             title=f"(a) directions of the gradient, t = {t}")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, markerscale=4, title="angle to the cyan line", title_fontsize=8)
+    return dict(t=t, angles=angles, axes_ratio=(half[0, 1] / half[0, 0]).item())
+
+
+def draw_trajectories(axes: plt.Axes, title: str, original: Tensor, adapted: Tensor) -> dict:
+    """Figures 2(b, c): density of the adapted model's trajectories (steps + 1, N), one of them in gold, the original's in cyan."""
+    bins = torch.linspace(-5, 4, 91)
+    density = torch.stack([torch.histogram(x.contiguous(), bins, density=True).hist for x in adapted])
+    image = axes.pcolormesh(range(len(density) + 1), bins.numpy(), density.T.numpy(), cmap="magma", vmin=0, vmax=0.42, rasterized=True)
+    axes.plot(original[:, 0].numpy(), color="cyan", linewidth=1.5, label="original model")
+    axes.plot(adapted[:, 0].numpy(), color="gold", linewidth=1.5, label="adapted model")
+    axes.set(xlabel="sampling step", ylabel="first coordinate", title=title)
+    axes.legend(fontsize=7, loc="lower left", labelcolor="white", facecolor="black", framealpha=0.5)
+    if title.startswith("(c)"):
+        axes.figure.colorbar(image, ax=axes, label="density")
+    gap = adapted - original
+    return dict(mean=adapted[-1].mean().item(), std=adapted[-1].std().item(), peak_density=density[-1].max().item(), gap=gap[-1].mean().item(),
+                gap_std=gap[-1].std().item())
+
+
+def draw_measured(path: Path, angles: list[tuple], adaptation: list[tuple]) -> None:
+    """Angle against timestep for both batches, and distance against iterations; medians with bars and bands from quartile to quartile."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    shown = ("baseline", "adversarial", "guided, ten", "TAN, ten", "guided, bayes", "TAN, bayes")
+    for ax, batch, title in zip(axes, ("repeated", "one noise each"), ("ten shots, repeated", "ten shots, one noise each")):
+        for i, method in enumerate(shown):
+            mine = [(t, *quartiles(values)) for b, t, m, values in angles if (b, m) == (batch, method)]
+            t, low, middle, high = np.array(sorted(mine)).T
+            ax.errorbar(t + (i - 2.5) * 14, middle, [middle - low, high - middle], marker="o", markersize=4, linewidth=1.2, label=method, **style(method))
+        ax.set(title=title, xlabel="timestep t", ylabel="angle to the reference gradient, degrees", yscale="log")
+        ax.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+        ax.grid(alpha=0.3)
+    for method in shown:
+        mine = [(i, *quartiles(w2)) for m, i, _, w2 in adaptation if m == method]
+        i, low, middle, high = np.array(mine).T
+        axes[2].plot(i, middle, linewidth=1.5, label=method, **style(method))
+        axes[2].fill_between(i, low, high, alpha=0.12, color=style(method)["color"], linewidth=0)
+    axes[2].axhline(8 ** 0.5, color="black", linewidth=0.8, linestyle="--", label="before adapting")
+    axes[2].set(title="samples against target", xlabel="iteration", ylabel="2-Wasserstein distance", xscale="log", yscale="log")
+    axes[2].set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    axes[2].grid(alpha=0.3)
+    axes[2].legend(fontsize=8, frameon=False)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)
+
+
+def main() -> None:
+    options, given = parse(Options, description=__doc__)
+    if options.quick:
+        options = dataclasses.replace(options, **{k: v for k, v in dict(draws=20, repeats=100, iterations=32).items() if k not in given})
+    at_least(options, draws=1, repeats=1, iterations=FEW, pgd_steps=0, seed=0, gamma=0, omega=0)
+    schedule, seed, started = Schedule(), options.seed, time.time()
+    if not options.timesteps or not all(0 <= t < schedule.timesteps for t in options.timesteps):
+        raise InputError(f"--timesteps {' '.join(map(str, options.timesteps))}: give numbers from 0 to {schedule.timesteps - 1}")
+    if not 0 < options.learning_rate < math.inf:
+        raise InputError(f"--learning-rate {options.learning_rate}: must be a positive number")
+    out = Path(options.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    gradients = 2 * len(options.timesteps) * -(-options.draws // 10)
+    total = 2000 + 300 + 1000 + gradients + 3 * len(ASCENTS) + len(METHODS) * options.iterations + 2 * FEW
+    with tqdm(total=total, desc="pre-training", mininterval=0.5) as bar:
+        model = pretrain(schedule, 2000, seed, bar)
+        bar.set_description("classifiers")
+        shots = draw_points(TARGET, 10, options.draws, generator(seed, 0))
+        ten = train_classifier(shots, schedule, 300, seed, bar)
+        many = class_logits(train_classifier(draw_points(TARGET, 10_000, 1, generator(seed, 8)), schedule, 1000, seed, bar))
+        classifiers = {"bayes": lambda part: bayes_classifier(schedule), "many": lambda part: many, "ten": lambda part: class_logits(ten.select(part))}
+        bar.set_description("gradients")
+        angles = measure_angles(model, classifiers, shots, schedule, options, seed, bar)
+        bar.set_description("worst-case noise")
+        noise = measure_noise(model, shots[:, :50], schedule, seed, bar)  # enough here
+        bar.set_description("adapting")
+        adaptation = measure_adaptation(model, classifiers, shots, schedule, options, seed, bar)
+
+        figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained", width_ratios=(1, 0.9, 0.9))
+        shown = dict(gradients=draw_gradients(axes[0], model, classifiers, shots[:, :1], schedule, options, seed))
+        start = torch.randn(20_000, 2, generator=generator(seed, 9))
+        original = trajectories(model, schedule, start)
+        few = dataclasses.replace(options, iterations=FEW)
+        for ax, letter, method, name in ((axes[1], "b", "baseline", None), (axes[2], "c", "TAN", "ten")):
+            for adapted in adapt(model, method, name and classifiers[name](slice(0, 1)), shots[:, :1], schedule, few, seed, bar):
+                pass
+            shown[method] = draw_trajectories(ax, f"({letter}) {method}, after {FEW} iterations", original, trajectories(adapted, schedule, start))
+    write_atomic(out / "figure2.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    draw_measured(out / "measured.png", angles, adaptation)
+
+    t = torch.arange(schedule.timesteps).repeat_interleave(20)
+    g = generator(seed, 10)
+    xt = schedule.add_noise(draw_points(SOURCE, len(t), 1, g), t, torch.randn(len(t), 1, 2, generator=g))
+    error = (model(xt, t) - optimal_predictor(schedule)(xt, t)).square().mean().sqrt().item()
+    results = dict(options=dataclasses.asdict(options), predictor_error=error, figure2=shown, **summarise(angles, noise, adaptation),
+                   seconds=round(time.time() - started, 1))
+    text = tables(results)
+    write_atomic(out / "results.json", lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
+    write_atomic(out / "tables.md", lambda temporary: temporary.write_text(text + "\n"))
+    print(f"noise predictor: {error:.3f} from the closed form on the source (root mean square; eps itself has 1)\n\n{text}\n")
+    for method in ("baseline", "TAN"):
+        print(f"Figure 2, {method} after {FEW} iterations: first coordinate {shown[method]['mean']:.2f} ± {shown[method]['std']:.2f} (target -1 ± 1), "
+              f"peak density {shown[method]['peak_density']:.2f} (target 0.40)")
+    print(f"\n{options.draws} draws of ten shots, seed {seed}, {results['seconds']:.0f} s; {out}/figure2.png, measured.png, results.json, tables.md")
+
+
+if __name__ == "__main__":
+    run(main)
