@@ -49,6 +49,9 @@ class Architecture:
     def channels(self, level: int) -> int:
         return self.ch * self.ch_mult[level]
 
+    def attention(self, level: int) -> bool:
+        return self.resolution >> level in self.attn_resolutions
+
     def norm(self, channels: int) -> nn.GroupNorm:
         return nn.GroupNorm(self.norm_groups, channels, eps=1e-6)
 
@@ -103,7 +106,7 @@ class Level(nn.Module):
     def __init__(self, arch: Architecture, level: int, channels: int, blocks: int, resample: str | None):
         super().__init__()
         out = arch.channels(level)
-        attention = arch.resolution >> level in arch.attn_resolutions
+        attention = arch.attention(level)
         self.block = nn.ModuleList([ResBlock(arch, channels if i == 0 else out, out) for i in range(blocks)])
         self.attn = nn.ModuleList([AttentionBlock(arch, out) if attention else nn.Identity() for _ in range(blocks)])
         self.downsample = Downsample(out) if resample == "down" else nn.Identity()
@@ -274,7 +277,7 @@ def diffusers_config(model: VQ | KL, scaling_factor: float) -> dict:
     arch, levels, is_vq = model.arch, range(len(model.arch.ch_mult)), isinstance(model, VQ)
     if arch.ch_mult[0] != 1 or not (is_vq or model.embed_dim == arch.z_channels):
         raise ValueError("diffusers wants ch_mult to begin with 1, and of a KL embed_dim to equal z_channels")
-    attention = ["Attn" if arch.resolution >> i in arch.attn_resolutions else "" for i in levels]
+    attention = ["Attn" if arch.attention(i) else "" for i in levels]
     codebook = dict(num_vq_embeddings=model.config["n_embed"], vq_embed_dim=model.embed_dim) if is_vq else {}
     return dict(_class_name="VQModel" if is_vq else "AutoencoderKL", in_channels=arch.in_channels, out_channels=arch.out_ch,
                 block_out_channels=[arch.channels(i) for i in levels], layers_per_block=arch.num_res_blocks,

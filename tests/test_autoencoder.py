@@ -47,6 +47,7 @@ def test_diffusers_with_the_same_weights(kind):
     if kind == "vq":  # every fourth latent is an entry, so that the choice matters
         model.quantize.embedding.weight.copy_(places(model.encode(x))[::4])
     config = diffusers_config(model, scaling_factor=1.0)
+    assert config["down_block_types"] == ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"]
     theirs = getattr(diffusers, config["_class_name"]).from_config(config).eval()
     shapes, names = theirs.state_dict(), diffusers_names(model)
     theirs.load_state_dict({names[key]: value.view_as(shapes[names[key]]) for key, value in model.state_dict().items()})
