@@ -221,8 +221,8 @@ def start_classifier(name: str | None, arch: str | None, source_name: str, sourc
 
 @dataclasses.dataclass
 class Options:
-    file: str = option("", "file of weights, folder of diffusers, or built-in source (default: list the published networks)", positional=True)
-    arch: str | None = option(None, f"network of a published file that does not show it: {', '.join(ARCHITECTURES)}, or a JSON file", metavar="NAME")
+    file: str = option("", "file of weights, folder of diffusers, or built-in source (default: list what is known)", positional=True)
+    arch: str | None = option(None, f"network of a published file: {', '.join(ARCHITECTURES)}, or a JSON file", metavar="NAME")
     convert: str | None = option(None, "write the network to this file, in this project's own form", metavar="OUT.safetensors")
 
 
@@ -232,11 +232,15 @@ def report(network: Network, path: Path) -> str:
     about, s = network.description, network.schedule.config
     lines = dict(file=f"{path}, {path.stat().st_size / 1e6:.1f} MB", layout=about["layout"], network=f"{about['network']}, {count(network.model)}",
                  options=", ".join(f"{key} {value}" for key, value in about["config"].items()),
-                 schedule=f"{s['name']}, {s['timesteps']} steps" + ("" if s["name"] == "cosine" else f", beta {s['beta_start']:g} to {s['beta_end']:g}"),
-                 pictures=f"{network.image_size}x{network.image_size}, pixels")
+                 schedule=f"{s['name']}, {s['timesteps']} steps",
+                 pictures=f"{network.image_size}x{network.image_size}")
+    if s["name"] != "cosine":
+        lines["schedule"] += f", beta {s['beta_start']:g} to {s['beta_end']:g}"
     if network.first_stage:
-        lines["pictures"] = f"{network.image_size}x{network.image_size}, as latents {'x'.join(map(str, network.shape))}, scaled by {network.scale_factor:g}"
+        lines["pictures"] += f", as latents {'x'.join(map(str, network.shape))}, scaled by {network.scale_factor:g}"
         lines["first stage"] = f"{about['first_stage']['network']}, {count(network.first_stage)}"
+    if "converted_from" in about:
+        lines["layout"] += f", converted from {about['converted_from']}"
     lines["fits"] = f"yes, all {len(network.state_dict())} tensors are there and no other"
     return "\n".join(f"{name:12}{text}" for name, text in lines.items())
 

@@ -60,13 +60,17 @@ def names(key: str, layout: str, num_res_blocks: int, levels: int) -> list[str]:
     return [f"{place}{name}.{end}" for name in table[leaf].split()]
 
 
+def has_ema(keys: Collection[str]) -> bool:
+    """Whether there is a running average beside the weights."""
+    return any(key.startswith("model_ema.diffusion_model") for key in keys)
+
+
 def sources(own: dict[str, Tensor], layout: str, config: dict, keys: Collection[str]) -> tuple[dict[str, list[str]], dict[str, list[int]]]:
     """For each of our parameters the names under which a file with these keys holds it, and every name's expected shape.
 
     own is the state of the network that is to be filled; where a file has an average (EMA) of the weights, that is what is taken.
     """
-    taken, shapes = {}, {}
-    ema = any(key.startswith("model_ema.diffusion_model") for key in keys)
+    taken, shapes, ema = {}, {}, has_ema(keys)
     for key, value in own.items():
         taken[key] = names(key, layout, config["num_res_blocks"], len(config["channel_mult"]))
         shape = [value.shape[0] // len(taken[key]), *value.shape[1:]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autoencoder import KL_F8, VQ_F4
 from ddpm import Schedule
-from layouts import infer, layout_of
+from layouts import has_ema, infer, layout_of
 from options import InputError
 
 LINEAR = dict(name="linear", timesteps=1000, beta_start=1e-4, beta_end=0.02)
@@ -76,31 +76,21 @@ def describe(tensors: dict[str, Tensor], path: Path, arch: str | None) -> tuple[
     try:
         found, unclear = infer(tensors, layout), ""
     except (KeyError, ValueError) as error:
-        found, unclear = {}, f"; {'missing ' if isinstance(error, KeyError) else ''}{error.args[0]}"
-    shown = ", ".join(f"{key} {value}" for key, value in found.items()) + unclear
+        found, unclear = {}, f"{'missing ' if isinstance(error, KeyError) else ''}{error.args[0]}"
     by_shape = ""
     if arch is None:
         fitting = [name for name, known in ARCHITECTURES.items() if found and known["layout"] == layout and not differences(found, _full(known))]
         if not fitting:
+            shown = unclear or ", ".join(f"{key} {value}" for key, value in found.items())
             raise InputError(f"{path}: the file does not say which network it is for; add --arch {{{', '.join(ARCHITECTURES)}}} or --arch FILE.json; "
-                             f"{layout} names, {shown.removeprefix('; ')}")
+                             f"found: {layout} names, {shown}")
         arch, by_shape = fitting[0], ", recognised by its shapes"
     if arch in ARCHITECTURES:
         description = {key: value for key, value in ARCHITECTURES[arch].items() if key not in ("files", "listed")}
         if description["layout"] != layout:
             raise InputError(f"{path}: holds {layout} names, --arch {arch} has those of {description['layout']}")
     else:
-        given = read_json(arch)
-        config = {**({} if layout != "ddpm" else HO), **{k: v for k, v in found.items() if k != "network"}, **given["config"]}
-        description = {"network": found.get("network", "UNet"), "schedule": LINEAR, **given, "config": config}
-        missing = [] if "image_size" in config else ["image_size"]
-        missing += [] if config.keys() & {"num_heads", "num_head_channels"} else ["num_head_channels (or num_heads)"]
-        if missing:
-            raise InputError(f"--arch {arch}: add {', '.join(missing)} to \"config\"; {path} does not show it")
-        if layout == "latent-diffusion" and "first_stage" not in given:
-            raise InputError(f"--arch {arch}: add \"first_stage\": {{\"network\": \"VQ\" or \"KL\", \"config\": {{...}}}}")
-        if "schedule" not in given and "betas" in tensors:
-            description["schedule"] = None
+        description = _completed(arch, found, layout, "betas" in tensors, f"{path} does not show it" + (f" ({unclear})" if unclear else ""))
     if wrong := differences(found, _full(description)):
         raise InputError(f"{path}: is not the network of --arch {arch}: it has {', '.join(wrong)}")
     if layout == "latent-diffusion":
@@ -109,8 +99,27 @@ def describe(tensors: dict[str, Tensor], path: Path, arch: str | None) -> tuple[
         description["scale_factor"] = float(tensors.get("scale_factor", description.get("scale_factor", 1.0)))
         if "betas" in tensors:
             description["schedule"] = _schedule(tensors["betas"], description["schedule"], path)
-    averaged = ", averaged weights (EMA)" if any(key.startswith("model_ema.diffusion_model") for key in tensors) else ""
+    averaged = ", averaged weights (EMA)" if has_ema(tensors) else ""
     return dict(description, layout=f"{layout}, {Path(arch).name}{by_shape}{averaged}"), layout
+
+
+def _completed(arch: str, found: dict, layout: str, has_betas: bool, why: str) -> dict:
+    """The description in a JSON file, completed by what the file of weights shows; InputError that lists what is still missing."""
+    given = read_json(arch)
+    shown = {key: value for key, value in found.items() if key != "network"}
+    config = {**(HO if layout == "ddpm" else {}), **shown, **given["config"]}
+    needed = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions", "channel_mult")
+    missing = [key for key in needed if key not in config]
+    if not config.keys() & {"num_heads", "num_head_channels"}:
+        missing.append("num_head_channels (or num_heads)")
+    if missing:
+        raise InputError(f"--arch {arch}: add {', '.join(missing)} to \"config\"; {why}")
+    latent = layout == "latent-diffusion"
+    if latent and "first_stage" not in given:
+        raise InputError(f"--arch {arch}: add \"first_stage\": {{\"network\": \"VQ\" or \"KL\", \"config\": {{...}}}}")
+    if latent and not has_betas and "schedule" not in given:
+        raise InputError(f"--arch {arch}: add \"schedule\"; {why}")
+    return {"network": found.get("network", "UNet"), "schedule": None if has_betas else LINEAR, **given, "config": config}
 
 
 def _full(description: dict) -> dict:
@@ -171,7 +180,7 @@ def describe_folder(place: Path, arch: str | None, layout: str) -> dict:
     c = read(file)
     for part in ("vqvae", "vae"):
         if (place.parent / part).is_dir():
-            raise InputError(f"{place.parent}: a latent pipeline of diffusers ({part}/); only its pixel models can be read, or the original .ckpt")
+            raise InputError(f"{place.parent}: a latent pipeline of diffusers ({part}/); of those only the original .ckpt can be read")
     for key, value in FIXED.items():
         if c.get(key, value) != value:
             raise InputError(f"{file}: {key} is {c[key]!r}; only {value!r} can be read")
@@ -188,8 +197,8 @@ def describe_folder(place: Path, arch: str | None, layout: str) -> dict:
         config = dict(
             image_size=c["sample_size"], in_channels=c["in_channels"], model_channels=widths[0], out_channels=c["out_channels"],
             num_res_blocks=c["layers_per_block"], attention_resolutions=[2 ** i for i, a in enumerate(attention) if a],
-            channel_mult=[w // widths[0] for w in widths], num_heads=1, num_head_channels=c.get("attention_head_dim", 8), dropout=c.get("dropout", 0.0),
-            norm_groups=c.get("norm_num_groups", 32), flip_sin_to_cos=c.get("flip_sin_to_cos", True), freq_shift=c.get("freq_shift", 0),
+            channel_mult=[w // widths[0] for w in widths], num_heads=1, num_head_channels=c.get("attention_head_dim", 8),
+            dropout=c.get("dropout", 0.0), norm_groups=c.get("norm_num_groups", 32), flip_sin_to_cos=c.get("flip_sin_to_cos", True), freq_shift=c.get("freq_shift", 0),
             norm_eps=c.get("norm_eps", 1e-5), downsample_padding=c.get("downsample_padding", 1))
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: does not describe a UNet2DModel of diffusers ({type(error).__name__}: {error})") from None
@@ -201,7 +210,8 @@ def describe_folder(place: Path, arch: str | None, layout: str) -> dict:
     elif arch is not None:
         schedule = read_json(arch).get("schedule", LINEAR)
     else:
-        raise InputError(f"{place}: no scheduler_config.json that says with which schedule it was trained; add --arch ddpm256 (linear) or --arch FILE.json")
+        raise InputError(f"{place}: no scheduler_config.json that says with which schedule it was trained; add --arch ddpm256 (linear) "
+                         "or --arch FILE.json")
     return dict(network="UNet", config=config, schedule=schedule, layout=layout)
 
 

@@ -154,14 +154,18 @@ def test_ho_port_with_the_weights_of_a_diffusers_model(tmp_path):
 
 # ---- latent diffusion ------------------------------------------------------------------------------------------------
 
+SCHEDULE = ("alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod log_one_minus_alphas_cumprod "
+            "sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance posterior_log_variance_clipped posterior_mean_coef1 "
+            "posterior_mean_coef2 logvar first_stage_model.loss.discriminator.weight").split()
+
+
 def lightning(path, unet, first_stage, betas, half=False, callback=None, **buffers):
     """A .ckpt as Lightning writes it, with the weights of both goldens: the EMA copies are right, the raw weights are not."""
     tensors = {f"first_stage_model.{key}": value for key, value in first_stage.items()}
     for key, value in unet.items():
         tensors[f"model.diffusion_model.{key}"] = value + 1
         tensors["model_ema." + f"diffusion_model.{key}".replace(".", "")] = value
-    tensors.update(betas=betas.float(), alphas_cumprod=(1 - betas).cumprod(0), sqrt_recipm1_alphas_cumprod=betas, posterior_mean_coef1=betas,
-                   logvar=betas)
+    tensors.update(dict.fromkeys(SCHEDULE, betas), betas=betas.float())
     tensors.update({"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}, **buffers)
     if half:
         tensors = {key: value.half() if value.dim() > 1 else value for key, value in tensors.items()}
@@ -227,9 +231,11 @@ def test_latent_kl_and_conversion(tmp_path, capsys, half):
 
     call(checkpoints.main, path, "--arch", flag, "--convert", tmp_path / "new" / "ldm.safetensors")
     printed = capsys.readouterr().out
-    for text in ("latent-diffusion", "averaged weights (EMA)", "scaled-linear, 1000 steps, beta 0.0015 to 0.0155", "16x16, as latents 4x8x8, scaled by 0.25",
-                 "KL, ", "yes, all", "written to"):
+    for text in ("latent-diffusion", "averaged weights (EMA)", "scaled-linear, 1000 steps, beta 0.0015 to 0.0155",
+                 "16x16, as latents 4x8x8, scaled by 0.25", "KL, ", "yes, all", "written to"):
         assert text in printed
+    call(checkpoints.main, tmp_path / "new" / "ldm.safetensors")
+    assert "this project's own, converted from model.ckpt (latent-diffusion, arch.json" in capsys.readouterr().out
     again = load_source(str(tmp_path / "new" / "ldm.safetensors"))
     assert again.decode(latent).equal(network.decode(latent)) and again.scale_factor == 0.25
     assert again.model(randn(2, 4, 8, 8), T).equal(unet(randn(2, 4, 8, 8), T))
@@ -253,15 +259,15 @@ def rewrite(path, change):
     torch.save({"state_dict": tensors}, path)
 
 
-def first_stages(start):
+def without(start):
     return lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith(start)]
 
 
 @pytest.mark.parametrize("change, says", [
-    (first_stages("first_stage_model."), "the first stage is missing"),
-    (first_stages("first_stage_model.quantize"), "weights do not fit the network: missing first_stage_model.quantize.embedding.weight"),
+    (without("first_stage_model."), "the first stage is missing"),
+    (without("first_stage_model.quantize"), "weights do not fit the network: missing first_stage_model.quantize.embedding.weight"),
     (lambda t: t.pop("model_ema.diffusion_modelout2bias"), "weights do not fit the network: missing model_ema.diffusion_modelout2bias;"),
-    (lambda t: t.pop("model.diffusion_model.middle_block.1.norm.bias"), "weights do not fit the network: missing model.diffusion_model.middle_block.1.norm.bias;"),
+    (lambda t: t.pop("model.diffusion_model.middle_block.1.norm.bias"), ".*: missing model.diffusion_model.middle_block.1.norm.bias;"),
     (lambda t: t.update({"cond_stage_model.w": torch.ones(1)}), "weights do not fit the network: unexpected cond_stage_model.w;"),
     (lambda t: t.update(betas=t["betas"] * 1.5), "was trained with the schedule .*0.00225.*, expected was .*0.0015"),
     (lambda t: t.update(betas=t["betas"] ** 2), "its 1000 betas, 2.25e-06 to 0.00038025, are neither scaled-linear nor linear"),
@@ -284,10 +290,16 @@ def test_latent_architectures_that_do_not_fit(vq, tmp_path):
         load_source(path, "ldm-ffhq256")
     with pytest.raises(InputError, match="holds latent-diffusion names, --arch ffhq256 has those of guided-diffusion"):
         load_source(path, "ffhq256")
-    with pytest.raises(InputError, match=r"the file does not say which network .*latent-diffusion names, in_channels 3"):
+    with pytest.raises(InputError, match=r"the file does not say which network .*found: latent-diffusion names, in_channels 3"):
         load_source(path)
     with pytest.raises(ValueError, match="input of 4 channels: this network takes 3"):
         load_source(path, arch(tmp_path, **description)).model(randn(1, 4, 8, 8), T[:1])
+    rewrite(path, lambda t: t.pop("betas"))
+    with pytest.raises(InputError, match="arch.json: add \"schedule\"; .*model.ckpt does not show it"):
+        load_source(path, arch(tmp_path, **description))
+    rewrite(path, lambda t: t.pop("model.diffusion_model.time_embed.0.weight"))
+    with pytest.raises(InputError, match=r"add in_channels, .* does not show it \(missing model.diffusion_model.time_embed.0.weight\)"):
+        load_source(path, arch(tmp_path, **description))
 
 
 # ---- files that would run code ---------------------------------------------------------------------------------------
@@ -306,7 +318,7 @@ def test_a_callback_that_would_run_code(tmp_path, function):
     command = f"touch {victim}" if function is os.system else f"open({str(victim)!r}, 'w')"
     path = lightning(tmp_path / "evil.ckpt", {}, {}, betas(), callback=Malicious(function, command))
     name = "posix.system" if function is os.system else "exec"
-    with pytest.raises(InputError, match=f"evil.ckpt: not a file of weights that can be read safely .it asks for (builtins.)?{name}, which is code"):
+    with pytest.raises(InputError, match=f"evil.ckpt: not a file of weights .* safely .it asks for (builtins.)?{name}, which is code"):
         load_source(path, "ldm-ffhq256")
     assert not victim.exists()
 
@@ -332,7 +344,7 @@ def test_truncated_lightning_file(vq):
 
 def test_unknown_layout(tmp_path):
     torch.save({"generator.w": torch.ones(1)}, tmp_path / "gan.pt")
-    with pytest.raises(InputError, match=r"gan.pt: no layout that is known here; it holds generator.w..., expected are the names of guided-diffusion"):
+    with pytest.raises(InputError, match="gan.pt: no layout that is known here; it holds generator.w..., expected are the names of guided"):
         load_source(str(tmp_path / "gan.pt"))
 
 
