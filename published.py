@@ -172,15 +172,16 @@ def describe_folder(place: Path, arch: str | None, layout: str) -> dict:
     """`describe` for weights of diffusers in `place`, from the config.json beside them and the scheduler's."""
     def read(file: Path) -> dict:
         try:
-            return json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+            return dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{file}: diffusers' description of the network cannot be read ({error})") from None
 
-    file = place / "config.json"
+    place = place.resolve()
+    folder, file = place.parent if place.name == "unet" else place, place / "config.json"
     c = read(file)
     for part in ("vqvae", "vae"):
-        if (place.parent / part).is_dir():
-            raise InputError(f"{place.parent}: a latent pipeline of diffusers ({part}/); of those only the original .ckpt can be read")
+        if (folder / part).is_dir():
+            raise InputError(f"{folder}: a latent pipeline of diffusers ({part}/); of those only the original .ckpt can be read")
     for key, value in FIXED.items():
         if c.get(key, value) != value:
             raise InputError(f"{file}: {key} is {c[key]!r}; only {value!r} can be read")
@@ -198,11 +199,11 @@ def describe_folder(place: Path, arch: str | None, layout: str) -> dict:
             image_size=c["sample_size"], in_channels=c["in_channels"], model_channels=widths[0], out_channels=c["out_channels"],
             num_res_blocks=c["layers_per_block"], attention_resolutions=[2 ** i for i, a in enumerate(attention) if a],
             channel_mult=[w // widths[0] for w in widths], num_heads=1, num_head_channels=c.get("attention_head_dim", 8),
-            dropout=c.get("dropout", 0.0), norm_groups=c.get("norm_num_groups", 32), flip_sin_to_cos=c.get("flip_sin_to_cos", True), freq_shift=c.get("freq_shift", 0),
-            norm_eps=c.get("norm_eps", 1e-5), downsample_padding=c.get("downsample_padding", 1))
+            dropout=c.get("dropout", 0.0), norm_groups=c.get("norm_num_groups", 32), norm_eps=c.get("norm_eps", 1e-5),
+            flip_sin_to_cos=c.get("flip_sin_to_cos", True), freq_shift=c.get("freq_shift", 0), downsample_padding=c.get("downsample_padding", 1))
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: does not describe a UNet2DModel of diffusers ({type(error).__name__}: {error})") from None
-    schedules = [s for s in (place.parent / "scheduler" / "scheduler_config.json", place / "scheduler_config.json") if s.exists()]
+    schedules = [s for s in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json") if s.exists()]
     if schedules:
         schedule = _diffusers_schedule(read(schedules[0]), schedules[0])
     elif arch in ARCHITECTURES:
@@ -210,7 +211,7 @@ def describe_folder(place: Path, arch: str | None, layout: str) -> dict:
     elif arch is not None:
         schedule = read_json(arch).get("schedule", LINEAR)
     else:
-        raise InputError(f"{place}: no scheduler_config.json that says with which schedule it was trained; add --arch ddpm256 (linear) "
+        raise InputError(f"{folder}: no scheduler_config.json that says with which schedule it was trained; add --arch ddpm256 (linear) "
                          "or --arch FILE.json")
     return dict(network="UNet", config=config, schedule=schedule, layout=layout)
 
