@@ -1,12 +1,17 @@
-"""Networks in files: this project's own safetensors (architecture in the metadata) and published state dicts.
+"""Networks in files: this project's own safetensors (architecture in the metadata) and published ones (published.py).
 
-A source is named by a built-in name (SOURCES), by one of our own files, or by a published file together with --arch.
-Loading is strict, and nothing in a file is ever run.
+  python checkpoints.py                                        the published networks that are known, and where to get them
+  python checkpoints.py ffhq_p2.pt                             what a file is, and whether all of it fits
+  python checkpoints.py model.ckpt --convert ldm.safetensors   the same weights as one file of this project, which loads fast
+
+A source is named by a built-in name, one of our own files, a published file or a folder of diffusers; --arch helps where a file does
+not show its network.  Loading is strict, and nothing in a file is ever run.
 """
 
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -14,49 +19,80 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import autoencoder
 import classifier
+import layouts
+import published
 from ddpm import Schedule
-from options import InputError
+from options import InputError, option, parse, run
+from published import ARCHITECTURES, LINEAR
 from training import write_atomic
 from unet import UNet
 
 ASSETS = Path(__file__).parent / "assets"
-LINEAR = dict(name="linear", timesteps=1000, beta_start=1e-4, beta_end=0.02)
-
-# Published networks by name: what their files do not say themselves.
-ARCHITECTURES = {
-    # FFHQ 256 of P2-weighting (ffhq_p2.pt) and of ILVR (ffhq_10m.pt): 93.56 M parameters
-    "ffhq256": dict(network="UNet", schedule=LINEAR, config=dict(
-        image_size=256, in_channels=3, model_channels=128, out_channels=6, num_res_blocks=1, attention_resolutions=[16],
-        channel_mult=[1, 1, 2, 2, 4, 4], num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True)),
-    # OpenAI's 256x256_classifier.pt, trained on noised ImageNet: 54.1 M parameters
-    "imagenet256-classifier": dict(network="Classifier", schedule=LINEAR, config=dict(
-        image_size=256, in_channels=3, model_channels=128, out_channels=1000, num_res_blocks=2, attention_resolutions=[8, 16, 32],
-        channel_mult=[1, 1, 2, 2, 4, 4], num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True, pool="attention")),
-}
 NETWORKS = {"UNet": UNet, "Classifier": classifier.Classifier}
+FIRST_STAGES = {"VQ": autoencoder.VQ, "KL": autoencoder.KL}
+
+
+# A Lightning .ckpt names the class of its callback.  An inert class of that name takes its place: the real one is never imported.
+CALLBACKS = [type("ModelCheckpoint", (), {"__module__": f"{package}.callbacks.model_checkpoint"})
+             for package in ("pytorch_lightning", "lightning.pytorch")]
 
 
 @dataclasses.dataclass
 class Network:
-    """A network, the schedule it was trained with, and what its file says about itself."""
+    """A network, the schedule it was trained with, and what its file says about itself.
+
+    A latent model has a first stage, and its x_0 is scale_factor times the latent of a picture; for a pixel model, x_0 is the picture.
+    """
     model: nn.Module
     schedule: Schedule
-    description: dict  # network, config, schedule, and in our own files made_by and more
+    description: dict  # network, config, schedule, of latent models first_stage and scale_factor; layout, and what else a file says
+    first_stage: nn.Module | None = None
+    scale_factor: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_0."""
+        return self.model.in_channels, self.model.image_size, self.model.image_size
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of the pictures."""
+        return self.model.image_size * (self.first_stage.factor if self.first_stage else 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> x_0, (B, *shape)."""
+        return self.first_stage.encode(images) * self.scale_factor if self.first_stage else images
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x_0 -> pictures (B, 3, H, W) in about [-1, 1]."""
+        return self.first_stage.decode(x0 / self.scale_factor) if self.first_stage else x0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights under the names they have in our own files: the network's, and first_stage. before the first stage's."""
+        first_stage = self.first_stage.state_dict() if self.first_stage else {}
+        return {**self.model.state_dict(), **{f"first_stage.{key}": value for key, value in first_stage.items()}}
 
 
 def build(description: dict, where: str) -> Network:
     """An untrained network from its description; InputError if an option is wrong."""
     try:
-        model = NETWORKS[description["network"]](**description["config"])
-        return Network(model.eval(), Schedule(**description["schedule"]), description)
+        model = NETWORKS[description["network"]](**description["config"]).eval()
+        network = Network(model, Schedule(**description["schedule"]), description)
+        if stage := description.get("first_stage"):
+            network.first_stage = FIRST_STAGES[stage["network"]](**stage["config"]).eval().requires_grad_(False)
+            network.scale_factor = float(description.get("scale_factor", 1.0))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: does not describe a network this program can build ({type(error).__name__}: {error})") from None
+    if network.first_stage and network.first_stage.embed_dim != model.in_channels:
+        raise InputError(f"{where}: the first stage gives latents of {network.first_stage.embed_dim} channels, the U-Net takes {model.in_channels}")
+    return network
 
 
 def save_network(path: Path, network: Network) -> None:
-    """Weights and description in one safetensors file, atomically."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in network.model.state_dict().items()}
+    """Weights (of a latent model with its first stage) and description in one safetensors file, atomically."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     save_tensors(path, tensors, network.description)
 
 
@@ -65,7 +101,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], description: dict) -> N
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
-    """Tensors of a safetensors or torch file on the CPU, and our own description if there is one.
+    """Tensors of a safetensors or torch file on the CPU (of a Lightning file, its state_dict), and our own description if there is one.
 
     Raises InputError for a file that is missing, damaged, not a flat dict of tensors, or that wants to run code.
     """
@@ -75,66 +111,81 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
             with safe_open(path, "pt") as f:
                 description = (f.metadata() or {}).get("description")
             return load_file(path), json.loads(description) if description else None
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(CALLBACKS):
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; give a file of weights") from None
     except Exception as error:  # on damaged bytes torch's unpickler raises nearly every type there is
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a file of weights that can be read safely ({reason[:160]})") from None
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it asks for {wanted[1]}, which is code, not data"
+        raise InputError(f"{path}: not a file of weights that can be read safely ({reason})") from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise InputError(f"{path}: holds something else than a flat dict of tensors; save the model's state_dict() alone")
     return tensors, None
 
 
-def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Fill the model; InputError that names the first keys which are missing, unexpected or misshapen."""
-    own = model.state_dict()
-    faults = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
-    faults += [f"{k} is {list(tensors[k].shape)}, expected {list(own[k].shape)}" for k in own
-               if k in tensors and own[k].shape != tensors[k].shape]
+def check_fit(shapes: dict[str, list[int]], tensors: dict[str, Tensor], path: Path) -> None:
+    """InputError that names the first keys which are missing, unexpected or misshapen."""
+    faults = [f"missing {k}" for k in shapes if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in shapes]
+    faults += [f"{k} is {list(tensors[k].shape)}, expected {list(shape)}" for k, shape in shapes.items()
+               if k in tensors and list(tensors[k].shape) != list(shape)]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(f"{path}: weights do not fit the network: {'; '.join(faults[:3])}{more}; is --arch right?")
-    model.load_state_dict({key: value.to(own[key].dtype) for key, value in tensors.items()})
+
+
+@torch.no_grad()
+def load_strictly(own: nn.Module | Network, tensors: dict[str, Tensor], path: Path) -> None:
+    """Fill the network; InputError if the keys are not exactly its own."""
+    state = own.state_dict()
+    check_fit({key: value.shape for key, value in state.items()}, tensors, path)
+    for key, value in state.items():
+        value.copy_(tensors[key])
 
 
 def load_network(path: Path, arch: str | None = None) -> Network:
-    """A network from one of our own files, or from a published one with `arch`: a name of ARCHITECTURES or a JSON file."""
+    """A network from one of our own files, or from a published one, if need be with `arch`: a name of ARCHITECTURES or a JSON file."""
+    path = published.weights_in(Path(path)) if Path(path).is_dir() else Path(path)
     tensors, description = read_tensors(path)
     if description is None:
-        description = read_architecture(arch, path)
+        return load_published(tensors, path, arch)
     if "network" not in description:
         raise InputError(f"{path}: the weights of a run, not a whole network; give the run's folder to sample.py or evaluate.py")
-    network = build(description, arch or str(path))
-    load_strictly(network.model, tensors, path)
+    network = build(dict(description, layout="this project's own"), str(path))
+    if network.first_stage and not any(key.startswith("first_stage.") for key in tensors):
+        raise InputError(f"{path}: the first stage is missing (no first_stage.*), without which latents are no pictures")
+    load_strictly(network, tensors, path)
     return network
 
 
-def read_architecture(arch: str | None, path: Path) -> dict:
-    if arch is None:
-        raise InputError(f"{path}: the file does not say which network it is for; add --arch {{{', '.join(ARCHITECTURES)}}} or --arch FILE.json")
-    if arch in ARCHITECTURES:
-        return ARCHITECTURES[arch]
-    try:
-        description = json.loads(Path(arch).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--arch {arch}: neither one of {', '.join(ARCHITECTURES)} nor a JSON file ({error})") from None
-    if not isinstance(description, dict) or "config" not in description:
-        raise InputError(f"--arch {arch}: must hold {{\"config\": {{...}}, \"schedule\": {{...}}}}")
-    return {"network": "UNet", "schedule": LINEAR, **description}
+def load_published(tensors: dict[str, Tensor], path: Path, arch: str | None) -> Network:
+    """The network in a file of a published layout, with our own names."""
+    description, layout = published.describe(tensors, path, arch)
+    network = build(description, arch or str(path))
+    own = network.state_dict()
+    taken, shapes = layouts.sources(own, layout, description["config"], tensors)
+    beside = layouts.NOT_WEIGHTS.fullmatch if layout == "latent-diffusion" else lambda key: False
+    check_fit(shapes, {key: value for key, value in tensors.items() if not beside(key)}, path)
+    heads = lambda key: network.model.heads(own[key].shape[0] // 3) if ".qkv." in key else 1
+    load_strictly(network, {key: layouts.join([tensors[k] for k in taken[key]], own[key].shape, heads(key)) for key in own}, path)
+    return network
 
 
 def load_source(name: str, arch: str | None = None) -> Network:
-    """The pre-trained DDPM to start from: a built-in name or a file."""
+    """The pre-trained diffusion model to start from: a built-in name, a file or a folder of diffusers."""
     built_in = ASSETS / f"{name}.safetensors"
     network = load_network(built_in if built_in.exists() else Path(name), arch)
     if not isinstance(network.model, UNet):
         raise InputError(f"{name}: a classifier, not a diffusion model")
-    if network.model.in_channels != 3 or network.model.out_channels not in (3, 6):
-        raise InputError(f"{name}: takes {network.model.in_channels} channels and gives {network.model.out_channels}; only RGB models "
-                         "(3 in, 3 or 6 out) can be adapted")
+    channels = network.first_stage.embed_dim if network.first_stage else 3
+    if network.model.in_channels != channels or network.model.out_channels not in (channels, 2 * channels):
+        raise InputError(f"{name}: takes {network.model.in_channels} channels and gives {network.model.out_channels}; only models of RGB pictures "
+                         f"or of a first stage's latents ({channels} in, {channels} or {2 * channels} out) can be adapted")
     return network
 
 
@@ -166,3 +217,54 @@ def start_classifier(name: str | None, arch: str | None, source_name: str, sourc
     classifier.replace_head(network.model)
     description = dict(network="Classifier", config=network.model.config, schedule=source.schedule.config, started_from=name)
     return Network(network.model, source.schedule, description)  # it is fine-tuned and asked at the source's noise levels
+
+
+@dataclasses.dataclass
+class Options:
+    file: str = option("", "file of weights, folder of diffusers, or built-in source (default: list what is known)", positional=True)
+    arch: str | None = option(None, f"network of a published file: {', '.join(ARCHITECTURES)}, or a JSON file", metavar="NAME")
+    convert: str | None = option(None, "write the network to this file, in this project's own form", metavar="OUT.safetensors")
+
+
+def report(network: Network, path: Path) -> str:
+    """What a file holds, in words."""
+    count = lambda model: f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    about, s = network.description, network.schedule.config
+    lines = dict(file=f"{path}, {path.stat().st_size / 1e6:.1f} MB", layout=about["layout"], network=f"{about['network']}, {count(network.model)}",
+                 options=", ".join(f"{key} {value}" for key, value in about["config"].items()),
+                 schedule=f"{s['name']}, {s['timesteps']} steps",
+                 pictures=f"{network.image_size}x{network.image_size}")
+    if s["name"] != "cosine":
+        lines["schedule"] += f", beta {s['beta_start']:g} to {s['beta_end']:g}"
+    if network.first_stage:
+        lines["pictures"] += f", as latents {'x'.join(map(str, network.shape))}, scaled by {network.scale_factor:g}"
+        lines["first stage"] = f"{about['first_stage']['network']}, {count(network.first_stage)}"
+    if "converted_from" in about:
+        lines["layout"] += f", converted from {about['converted_from']}"
+    lines["fits"] = f"yes, all {len(network.state_dict())} tensors are there and no other"
+    return "\n".join(f"{name:12}{text}" for name, text in lines.items())
+
+
+def main() -> None:
+    options, _ = parse(Options, description=__doc__)
+    if not options.file:
+        for name, known in ARCHITECTURES.items():
+            print(f"{name:24}{known['files']}\n{'':24}{known['listed']}")
+        return
+    built_in = ASSETS / f"{options.file}.safetensors"
+    path = built_in if built_in.exists() else Path(options.file)
+    path = published.weights_in(path) if path.is_dir() else path
+    out = options.convert and Path(options.convert)
+    if out and (out.suffix != ".safetensors" or out.exists()):
+        raise InputError(f"--convert {out}: " + ("is there already; choose another name" if out.exists() else "must end in .safetensors"))
+    network = load_network(path, options.arch)
+    print(report(network, path))
+    if out:
+        network.description["converted_from"] = f"{path.name} ({network.description['layout']})"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_network(out, network)
+        print(f"written to {out}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

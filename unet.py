@@ -1,5 +1,7 @@
 """The U-Net of guided-diffusion (ADM: Dhariwal & Nichol 2021), with its parameter names, so that published weights load strictly.
 
+Options turn it into those of Ho et al. 2020 and of latent diffusion (Rombach et al. 2022); published.py maps their names.
+
     x_t, t  ->  time_embed -> input_blocks -> middle_block -> output_blocks -> out  ->  eps (and, with learned sigma, C more channels)
 
 `Encoder` is the first half; `UNet` here and `Classifier` in classifier.py are built on it.  A residual block has one hook,
@@ -14,12 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of the timestep, cosines first as in guided-diffusion: int (B,) -> float32 (B, dim), dim even."""
+def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:
+    """Sinusoids of the timestep: int (B,) -> float32 (B, dim), dim even.
+
+    guided-diffusion has the cosines first and frequencies 10000^(-i / half); Ho et al. 2020 have the sines first and half - 1 (freq_shift 1).
+    """
     half = dim // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift))
     angles = t[:, None].float() * frequencies[None]
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    return torch.cat([angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()], dim=1)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -47,14 +52,15 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided 3x3 convolution or by averaging."""
+    """Half the size by a strided 3x3 convolution or by averaging.  With padding 0 the convolution pads right and bottom alone."""
 
-    def __init__(self, channels: int, with_conv: bool):
+    def __init__(self, channels: int, with_conv: bool, padding: int = 1):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if with_conv else nn.AvgPool2d(2)
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if with_conv else nn.AvgPool2d(2)
+        self.pad = (0, 1, 0, 1) if with_conv and padding == 0 else (0, 0, 0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)  # (B, C, H, W) -> (B, C, H/2, W/2)
+        return self.op(F.pad(x, self.pad))  # (B, C, H, W) -> (B, C, H/2, W/2)
 
 
 class ResBlock(nn.Module):
@@ -65,14 +71,14 @@ class ResBlock(nn.Module):
     """
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, *, dropout: float, scale_shift: bool,
-                 norm_groups: int, resample: str | None = None):
+                 norm_groups: int, norm_eps: float = 1e-5, resample: str | None = None):
         super().__init__()
         self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels
         self.scale_shift = scale_shift
         self.resample = {None: nn.Identity, "up": lambda: Upsample(channels, False), "down": lambda: Downsample(channels, False)}[resample]()
-        self.in_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels, norm_eps), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels))
-        self.out_layers = nn.Sequential(nn.GroupNorm(norm_groups, out_channels), nn.SiLU(), nn.Dropout(dropout),
+        self.out_layers = nn.Sequential(nn.GroupNorm(norm_groups, out_channels, norm_eps), nn.SiLU(), nn.Dropout(dropout),
                                         zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         self.register_module("adaptor", None)
@@ -95,10 +101,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels, heads laid out as in guided-diffusion's legacy order: (heads, [q k v], width)."""
 
-    def __init__(self, channels: int, num_heads: int, norm_groups: int):
+    def __init__(self, channels: int, num_heads: int, norm_groups: int, norm_eps: float = 1e-5):
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(norm_groups, channels)
+        self.norm = nn.GroupNorm(norm_groups, channels, norm_eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
@@ -127,17 +133,21 @@ class Encoder(nn.Module):
     norm_groups           32 in every published network; smaller for networks with few channels, where 32 groups would
                           leave one channel a group and wipe out its mean
     use_checkpoint        recompute each block in the backward pass instead of storing its activations
+    flip_sin_to_cos, freq_shift, norm_eps, downsample_padding
+                          named as in diffusers; as guided-diffusion has them, or False, 1, 1e-6 and 0 for the network of Ho et al. 2020
     """
 
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
                  attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...], num_heads: int = 1,
                  num_head_channels: int | None = None, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
-                 dropout: float = 0.0, norm_groups: int = 32, use_checkpoint: bool = False):
+                 dropout: float = 0.0, norm_groups: int = 32, use_checkpoint: bool = False, flip_sin_to_cos: bool = True,
+                 freq_shift: int = 0, norm_eps: float = 1e-5, downsample_padding: int = 1):
         super().__init__()
         self.config = dict(image_size=image_size, in_channels=in_channels, model_channels=model_channels, out_channels=out_channels,
                            num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, channel_mult=channel_mult,
                            num_heads=num_heads, num_head_channels=num_head_channels, use_scale_shift_norm=use_scale_shift_norm,
-                           resblock_updown=resblock_updown, dropout=dropout, norm_groups=norm_groups)
+                           resblock_updown=resblock_updown, dropout=dropout, norm_groups=norm_groups, flip_sin_to_cos=flip_sin_to_cos,
+                           freq_shift=freq_shift, norm_eps=norm_eps, downsample_padding=downsample_padding)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.norm_groups, self.use_checkpoint = model_channels, norm_groups, use_checkpoint
         self.emb_channels = 4 * model_channels
@@ -146,10 +156,10 @@ class Encoder(nn.Module):
 
         def res(channels, out, resample=None):
             return ResBlock(channels, self.emb_channels, out, dropout=dropout, scale_shift=use_scale_shift_norm,
-                            norm_groups=norm_groups, resample=resample)
+                            norm_groups=norm_groups, norm_eps=norm_eps, resample=resample)
 
         def attention(channels):
-            return AttentionBlock(channels, self.heads(channels), norm_groups)
+            return AttentionBlock(channels, self.heads(channels), norm_groups, norm_eps)
 
         channels = model_channels * channel_mult[0]
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
@@ -164,7 +174,8 @@ class Encoder(nn.Module):
                 self.input_blocks.append(Stage(*layers))
                 self.skip_channels.append(channels)
             if level < len(channel_mult) - 1:
-                self.input_blocks.append(Stage(res(channels, channels, "down") if resblock_updown else Downsample(channels, True)))
+                down = res(channels, channels, "down") if resblock_updown else Downsample(channels, True, downsample_padding)
+                self.input_blocks.append(Stage(down))
                 self.skip_channels.append(channels)
                 factor *= 2
         self.middle_block = Stage(res(channels, channels), attention(channels), res(channels, channels))
@@ -184,9 +195,12 @@ class Encoder(nn.Module):
 
     def encode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(B, C, H, W), (B,) -> middle features (B, C', H/factor, W/factor), time embedding (B, E), skip tensors."""
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"input of {x.shape[1]} channels: this network takes {self.in_channels}")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"image of {x.shape[2]}x{x.shape[3]}: this network needs sides divisible by {self.factor}")
-        emb = self.time_embed(timestep_embedding(t, self.model_channels))  # (B,) -> (B, E)
+        sinusoids = timestep_embedding(t, self.model_channels, self.config["flip_sin_to_cos"], self.config["freq_shift"])
+        emb = self.time_embed(sinusoids)                                   # (B,) -> (B, model_channels) -> (B, E)
         skips, h = [], x
         for stage in self.input_blocks:
             h = self.run(stage, h, emb)
@@ -216,7 +230,7 @@ class UNet(Encoder):
                     layers.append(self._res(channels, channels, "up") if resblock_updown else Upsample(channels, True))
                     factor //= 2
                 self.output_blocks.append(Stage(*layers))
-        self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, channels), nn.SiLU(),
+        self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, channels, self.config["norm_eps"]), nn.SiLU(),
                                  zero_init(nn.Conv2d(channels, out_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

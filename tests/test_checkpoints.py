@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import run_folder
-from checkpoints import (ARCHITECTURES, LINEAR, build, fingerprint, load_network, load_source, read_tensors, save_network,
+from checkpoints import (LINEAR, build, fingerprint, load_network, load_source, read_tensors, save_network,
                          start_classifier)
 from classifier import from_unet
 from ddpm import Schedule
@@ -71,14 +71,6 @@ def test_half_precision_files(tmp_path, dtype):
     torch.testing.assert_close(network.model.out[2].weight, model.out[2].weight, rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_published_architectures_can_be_built(name):
-    with torch.device("meta"):
-        network = build(ARCHITECTURES[name], name)
-    million = sum(p.numel() for p in network.model.parameters()) / 1e6
-    assert million == pytest.approx({"ffhq256": 93.56, "imagenet256-classifier": 54.1}[name], rel=1e-3)
-
-
 def test_fingerprint():
     model = tiny_network().model
     before = fingerprint(model)
@@ -106,11 +98,11 @@ def test_keys(tiny, tmp_path, change, says):
 
 @pytest.mark.parametrize("arch, says", [
     (None, "a.pt: the file does not say which network it is for; add --arch {ffhq256"),
-    ("nosuch", "--arch nosuch: neither one of ffhq256, imagenet256-classifier nor a JSON file"),
+    ("nosuch", "--arch nosuch: neither one of ffhq256, .*imagenet256-classifier nor a JSON file"),
     ("[1]", r"must hold {\"config\""),
-    ('{"config": {"image_size": 16}}', "does not describe a network this program can build .*missing"),
+    ('{"config": {"image_size": 16}}', r"arch.json: add num_head_channels \(or num_heads\) to \"config\"; .*a.pt does not show it"),
     (json.dumps(dict(config=dict(TINY, colour="red"))), "does not describe a network .*unexpected keyword argument 'colour'"),
-    (json.dumps(dict(config=TINY, network="GAN")), "does not describe a network .*GAN"),
+    (json.dumps(dict(config=TINY, network="GAN")), r"is not the network of .*: it has network UNet \(expected GAN\)"),
     (json.dumps(dict(config=TINY, schedule=dict(name="sine"))), "unknown noise schedule 'sine'"),
     (json.dumps(dict(config=dict(TINY, norm_groups=7))), "does not describe a network .*divisible"),
     ("{", "nor a JSON file"),

@@ -13,15 +13,20 @@ from unet import UNet
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def filled(cls, golden):
-    """A network whose parameters follow the golden file's rule."""
-    model = cls(**golden["config"]).eval()
+def state(golden):
+    """The parameters of a golden file's network, filled by its rule."""
     keys = sorted(golden["keys"])
-    state = {}
+    tensors = {}
     for i, key in enumerate(keys):
         values = np.random.RandomState(i).standard_normal(golden["keys"][key]).astype(np.float32) * 0.05
-        state[key] = torch.from_numpy(values + 1 if key.endswith("weight") and values.ndim == 1 else values)
-    model.load_state_dict(state)  # strict: names and shapes are guided-diffusion's
+        tensors[key] = torch.from_numpy(values + 1 if key.endswith("weight") and values.ndim == 1 else values)
+    return tensors
+
+
+def filled(cls, golden):
+    """That network, if it is one of ours."""
+    model = cls(**golden["config"]).eval()
+    model.load_state_dict(state(golden))  # strict: names and shapes are guided-diffusion's
     return model
 
 
