@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,15 +24,15 @@ import autoencoder
 import classifier
 import layouts
 import published
-from ddpm import Schedule
+from ddpm import Schedule, sample
 from options import InputError, option, parse, run
 from published import ARCHITECTURES, LINEAR
 from training import write_atomic
 from unet import UNet
 
 ASSETS = Path(__file__).parent / "assets"
-NETWORKS = {"UNet": UNet, "Classifier": classifier.Classifier}
 FIRST_STAGES = {"VQ": autoencoder.VQ, "KL": autoencoder.KL}
+NETWORKS = {"UNet": UNet, "Classifier": classifier.Classifier, **FIRST_STAGES}
 
 
 # A Lightning .ckpt names the class of its callback.  An inert class of that name takes its place: the real one is never imported.
@@ -61,13 +62,28 @@ class Network:
         """Pixels per side of the pictures."""
         return self.model.image_size * (self.first_stage.factor if self.first_stage else 1)
 
+    def to(self, device: torch.device | str) -> "Network":
+        """Moves the network, first stage and all."""
+        self.model.to(device)
+        if self.first_stage:
+            self.first_stage.to(device)
+        return self
+
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> x_0, (B, *shape)."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> x_0, (B, *shape); both on the network's device."""
         return self.first_stage.encode(images) * self.scale_factor if self.first_stage else images
 
+    @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """x_0 -> pictures (B, 3, H, W) in about [-1, 1]."""
+        """x_0 -> pictures (B, 3, H, W) in about [-1, 1]; both on the network's device."""
         return self.first_stage.decode(x0 / self.scale_factor) if self.first_stage else x0
+
+    def sample(self, seeds: Sequence[int], steps: int = 50, **options) -> Tensor:
+        """Pictures (N, 3, H, W) on the CPU, one for each seed; the options are those of ddpm.sample."""
+        device = next(self.model.parameters()).device
+        x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.first_stage is None, device=device, **options)
+        return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(64)]) if self.first_stage else x0
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights under the names they have in our own files: the network's, and first_stage. before the first stage's."""
@@ -79,7 +95,7 @@ def build(description: dict, where: str) -> Network:
     """An untrained network from its description; InputError if an option is wrong."""
     try:
         model = NETWORKS[description["network"]](**description["config"]).eval()
-        network = Network(model, Schedule(**description["schedule"]), description)
+        network = Network(model, Schedule(**description.get("schedule", {})), description)
         if stage := description.get("first_stage"):
             network.first_stage = FIRST_STAGES[stage["network"]](**stage["config"]).eval().requires_grad_(False)
             network.scale_factor = float(description.get("scale_factor", 1.0))
@@ -181,7 +197,7 @@ def load_source(name: str, arch: str | None = None) -> Network:
     built_in = ASSETS / f"{name}.safetensors"
     network = load_network(built_in if built_in.exists() else Path(name), arch)
     if not isinstance(network.model, UNet):
-        raise InputError(f"{name}: a classifier, not a diffusion model")
+        raise InputError(f"{name}: a {network.description['network']}, not a diffusion model")
     channels = network.first_stage.embed_dim if network.first_stage else 3
     if network.model.in_channels != channels or network.model.out_channels not in (channels, 2 * channels):
         raise InputError(f"{name}: takes {network.model.in_channels} channels and gives {network.model.out_channels}; only models of RGB pictures "

@@ -54,6 +54,12 @@ def evaluation_pictures(domain: str, n: int, size: int = 32, seed: int = 0) -> t
     return _draw(domain, n, seed, size, "eval")
 
 
+def drawn_by(source: str) -> str | None:
+    """The domain of a built-in source model, pixel or latent (toyfaces-latent: toyfaces); None for any other name."""
+    domain = source.removesuffix("-latent")
+    return domain if domain in SOURCES else None
+
+
 def contact_sheet(pictures, columns=8, enlarge=1):
     """Tiles pictures (n, s, s, 3) row by row, each enlarged by an integer; n must be a multiple of `columns`."""
     n, size = pictures.shape[:2]

@@ -25,7 +25,6 @@ import distributed
 import domains
 import run_folder
 from checkpoints import ASSETS, Network, load_network, load_source
-from ddpm import sample
 from options import InputError, at_least, option, parse, run
 from train_tan import METHODS
 from training import write_atomic
@@ -63,8 +62,7 @@ def score_run(folder: Path, options: Options, sources: dict[str, dict], device: 
     seeds = range(20_000, 20_000 + options.n)
 
     def look(network: Network) -> dict[str, Tensor]:
-        shape = (3, network.model.image_size, network.model.image_size)
-        return judge_attributes(judge, sample(network.model.to(device), network.schedule, shape, seeds, options.steps, device=device))
+        return judge_attributes(judge, network.to(device).sample(seeds, options.steps))
 
     if trained["source"] not in sources:
         sources[trained["source"]] = look(load_source(trained["source"]))

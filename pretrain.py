@@ -6,6 +6,8 @@
                                                        analogue of the ImageNet classifier that guidance starts from
   python pretrain.py toyfaces --network judge          learns attributes and domain of clean pictures of the source and all
                                                        its targets: evaluate.py counts with it, nothing is trained with it
+  python pretrain.py photos/ --size 256 --network kl   a first stage of latent diffusion (or vq), and on its latents:
+  python pretrain.py photos/ --size 256 --first-stage runs/pretrain-photos-kl/model.safetensors
 
 Leaves in runs/pretrain-NAME/: model.safetensors (EMA weights, architecture in its metadata), samples.png as training goes,
 metrics.jsonl, loss.png and checkpoint.pt, from which --resume continues exactly.
@@ -27,8 +29,9 @@ from tqdm import tqdm
 import data
 import distributed
 import domains
-from checkpoints import LINEAR, build, save_network
-from ddpm import predict_eps, sample
+from autoencoder import LOSS_WEIGHTS, first_stage_loss
+from checkpoints import FIRST_STAGES, LINEAR, Network, build, load_network, save_network
+from ddpm import predict_eps
 from options import REQUIRED, InputError, at_least, option, parse, run
 from pictures import save_curve, save_grid
 from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_checkpoint, read_metrics, save_checkpoint, warmup)
@@ -37,7 +40,7 @@ from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_ch
 @dataclasses.dataclass
 class Options:
     source: str = option(REQUIRED, "built-in domain or folder of images", positional=True)
-    network: str = option("unet", "what to train", choices=["unet", "classifier", "judge"])
+    network: str = option("unet", "what to train", choices=["unet", "classifier", "judge", "kl", "vq"])
     output_dir: str = option("", "where the run goes (default: runs/pretrain-SOURCE, with -classifier or -judge)")
     resume: bool = option(False, "continue the run in --output-dir from its checkpoint, with the same flags")
     overwrite: bool = option(False, "replace the run in --output-dir")
@@ -53,6 +56,11 @@ class Options:
     head_channels: int = option(32, "width of an attention head", group="network")
     norm_groups: int = option(8, "groups of each group norm (32 in published networks)", group="network")
 
+    first_stage: str | None = option(None, "train the U-Net on the latents of this file", metavar="FILE", group="latent diffusion")
+    latent_channels: int = option(4, "of a first stage", group="latent diffusion")
+    codes: int = option(512, "entries in the codebook of a vq", group="latent diffusion")
+    kl_weight: float = option(1e-6, "of the loss of a kl", group="latent diffusion")
+
     iterations: int = option(10_000, "training steps", group="training")
     batch_size: int = option(40, "pictures a step, over all processes", group="training")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW, decayed to 0 by half a cosine", group="training")
@@ -65,18 +73,26 @@ class Options:
     save_every: int = option(500, "iterations between checkpoints and sample grids", group="training")
 
 
-def describe(options: Options) -> dict:
-    """The network of the options, in the form that checkpoints.build reads."""
+def describe(options: Options, stage: Network | None) -> dict:
+    """The network of the options, in the form that checkpoints.build reads; `stage` is the first stage of a latent model."""
+    made_by = shlex.join(["python", "pretrain.py", *(a for a in sys.argv[1:] if a != "--resume")])
+    if options.network.upper() in FIRST_STAGES:
+        ddconfig = dict(z_channels=options.latent_channels, double_z=options.network == "kl", resolution=options.size, ch=options.channels,
+                        ch_mult=options.channel_mult, num_res_blocks=options.res_blocks, norm_groups=options.norm_groups)
+        codebook = dict(n_embed=options.codes) if options.network == "vq" else {}
+        return dict(network=options.network.upper(), config=dict(ddconfig=ddconfig, embed_dim=options.latent_channels, **codebook), made_by=made_by)
     attributes = {name: list(values) for name, values in domains.ATTRIBUTES.items()}
     if options.network == "judge":
         attributes["domain"] = family(options.source)
-    config = dict(image_size=options.size, in_channels=3, model_channels=options.channels,
-                  out_channels=3 if options.network == "unet" else sum(map(len, attributes.values())), num_res_blocks=options.res_blocks,
+    size, channels = (options.size // stage.model.factor, stage.model.embed_dim) if stage else (options.size, 3)
+    config = dict(image_size=size, in_channels=channels, model_channels=options.channels,
+                  out_channels=channels if options.network == "unet" else sum(map(len, attributes.values())), num_res_blocks=options.res_blocks,
                   attention_resolutions=options.attention, channel_mult=options.channel_mult, num_head_channels=options.head_channels,
                   use_scale_shift_norm=True, norm_groups=options.norm_groups)
-    description = dict(network="UNet" if options.network == "unet" else "Classifier", config=config, schedule=LINEAR,
-                       made_by=shlex.join(["python", "pretrain.py", *(a for a in sys.argv[1:] if a != "--resume")]))
-    if options.network != "unet":
+    description = dict(network="UNet" if options.network == "unet" else "Classifier", config=config, schedule=LINEAR, made_by=made_by)
+    if stage:
+        description["first_stage"] = {key: stage.description[key] for key in ("network", "config", "made_by")}
+    if options.network in ("classifier", "judge"):
         description["attributes"] = attributes
     return description
 
@@ -87,7 +103,7 @@ def family(source: str) -> list[str]:
 
 
 def load_pictures(options: Options):
-    """A function from indices (B,) to images and labels (B, attributes), and the number of pictures.  Folders have no labels (None)."""
+    """A function from indices (B,) to images and labels (B, attributes), and the number of pictures.  Folders have no labels."""
     if options.source in domains.SOURCES:
         drawn = []
         names = family(options.source) if options.network == "judge" else [options.source]
@@ -96,10 +112,21 @@ def load_pictures(options: Options):
             drawn.append((pixels, np.column_stack([labels, np.full(len(labels), i)]) if options.network == "judge" else labels))
         pixels, labels = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*drawn))
         return (lambda indices: (data.to_tensor(pixels[indices]), labels[indices])), len(pixels)
-    if options.network != "unet":
+    if options.network in ("classifier", "judge"):
         raise InputError(f"--network {options.network} learns attributes, which only built-in sources have: {', '.join(domains.SOURCES)}")
     folder = data.ImageFolder(options.source, options.size)
-    return (lambda indices: (folder.batch(indices), None)), len(folder)
+    return (lambda indices: (folder.batch(indices), torch.empty(len(indices), 0))), len(folder)
+
+
+def encode_all(batch_of, n_pictures: int, network: Network, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Latents of all pictures, and of their mirror images, on the CPU; sets the scale factor that gives them unit variance."""
+    latents, mirrored = [], []
+    for indices in tqdm(torch.arange(n_pictures).split(64), desc="latents", disable=distributed.rank() != 0, mininterval=2):
+        images = batch_of(indices)[0].to(device)
+        latents.append(network.encode(images).cpu()), mirrored.append(network.encode(images.flip(3)).cpu())
+    latents, mirrored = torch.cat(latents), torch.cat(mirrored)
+    network.scale_factor = network.description["scale_factor"] = 1 / latents.std().item()
+    return latents * network.scale_factor, mirrored * network.scale_factor
 
 
 def attribute_loss(logits: Tensor, labels: Tensor, attributes: dict) -> Tensor:
@@ -110,7 +137,8 @@ def attribute_loss(logits: Tensor, labels: Tensor, attributes: dict) -> Tensor:
 
 def main() -> None:
     options, _ = parse(Options, description=__doc__)
-    name = Path(options.source).name + ("" if options.network == "unet" else f"-{options.network}")
+    kind = "-latent" if options.first_stage else "" if options.network == "unet" else f"-{options.network}"
+    name = Path(options.source).name + kind
     out = Path(options.output_dir or f"runs/pretrain-{name}")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -119,9 +147,17 @@ def main() -> None:
         raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with --overwrite, or choose --output-dir")
     at_least(options, size=8, images=1, iterations=1, batch_size=distributed.world(), warmup=0, seed=0, save_every=1)
     torch.manual_seed(options.seed)
-    network = build(describe(options), "the network flags")
+    first_stage = options.network.upper() in FIRST_STAGES
+    stage = load_network(Path(options.first_stage)) if options.first_stage else None
+    if stage and (options.network != "unet" or stage.description["network"] not in FIRST_STAGES or options.size % stage.model.factor):
+        raise InputError(f"--first-stage {options.first_stage}: only for --network unet, and must be a kl or vq whose factor divides --size")
+    network = build(describe(options, stage), "the network flags")
     batch_of, n_pictures = load_pictures(options)
-    model, schedule = network.model.to(device).train(), network.schedule
+    latents = None
+    if stage:
+        network.first_stage.load_state_dict(stage.model.state_dict())
+        latents, mirrored = encode_all(batch_of, n_pictures, network.to(device), device)
+    model, schedule = network.to(device).model.train(), network.schedule
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
     ema, start = EMA(parameters, options.ema), 0
@@ -141,11 +177,14 @@ def main() -> None:
             return
         ema.swap()
         save_network(out / "model.safetensors", network)
+        model.eval()
         if options.network == "unet":
-            model.eval()
-            shape = (3, options.size, options.size)
-            save_grid(out / "samples.png", sample(model, schedule, shape, range(64), device=device), columns=16)
-            model.train()
+            save_grid(out / "samples.png", network.sample(range(64)), columns=16)
+        elif first_stage:  # pictures above, what comes back below
+            images = batch_of(torch.arange(min(16, n_pictures)))[0]
+            with torch.no_grad():
+                save_grid(out / "samples.png", torch.cat([images, model.decode(model.encode(images.to(device))).cpu()]), columns=len(images))
+        model.train()
         ema.swap()
         # Last: a run killed on the way here does this save again when it is resumed.
         save_checkpoint(out / "checkpoint.pt", dict(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(),
@@ -162,16 +201,21 @@ def main() -> None:
             indices = torch.randint(n_pictures, (options.batch_size,), generator=g)[mine]
             t = torch.randint(noisiest, (options.batch_size,), generator=g)[mine].to(device)
             mirror = torch.rand(options.batch_size, generator=g)[mine] < 0.5
-            x0, labels = batch_of(indices)
+            x0, labels = batch_of(indices) if latents is None else (latents[indices], None)
             if options.flip:
-                x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
+                x0 = torch.where(mirror[:, None, None, None], x0.flip(3) if latents is None else mirrored[indices], x0)
             x0 = x0.to(device)
-            eps = torch.randn(options.batch_size, *x0.shape[1:], generator=g)[mine].to(device)
-            xt = schedule.add_noise(x0, t, eps)
+            shape = (model.embed_dim, *(side // model.factor for side in x0.shape[2:])) if first_stage else x0.shape[1:]
+            eps = torch.randn(options.batch_size, *shape, generator=g)[mine].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                if options.network == "unet":
+                if first_stage:
+                    loss, _ = first_stage_loss(model, x0, eps, dict(LOSS_WEIGHTS, kl=options.kl_weight))
+                    losses = loss.expand(len(x0))
+                elif options.network == "unet":
+                    xt = schedule.add_noise(x0, t, eps)
                     losses = (eps - predict_eps(model, xt, t)).square().flatten(1).mean(1)                # Eq. 1
                 else:
+                    xt = schedule.add_noise(x0, t, eps)
                     losses = attribute_loss(model(xt, t).float(), labels.to(device), network.description["attributes"])
             loss = losses.sum() / options.batch_size
             optimizer.zero_grad()

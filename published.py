@@ -165,7 +165,7 @@ def weights_in(folder: Path) -> Path:
         for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
             if (place / name).exists():
                 return place / name
-    raise InputError(f"{folder}: a folder without diffusion_pytorch_model.safetensors or .bin, so not one of diffusers; give a file of weights")
+    raise InputError(f"{folder}: neither the folder of a run (no options.json) nor one of diffusers (no diffusion_pytorch_model.safetensors or .bin)")
 
 
 def describe_folder(place: Path, arch: str | None, layout: str) -> dict:

@@ -16,7 +16,6 @@ import adaptor
 import data
 import distributed
 from checkpoints import Network, fingerprint, load_network, load_source, load_strictly, read_tensors, save_tensors
-from ddpm import sample
 from options import InputError
 from pictures import save_curve, save_grid
 from training import EMA, read_metrics, write_atomic
@@ -103,14 +102,14 @@ class Report:
 
     def __init__(self, out: Path, options, source: Network, theta: str, targets: torch.Tensor, ema: EMA, device: torch.device):
         self.out, self.options, self.source, self.theta, self.ema, self.device = out, options, source, theta, ema, device
-        self.shape = targets.shape[1:]
+        self.shape = targets.shape[1:]  # of a picture
         if distributed.rank() == 0:
             save_grid(out / "targets.png", targets[:20], columns=min(10, len(targets)))
 
     def draw(self, seeds, steps: int, network: Network) -> torch.Tensor:
-        model = network.model.to(self.device).eval()
+        network.to(self.device).model.eval()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16" and self.device.type == "cuda"):
-            return sample(model, network.schedule, self.shape, seeds, steps, device=self.device, batch_size=self.options.micro_batch_size or 64)
+            return network.sample(seeds, steps, batch_size=self.options.micro_batch_size or 64)
 
     def preview(self, iteration: int) -> None:
         """One more row of progress.png: the same noises at this iteration."""

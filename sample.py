@@ -21,7 +21,6 @@ import distributed
 import run_folder
 from checkpoints import load_source
 from classifier import TARGET, log_prob_gradient
-from ddpm import sample
 from options import REQUIRED, InputError, at_least, option, parse, run
 from pictures import save_grid
 from training import write_atomic
@@ -29,9 +28,10 @@ from training import write_atomic
 
 @dataclasses.dataclass
 class Options:
-    model: str = option(REQUIRED, "folder of a run, built-in source, or file of weights", positional=True)
+    model: str = option(REQUIRED, "folder of a run, built-in source, file of weights or folder of diffusers", positional=True)
     n: int = option(64, "number of pictures", short="-n")
-    arch: str | None = option(None, "network of a published file: ffhq256, or a JSON file", metavar="NAME")
+    arch: str | None = option(None, "network of a published file whose shapes do not show it (python checkpoints.py lists them), or a JSON file",
+                              metavar="NAME")
     steps: int = option(50, "sampling steps")
     eta: str = option("0", "0: DDIM, 1: DDPM, any number between, or 'large': DDPM with variance beta_t", metavar="X")
     seed: int = option(0, "seed of the first picture")
@@ -52,12 +52,13 @@ def main() -> None:
         raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'")
     at_least(options, n=1, batch_size=1, steps=1)
     folder = Path(options.model)
-    if folder.is_dir():
+    is_run = (folder / "options.json").exists()
+    if is_run:
         network, _ = run_folder.load_run(folder)
     else:
         network = load_source(options.model, options.arch)
-    out = Path(options.output_dir or (folder / "drawn" if folder.is_dir() else f"runs/{folder.stem}-samples")).resolve()
-    model = network.model.to(device)
+    out = Path(options.output_dir or (folder / "drawn" if is_run else f"runs/{folder.stem}-samples")).resolve()
+    network.to(device)
     if options.steps > network.schedule.timesteps:
         raise InputError(f"--steps {options.steps}: this model has {network.schedule.timesteps}")
     if out.is_dir() and any(out.glob("*.png")):
@@ -68,10 +69,9 @@ def main() -> None:
         gradient = lambda xt, t: log_prob_gradient(classifier, xt, t, TARGET)
 
     mine = range(options.n)[distributed.share(options.n)]
-    size = model.image_size
     progress = lambda steps: tqdm(steps, leave=False, disable=distributed.rank() != 0)
-    images = sample(model, network.schedule, (model.in_channels, size, size), [options.seed + i for i in mine], options.steps, eta,
-                    device=device, gradient=gradient, gamma=options.guidance, batch_size=options.batch_size, progress=progress)
+    images = network.sample([options.seed + i for i in mine], options.steps, eta=eta, gradient=gradient, gamma=options.guidance,
+                            batch_size=options.batch_size, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     for i, pixels in zip(mine, data.to_uint8(images)):
         write_atomic(out / f"{options.seed + i:06d}.png", lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))

@@ -2,11 +2,12 @@
 
   python train_tan.py --target sunglasses                    built-in faces, built-in target; minutes on a laptop
   python train_tan.py --target photos/                       your own pictures instead
-  python train_tan.py --source ffhq_p2.pt --arch ffhq256 --target photos/ --precision bf16
+  python train_tan.py --source toyfaces-latent               the same on a latent diffusion model
+  python train_tan.py --source ffhq_p2.pt --target photos/ --precision bf16    a published checkpoint
   torchrun --nproc_per_node=8 train_tan.py --source ...      the same on 8 GPUs; --batch-size stays the global one
   python train_tan.py --target sunglasses --resume           go on after an interruption; on a CPU to the very same weights
 
-The defaults below are the paper's, for 256x256 networks.  A source of 64 pixels or less, as the built-in one, replaces some by
+The defaults below are the paper's, for 256x256 networks; latent ones take its learning rate 1e-5.  A source of 64 pixels or less, as the built-in one, replaces some by
 what suits it and says so when it starts; flags that are typed always hold.
 
 A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below), progress.png (the same
@@ -32,8 +33,8 @@ import domains
 import run_folder
 from adversarial_noise import worst_case_noise
 from checkpoints import Network, fingerprint, load_source, save_network, start_classifier
-from classifier import AUGMENTATIONS, TARGET, accuracy_by_quartile, fine_tune, log_prob_gradient
-from ddpm import predict_eps, sample
+from classifier import AUGMENTATIONS, TARGET, accuracy_by_quartile, augment, fine_tune, log_prob_gradient
+from ddpm import predict_eps
 from options import InputError, at_least, option, parse, run
 from training import EMA, Metrics, Stats, StopSignal, generator, load_checkpoint, save_checkpoint, warmup
 
@@ -49,7 +50,7 @@ METHODS = {
 class Options:
     target: str = option("sunglasses", f"what to adapt to: {', '.join(domains.TARGETS)}, or a folder of about ten pictures")
     source: str = option("toyfaces", "what to adapt: a built-in source, or a file of weights")
-    arch: str | None = option(None, "network of a published file: ffhq256, or a JSON file", metavar="NAME")
+    arch: str | None = option(None, "network of a published file whose shapes do not show it (python checkpoints.py lists them), or a JSON file", metavar="NAME")
     method: str = option("tan", "; ".join(f"{name}: {text}" for name, text in METHODS.items()), choices=list(METHODS))
     output_dir: str = option("", "where the run goes (default: runs/TARGET, runs/TARGET-METHOD for the other methods)")
     resume: bool = option(False, "continue the run in --output-dir (or of this target and method); its own options hold")
@@ -103,6 +104,7 @@ class Options:
 # The paper's settings, above, are for 256x256 networks.  What suits small ones (64 pixels and less), chosen on babies:
 SMALL = dict(iterations=80, batch_size=16, learning_rate=2e-3, adaptor_width=8, classifier_iterations=150)
 SMALL_FINETUNE = dict(SMALL, learning_rate=3e-4)  # all weights at once want smaller steps than fresh adaptors
+LATENT = dict(learning_rate=1e-5)  # the paper's, for published latent models
 
 
 def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) -> Tensor:
@@ -140,32 +142,39 @@ def prepare(options: Options, network: Network) -> list[torch.nn.Parameter]:
 def make_classifier(options: Options, source: Network, targets: Tensor, device: torch.device, say) -> tuple[Network, list[float] | None]:
     """p_phi of Eq. 5, fine-tuned on the targets against source pictures, and its accuracy on held-out pictures by timestep quarter
     (None without --classifier-check, or where there is only one picture)."""
-    count, size, schedule = options.source_count, source.model.image_size, source.schedule
+    count, schedule = options.source_count, source.schedule
     progress = lambda text: lambda steps: tqdm(steps, desc=text, leave=False)
-    name = options.source_images or (options.source if options.source in domains.SOURCES else None)
+    name = options.source_images or domains.drawn_by(options.source)
     if name:
-        pictures = data.source_images(name, count, size, options.seed)
+        pictures = data.source_images(name, count, source.image_size, options.seed)
     else:
         say(f"sampling {count} source pictures for the classifier (--source-images FOLDER would save this)")
-        pictures = sample(source.model, schedule, targets.shape[1:], range(10**6, 10**6 + count), steps=25, device=device,
-                          batch_size=options.micro_batch_size or 64, progress=progress("source pictures"))  # psi, still zero, changes nothing
+        pictures = source.sample(range(10**6, 10**6 + count), 25, batch_size=options.micro_batch_size or 64,
+                                 progress=progress("source pictures"))  # psi, still zero, changes nothing
     pictures, targets = pictures.to(device), targets.to(device)
     kinds = options.augment or data.AUGMENT.get(options.target, ("flip", "shift"))
+
+    def x0(images: Tensor, versions: int) -> Tensor:
+        """What the classifier sees.  Latents cannot be mirrored or coloured: of each picture, several changed versions are encoded."""
+        if source.first_stage is None:
+            return images
+        return source.encode(augment(images.repeat(versions, 1, 1, 1), kinds, generator(options.seed, 4)))
 
     def train(source_pictures: Tensor, target_pictures: Tensor, text: str) -> Network:
         torch.manual_seed(options.seed)  # the new head
         network = start_classifier(options.classifier, options.classifier_arch, options.source, source)
         network.model.use_checkpoint = options.checkpoint_blocks
-        fine_tune(network.model.to(device), schedule, source_pictures, target_pictures, options.classifier_iterations,
-                  options.classifier_batch_size, options.classifier_learning_rate, kinds, generator(options.seed, 2),
-                  options.micro_batch_size, progress(text))
+        fine_tune(network.model.to(device), schedule, x0(source_pictures, 2), x0(target_pictures, 16), options.classifier_iterations,
+                  options.classifier_batch_size, options.classifier_learning_rate, () if source.first_stage else kinds,
+                  generator(options.seed, 2), options.micro_batch_size, progress(text))
         return network
 
     accuracy = None
     if options.classifier_check and min(len(targets), len(pictures)) >= 2:
         held_out, held_out_source = max(1, len(targets) // 5), max(1, len(pictures) // 5)
         trial = train(pictures[held_out_source:], targets[held_out:], "classifier, a fifth held out")
-        accuracy = accuracy_by_quartile(trial.model, schedule, pictures[:held_out_source], targets[:held_out], generator(options.seed, 3))
+        accuracy = accuracy_by_quartile(trial.model, schedule, source.encode(pictures[:held_out_source]), source.encode(targets[:held_out]),
+                                        generator(options.seed, 3))
     return train(pictures, targets, "classifier"), accuracy
 
 
@@ -178,26 +187,28 @@ def main() -> None:
     if options.resume:
         options = run_folder.resumed(out, options, given)
     source = load_source(options.source, options.arch)
-    suits = {} if source.model.image_size > 64 else SMALL_FINETUNE if options.method == "finetune" else SMALL
+    latent_large = LATENT if source.first_stage else {}
+    suits = latent_large if source.image_size > 64 else SMALL_FINETUNE if options.method == "finetune" else SMALL
     if not options.resume:
         options = dataclasses.replace(options, **{k: v for k, v in suits.items() if k not in given})
     check(options, out)
-    size, theta = source.model.image_size, fingerprint(source.model)
+    size, theta = source.image_size, fingerprint(source.model)
     targets = data.target_images(options.target, size)
     if options.method in ("guided", "tan"):
         start_classifier(options.classifier, options.classifier_arch, options.source, source)  # a wrong file is found out now
     run_folder.open_run(out, options)
 
     torch.manual_seed(options.seed)
-    model, schedule = source.model.to(device), source.schedule
+    model, schedule = source.to(device).model, source.schedule
     total = sum(p.numel() for p in model.parameters())
     parameters = prepare(options, source)
     trained = sum(p.numel() for p in parameters)
     rate = 1 if options.method == "finetune" else adaptor.parameter_rate(model)
-    say(f"source {options.source}: {size}x{size}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
+    form = f", as latents {'x'.join(map(str, source.shape))}" if source.first_stage else ""
+    say(f"source {options.source}: {size}x{size}{form}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
         f"{options.method} on {len(targets)} pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
     if suits:
-        say("settings for a small source: " + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in suits))
+        say(("settings for a small source: " if size <= 64 else "settings for a latent source: ") + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in suits))
 
     classifier = None
     if options.method in ("guided", "tan"):
@@ -235,6 +246,7 @@ def main() -> None:
         save_checkpoint(out / "checkpoint.pt", dict(parameters=[p.detach() for p in parameters], optimizer=optimizer.state_dict(),
                                                     ema=ema.state_dict(), iteration=done, source=theta))
 
+    latents, mirrored = (source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3)))  # pixel models: the pictures
     b, micro = options.batch_size, options.micro_batch_size or options.batch_size
     mine = distributed.share(b)
     stages = {round(options.iterations * (i + 1) / options.previews) for i in range(options.previews)}
@@ -245,11 +257,12 @@ def main() -> None:
         for iteration in bar:                                                       # Algorithm 1, line 1
             started = time.time()
             g = generator(options.seed, 0, iteration)  # every rank draws the global batch and works on its share
-            x0 = targets[torch.randint(len(targets), (b,), generator=g)]            # line 2
+            chosen = torch.randint(len(targets), (b,), generator=g)
+            x0 = latents[chosen]                                                    # line 2
             t = torch.randint(schedule.timesteps, (b,), generator=g)                # line 3
             eps = torch.randn(x0.shape, generator=g)                                # line 4
             if options.flip:
-                x0 = torch.where(torch.rand(b, 1, 1, 1, generator=g) < 0.5, x0.flip(3), x0)
+                x0 = torch.where(torch.rand(b, 1, 1, 1, generator=g) < 0.5, mirrored[chosen], x0)
             x0, t, eps = x0[mine].to(device), t[mine].to(device), eps[mine].to(device)
 
             optimizer.zero_grad()
