@@ -1,7 +1,7 @@
 """What a run of train_tan.py leaves on disk, and how it is read back.
 
 options.json and weights.safetensors together are the adapted model: psi alone beside the source it belongs to, or all
-weights after `finetune`.  checkpoint.pt holds the training state; the rest is for people.
+weights after `finetune` or `pa`.  checkpoint.pt holds the training state; the rest is for people.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from training import EMA, read_metrics, write_atomic
 
 FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl", "targets.png", "samples.png",
          "progress.png", "loss.png")
+ALL_WEIGHTS = ("finetune", "pa")  # methods that change theta itself; the others train psi beside it
 MAY_CHANGE = {"resume", "output_dir", "iterations", "device", "micro_batch_size", "checkpoint_blocks", "save_every"}
 
 
@@ -78,7 +79,7 @@ def load_run(folder: Path) -> tuple[Network, dict]:
     network = load_source(options["source"], options["arch"])
     if description is None or description["source"] != fingerprint(network.model):
         raise InputError(f"{folder}/weights.safetensors: made from another source than the present {options['source']}")
-    if options["method"] == "finetune":
+    if options["method"] in ALL_WEIGHTS:
         load_strictly(network.model, tensors, folder / "weights.safetensors")
         return network, options
     adaptor.attach(network.model, options["adaptor_width"])
@@ -133,7 +134,7 @@ class Report:
             return
         options, model = self.options, self.source.model
         self.ema.swap()
-        tensors = model.state_dict() if options.method == "finetune" else adaptor.state_dict(model)
+        tensors = model.state_dict() if options.method in ALL_WEIGHTS else adaptor.state_dict(model)
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_tensors(self.out / "weights.safetensors", tensors, dict(method=options.method, source=self.theta))
         if options.samples:

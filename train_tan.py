@@ -16,6 +16,7 @@ More pictures from it: python sample.py runs/TARGET -n 64
 """
 
 import contextlib
+import copy
 import dataclasses
 import math
 import sys
@@ -36,6 +37,7 @@ from checkpoints import Network, fingerprint, load_source, save_network, start_c
 from classifier import AUGMENTATIONS, TARGET, accuracy_by_quartile, augment, fine_tune, log_prob_gradient
 from ddpm import predict_eps
 from options import InputError, at_least, option, parse, run
+from pairwise import pairwise_loss
 from training import EMA, Metrics, Stats, StopSignal, generator, load_checkpoint, save_checkpoint, warmup
 
 METHODS = {
@@ -43,6 +45,7 @@ METHODS = {
     "guided": "TAN without adversarial noise (Eq. 6)",
     "adaptor": "adaptors alone (Eq. 1)",
     "finetune": "all weights (Eq. 1)",
+    "pa": "all weights with the pairwise losses of DDPM-PA (Zhu et al. 2022)",
 }
 
 
@@ -133,7 +136,7 @@ def prepare(options: Options, network: Network) -> list[torch.nn.Parameter]:
     """Set the source U-Net up for the method; returns what is to be trained."""
     model = network.model.eval()
     model.use_checkpoint = options.checkpoint_blocks
-    if options.method == "finetune":
+    if options.method in run_folder.ALL_WEIGHTS:
         return list(model.requires_grad_(True).parameters())
     adaptor.attach(model, options.adaptor_width)
     return adaptor.parameters(model)
@@ -188,7 +191,7 @@ def main() -> None:
         options = run_folder.resumed(out, options, given)
     source = load_source(options.source, options.arch)
     latent_large = LATENT if source.first_stage else {}
-    suits = latent_large if source.image_size > 64 else SMALL_FINETUNE if options.method == "finetune" else SMALL
+    suits = latent_large if source.image_size > 64 else SMALL_FINETUNE if options.method in run_folder.ALL_WEIGHTS else SMALL
     if not options.resume:
         options = dataclasses.replace(options, **{k: v for k, v in suits.items() if k not in given})
     check(options, out)
@@ -203,7 +206,7 @@ def main() -> None:
     total = sum(p.numel() for p in model.parameters())
     parameters = prepare(options, source)
     trained = sum(p.numel() for p in parameters)
-    rate = 1 if options.method == "finetune" else adaptor.parameter_rate(model)
+    rate = 1 if options.method in run_folder.ALL_WEIGHTS else adaptor.parameter_rate(model)
     form = f", as latents {'x'.join(map(str, source.shape))}" if source.first_stage else ""
     say(f"source {options.source}: {size}x{size}{form}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
         f"{options.method} on {len(targets)} pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
@@ -224,6 +227,7 @@ def main() -> None:
             say("classifier, accuracy on held-out pictures for t in the 1st, 2nd, 3rd, 4th quarter (0.5 is chance): "
                 + ", ".join(f"{a:.2f}" for a in accuracy))
 
+    unadapted = copy.deepcopy(model).requires_grad_(False) if options.method == "pa" else None
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     ema, start = EMA(parameters, options.ema), 0
     if options.resume and (out / "checkpoint.pt").exists():
@@ -287,6 +291,13 @@ def main() -> None:
                 with autocast():
                     eps_predicted = predict_eps(model, xt, t_)
                 losses = guided_loss(eps_, eps_predicted, guidance)                 # line 8, Eq. 9
+                if options.method == "pa":
+                    with torch.no_grad(), autocast():
+                        eps_source = predict_eps(unadapted, xt, t_)
+                    adapted, kept = (schedule.predict_x0(xt, t_, e) for e in (eps_predicted, eps_source))
+                    if source.first_stage is None:  # as in sampling; where noise is nearly all, an error of eps is a hundredfold one of x_0
+                        adapted, kept = adapted.clamp(-1, 1), kept.clamp(-1, 1)
+                    losses = losses + pairwise_loss(adapted, kept, x0_)
                 (losses.sum() / b).backward()
                 stats.add(t_, losses.detach(), guidance, ascent)
             distributed.sum_gradients(parameters)

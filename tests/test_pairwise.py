@@ -1,0 +1,48 @@
+"""pairwise.py against a naive loop, PyTorch's own divergence, and the definition of the Haar wavelet."""
+
+import torch
+import torch.nn.functional as F
+
+import pairwise
+import run_folder
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_high_frequency_is_what_the_blurred_picture_lacks():
+    """The orthonormal Haar transform keeps the energy: LL^2 + LH^2 + HL^2 + HH^2 = x^2; flat pictures have no detail."""
+    x = randn(2, 3, 8, 8)
+    low, high = torch.tensor([1.0, 1.0]) / 2 ** 0.5, torch.tensor([-1.0, 1.0]) / 2 ** 0.5
+    band = lambda rows, columns: F.conv2d(x.flatten(0, 1)[:, None], torch.outer(rows, columns)[None, None], stride=2)[:, 0]
+    bands = [band(r, c) for r, c in ((low, low), (low, high), (high, low), (high, high))]
+    torch.testing.assert_close(sum(b.square().sum() for b in bands), x.square().sum())
+    torch.testing.assert_close(pairwise.high_frequency(x).flatten(0, 1), sum(bands[1:]))
+    assert pairwise.high_frequency(torch.ones(1, 3, 4, 4)).abs().max() == 0
+
+
+def test_similarities_against_a_loop():
+    x = randn(5, 3, 4, 4)
+    found = pairwise.log_similarities(x).exp()
+    for i in range(5):
+        others = torch.stack([F.cosine_similarity(x[i].flatten(), x[j].flatten(), dim=0) for j in range(5) if j != i])
+        torch.testing.assert_close(found[i], others.softmax(0))
+
+
+def test_loss():
+    adapted, source, x0 = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1), randn(4, 3, 8, 8, seed=2)
+    divergence = lambda a, b: F.kl_div(pairwise.log_similarities(b), pairwise.log_similarities(a), reduction="none", log_target=True).sum(1)
+    high = pairwise.high_frequency
+    expected = 4 * divergence(adapted, source) + 4 * divergence(high(adapted), high(source))
+    expected += (high(adapted) - high(x0)).square().mean((1, 2, 3))
+    torch.testing.assert_close(pairwise.pairwise_loss(adapted, source, x0), expected)
+    assert pairwise.pairwise_loss(source, source, source).abs().max() < 1e-6
+    assert pairwise.pairwise_loss(adapted[:1], source[:1], adapted[:1]).abs().max() == 0  # one picture alone
+
+
+def test_a_run(train, tmp_path):
+    """Theta itself moves and is kept; with the pairwise losses to another place than without."""
+    ends = {method: run_folder.load_run(train(tmp_path / method, "--method", method))[0].model.state_dict() for method in ("pa", "finetune")}
+    assert ends["pa"].keys() == ends["finetune"].keys() and not any(".adaptor." in key for key in ends["pa"])
+    assert any(not torch.equal(ends["pa"][key], value) for key, value in ends["finetune"].items())
