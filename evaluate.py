@@ -1,127 +1,123 @@
-"""Score adapted models on the built-in domains, where a judge knows what is in each picture.
+"""Measure adapted models: the paper's Intra-LPIPS and FID on any folders, and on the built-in domains what no photo shows.
 
-  python evaluate.py runs/sunglasses               score finished runs, one row each
-  python evaluate.py --ablation --target sunglasses --seeds 1 2 3
-                                                   train and score the four methods with each seed (resumes what is there)
+  python evaluate.py runs/sunglasses                       a finished run from a built-in source to a built-in target: share of samples
+                                                           in the target, attributes kept, toy FID, toy Intra-LPIPS (judge.py)
+  python evaluate.py --samples runs/photos/drawn --target photos/
+                                                           any folders: Intra-LPIPS of the samples around the training pictures
+  python evaluate.py --samples DIR --target DIR --reference DIR
+                                                           and FID, KID to a larger set of pictures of the target domain
 
-Samples are drawn from the same noises through the source and the adapted model, and the judge (a network trained on
-freshly drawn pictures, never used in training runs: pretrain.py --network judge) says of each pair
-  target     the share of adapted samples that belong to the target domain
-  hair, skin the share whose hair colour / skin agrees with the source sample from the same noise
-Writes a table to the terminal and, with --ablation, to runs/ablation-TARGET/table.md and table.json.
+The paper's figures (section 5.2): 1,000 samples (sample.py -n 1000) at 256x256, LPIPS-VGG around the ten training pictures, FID to 2,500
+(sunglasses) and 2,700 (babies) pictures.  The weights of LPIPS's backbone and of Inception are downloaded if --download allows it, else
+the message says which file to put where.  GAN samples are scored the same way: only the folders matter.
+tables.py makes all tables and figures of section 5.
 """
 
 import dataclasses
+import functools
 import json
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
+import data
 import distributed
 import domains
+import judge
+import metrics
 import run_folder
-from checkpoints import ASSETS, Network, load_network, load_source
+from checkpoints import load_source
 from options import InputError, at_least, option, parse, run
-from train_tan import METHODS
 from training import write_atomic
 
-COLUMNS = ("target", "hair", "skin")
+COLUMNS = ("target", "kept", "covered", "toy FID", "toy Intra-LPIPS", "memorised")
+FIRST_SEED = 20_000  # noises that no picture of a run has shown, so that nobody has looked at them while choosing settings
+FEW = 2048  # FID on fewer samples is unreliable
 
 
 @dataclasses.dataclass
 class Options:
-    runs: tuple[str, ...] = option((), "folders of finished runs of a built-in source", positional=True)
-    ablation: bool = option(False, "train the four methods first, then score them")
-    target: str = option("sunglasses", "built-in target of the ablation", choices=list(domains.TARGETS))
-    seeds: tuple[int, ...] = option((1, 2, 3), "seeds of the ablation")
-    n: int = option(256, "samples to score from each run", short="-n")
-    steps: int = option(50, "DDIM steps")
+    runs: tuple[str, ...] = option((), "folders of finished runs from a built-in source to a built-in target", positional=True)
+    n: int = option(1000, "samples to draw from each run", short="-n", group="runs")
+    steps: int = option(25, "DDIM steps", group="runs")
+
+    samples: str | None = option(None, "folder of samples, instead of runs", metavar="DIR", group="folders of pictures")
+    target: str | None = option(None, "folder of the training pictures", metavar="DIR", group="folders of pictures")
+    reference: str | None = option(None, "folder of many other pictures of the target domain, for FID and KID", metavar="DIR", group="folders of pictures")
+    size: int = option(256, "pixels per side at which Intra-LPIPS compares; pictures are cropped to a square", group="folders of pictures")
+    cluster_size: int | None = option(None, "compare at most so many random members of a cluster; 50 is the protocol of Ojha et al. 2021 "
+                                      "(default: all)", group="folders of pictures")
+    lpips_net: str = option("vgg", "backbone of LPIPS", choices=list(metrics.BACKBONES), group="folders of pictures")
+    lpips_backbone: str | None = option(None, "torchvision's weights for it", metavar="FILE", group="folders of pictures")
+    inception_weights: str | None = option(None, "torch-fidelity's Inception weights", metavar="FILE", group="folders of pictures")
+    download: bool = option(False, "fetch missing weights from their publishers", group="folders of pictures")
+    seed: int = option(0, "of the random members", group="folders of pictures")
     device: str = option("auto", "auto, cpu, cuda or mps")
 
 
-@torch.no_grad()
-def judge_attributes(judge: Network, images: Tensor) -> dict[str, Tensor]:
-    """What the judge sees: images (N, 3, H, W) -> {attribute: index of its most likely value (N,)}, "domain" among them."""
-    attributes = judge.description["attributes"]
-    t = torch.zeros(len(images), dtype=torch.long)
-    logits = torch.cat([judge.model(x, s) for x, s in zip(images.split(128), t.split(128))])
-    return {name: group.argmax(1) for name, group in zip(attributes, logits.split([len(v) for v in attributes.values()], dim=1))}
+@functools.lru_cache(maxsize=2)
+def source_samples(source: str, n: int, steps: int, device: torch.device) -> torch.Tensor:
+    """What a built-in source model makes of the noises that all runs are scored with."""
+    return load_source(source).to(device).sample(range(FIRST_SEED, FIRST_SEED + n), steps, progress=_bar(source))
 
 
-def score_run(folder: Path, options: Options, sources: dict[str, dict], device: torch.device) -> dict:
-    """One run's shares.  `sources` keeps what the judge saw in each source's samples, the same for all its runs."""
+def _bar(text: str):
+    return lambda steps: tqdm(steps, desc=text, leave=False, mininterval=1)
+
+
+def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict:
+    """One run's figures (judge.score) with what it is; kept in score.json, and drawn again if the run or the number of samples has changed."""
     network, trained = run_folder.load_run(folder)
-    if trained["source"] not in domains.SOURCES or trained["target"] not in domains.TARGETS:
-        raise InputError(f"{folder}: from {trained['source']} to {trained['target']}; the judge knows built-in domains only")
-    judge = load_network(ASSETS / f"{trained['source']}-judge.safetensors")
-    # Noises that no picture of a run has shown, so that nobody has looked at them while choosing settings.
-    seeds = range(20_000, 20_000 + options.n)
-
-    def look(network: Network) -> dict[str, Tensor]:
-        return judge_attributes(judge, network.to(device).sample(seeds, options.steps))
-
-    if trained["source"] not in sources:
-        sources[trained["source"]] = look(load_source(trained["source"]))
-    before, after = sources[trained["source"]], look(network)
-    share = lambda hits: hits.float().mean().item()
-    return dict(method=trained["method"], target_domain=trained["target"], seed=trained["seed"],
-                target=share(after["domain"] == judge.description["attributes"]["domain"].index(trained["target"])),
-                hair=share(after["hair_colour"] == before["hair_colour"]), skin=share(after["skin"] == before["skin"]))
+    if domains.drawn_by(trained["source"]) is None or domains.TARGETS.get(trained["target"]) != domains.drawn_by(trained["source"]):
+        raise InputError(f"{folder}: from {trained['source']} to {trained['target']}; the judge knows built-in sources and their targets only. For other "
+                         f"pictures: python sample.py {folder} -n 1000, then evaluate.py --samples {folder}/drawn --target DIR")
+    what = dict(n=n, steps=steps, **{name: trained[name] for name in ("source", "target", "method", "seed", "iterations")},
+                weights=(folder / "weights.safetensors").stat().st_mtime)
+    kept = folder / "score.json"
+    if kept.exists() and (found := json.loads(kept.read_text()))["run"] == what:
+        return found
+    samples = network.to(device).sample(range(FIRST_SEED, FIRST_SEED + n), steps, progress=_bar(str(folder)))
+    found = dict(run=what, score=judge.score(samples, source_samples(trained["source"], n, steps, device), trained["target"]))
+    write_atomic(kept, lambda temporary: temporary.write_text(json.dumps(found, indent=1)))
+    return found
 
 
-def train_ablation(options: Options) -> list[Path]:
-    """The runs of every method and seed; those that are finished are left as they are, interrupted ones are resumed."""
-    folders = []
-    for seed in options.seeds:
-        for method in METHODS:
-            folder = Path(f"runs/ablation-{options.target}/{method}-{seed}")
-            folders.append(folder)
-            if (folder / "weights.safetensors").exists():
-                continue
-            command = [sys.executable, str(Path(__file__).with_name("train_tan.py")), "--output-dir", str(folder), "--device", options.device]
-            command += ["--resume"] if (folder / "options.json").exists() else [
-                "--target", options.target, "--method", method, "--seed", str(seed)]
-            if subprocess.run(command).returncode or not (folder / "weights.safetensors").exists():
-                raise InputError(f"{folder}: training stopped; run the same command again to continue")
-    return folders
-
-
-def table(rows: list[dict]) -> str:
-    """Markdown: a line a method, mean and standard deviation over its runs."""
-    lines = ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        cells = []
-        for column in COLUMNS:
-            values = [row[column] for row in mine]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        lines.append(f"| {method} | {len(mine)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def score_folders(options: Options, device: torch.device) -> None:
+    """Prints the paper's figures for a folder of samples."""
+    for name in ("samples", "target"):
+        if getattr(options, name) is None:
+            raise InputError(f"--{name}: missing; --samples and --target go together")
+    embed = functools.partial(metrics.lpips_features, metrics.load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device))
+    inception = metrics.load_inception(options.inception_weights, options.download).to(device) if options.reference else None
+    samples, targets = data.ImageFolder(options.samples, options.size), data.ImageFolder(options.target, options.size)
+    found = metrics.intra_lpips(embed, samples, targets, options.cluster_size, options.seed, progress=_bar("Intra-LPIPS"))
+    print(f"Intra-LPIPS ({options.lpips_net}, {options.size}x{options.size}, {len(samples)} samples): {found.mean:.3f} ± {found.std:.3f} over "
+          f"{len(targets) - found.dropped} clusters, {found.dropped} dropped; sizes {' '.join(map(str, found.sizes))}")
+    if inception:
+        x, y = (metrics.inception_features(inception, data.ImageFolder(folder, options.size), progress=_bar("Inception"))
+                for folder in (options.samples, options.reference))
+        print(f"FID {metrics.frechet_distance(x, y):.2f}, KID {metrics.kernel_distance(x, y):.5f}: {len(x)} samples against {len(y)} pictures")
+        if min(len(x), len(y)) < FEW:
+            print(f"warning: FID on fewer than {FEW} pictures is too high and compares only with FID on as many; KID does not have that fault")
 
 
 def main() -> None:
     options, _ = parse(Options, description=__doc__)
-    if bool(options.runs) == options.ablation:
-        raise InputError("what to score: give either folders of runs, or --ablation")
-    at_least(options, n=1)
+    if bool(options.runs) == bool(options.samples or options.target or options.reference):
+        raise InputError("what to score: give either folders of runs, or --samples DIR --target DIR")
+    at_least(options, n=2, steps=1, size=16, cluster_size=2)
     device = distributed.setup(options.device)
-    folders = [Path(name) for name in options.runs] or train_ablation(options)
-    sources, rows = {}, []
-    for folder in folders:
-        row = score_run(folder, options, sources, device)
-        rows.append(row)
-        print(f"{folder}: " + ", ".join(f"{column} {row[column]:.2f}" for column in COLUMNS), flush=True)
-    text = table(rows)
-    print(f"\n{options.n} samples from each run, DDIM in {options.steps} steps; mean and standard deviation over runs\n\n{text}")
-    if options.ablation:
-        out = Path(f"runs/ablation-{options.target}")
-        write_atomic(out / "table.md", lambda temporary: temporary.write_text(text + "\n"))
-        write_atomic(out / "table.json", lambda temporary: temporary.write_text(json.dumps(rows, indent=1)))
+    if not options.runs:
+        score_folders(options, device)
+        return
+    print("| run | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
+    for folder in map(Path, options.runs):
+        found = score_run(folder, options.n, options.steps, device)["score"]
+        print(f"| {folder} | " + " | ".join(f"{found[column]:.2f}" for column in COLUMNS) + " |", flush=True)
+    print(f"\n{options.n} samples of each, DDIM in {options.steps} steps. target: share in the target domain; kept: share of attributes as in the source "
+          "model's sample from the same noise;\ncovered: share of attribute values that appear; memorised: distance to the nearest training picture over that "
+          "of fresh target pictures")
 
 
 if __name__ == "__main__":

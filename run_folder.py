@@ -21,7 +21,7 @@ from pictures import save_curve, save_grid
 from training import EMA, read_metrics, write_atomic
 
 FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl", "targets.png", "samples.png",
-         "progress.png", "loss.png")
+         "progress.png", "loss.png", "score.json")
 ALL_WEIGHTS = ("finetune", "pa")  # methods that change theta itself; the others train psi beside it
 MAY_CHANGE = {"resume", "output_dir", "iterations", "device", "micro_batch_size", "checkpoint_blocks", "save_every"}
 

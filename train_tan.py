@@ -89,6 +89,8 @@ class Options:
     source_images: str | None = option(None, "pictures of the source for the classifier: a folder or a built-in source (default: drawn "
                                        "for a built-in source, else sampled from the source model)", group="similarity-guided training (Eq. 6)")
     source_count: int = option(256, "how many of them", group="similarity-guided training (Eq. 6)")
+    classifier_targets: str | None = option(None, "more pictures of the target, for the classifier alone: a folder (default: those that are adapted to)",
+                                            group="similarity-guided training (Eq. 6)")
     augment: tuple[str, ...] | None = option(None, "changes of the classifier's pictures that keep the domain: flip, shift, colour (default: "
                                              "flip and shift, for built-in targets what suits)", choices=AUGMENTATIONS,
                                              group="similarity-guided training (Eq. 6)")
@@ -127,7 +129,7 @@ def check(options: Options, out: Path) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be a positive number")
     if not 0 <= options.ema < 1:
         raise InputError(f"--ema {options.ema}: must be at least 0 and below 1")
-    for folder in (options.target, options.source_images):
+    for folder in (options.target, options.source_images, options.classifier_targets):
         if folder and Path(folder).is_dir() and Path(folder).resolve() == out.resolve():
             raise InputError(f"--output-dir {out}: is the folder of the pictures; choose another one")
 
@@ -216,7 +218,8 @@ def main() -> None:
     classifier = None
     if options.method in ("guided", "tan"):
         if main_rank and not (out / "classifier.safetensors").exists():
-            network, accuracy = make_classifier(options, source, targets, device, say)
+            shown = data.target_images(options.classifier_targets, size) if options.classifier_targets else targets
+            network, accuracy = make_classifier(options, source, shown, device, say)
             network.description["held_out_accuracy"] = accuracy
             save_network(out / "classifier.safetensors", network)
         distributed.barrier()
