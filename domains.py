@@ -10,43 +10,48 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from faces import ATTRIBUTES, paint_babies, paint_sketches, paint_sunglasses, paint_toyfaces, sample_face
+import churches
+import faces
 
-SOURCES = {"toyfaces": sample_face}  # source -> what samples its scenes
-TARGETS = {"sunglasses": "toyfaces", "sketches": "toyfaces", "babies": "toyfaces"}  # target -> its source
-PAINTERS = {"toyfaces": paint_toyfaces, "sunglasses": paint_sunglasses, "sketches": paint_sketches, "babies": paint_babies}
+SOURCES = {"toyfaces": faces.sample_face, "toychurches": churches.sample_church}  # source -> what samples its scenes
+ATTRIBUTES = {"toyfaces": faces.ATTRIBUTES, "toychurches": churches.ATTRIBUTES}   # source -> {attribute: its values}, the labels
+TARGETS = {"sunglasses": "toyfaces", "sketches": "toyfaces", "babies": "toyfaces", "haunted-houses": "toychurches",
+           "landscape-drawings": "toychurches"}                                   # target -> its source
+PAINTERS = {"toyfaces": faces.paint_toyfaces, "sunglasses": faces.paint_sunglasses, "sketches": faces.paint_sketches, "babies": faces.paint_babies,
+            "toychurches": churches.paint_toychurches, "haunted-houses": churches.paint_haunted_houses,
+            "landscape-drawings": churches.paint_landscape_drawings}
 STREAMS = {"train": 0, "shots": 1, "eval": 2}
-SHOTS_SEED = 986  # chosen for ten faces that together show every value of every attribute
+SHOTS_SEEDS = {"toyfaces": 986, "toychurches": 31}  # chosen for ten scenes that together show every value of every attribute
 
 
 def _draw(domain, n, seed, size, stream, progress=False):
     if domain not in PAINTERS:
         raise ValueError(f"unknown domain {domain!r}; known: {', '.join(PAINTERS)}")
-    sample = SOURCES[TARGETS.get(domain, domain)]
+    source = TARGETS.get(domain, domain)
     pictures = np.empty((n, size, size, 3), np.uint8)
-    labels = np.empty((n, len(ATTRIBUTES)), np.int64)
+    labels = np.empty((n, len(ATTRIBUTES[source])), np.int64)
     for i in range(n):
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(STREAMS[stream], i)))
-        face = sample(rng)
-        pictures[i] = PAINTERS[domain](face, size, rng)
-        labels[i] = [getattr(face, name) for name in ATTRIBUTES]
+        scene = SOURCES[source](rng)
+        pictures[i] = PAINTERS[domain](scene, size, rng)
+        labels[i] = [getattr(scene, name) for name in ATTRIBUTES[source]]
         if progress and (i + 1) % 1000 == 0:
             print(f"{domain}: {i + 1}/{n}", file=sys.stderr)
     return pictures, labels
 
 
 def draw(domain: str, n: int, seed: int, size: int = 32, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Draws n pictures, uint8 (n, size, size, 3), and labels, int64 (n, len(ATTRIBUTES)) in the order of ATTRIBUTES.
+    """Draws n pictures, uint8 (n, size, size, 3), and labels, int64 (n, A) in the order of the A attributes of its source in ATTRIBUTES.
 
-    Picture i depends on (domain, seed, i) alone. A target shows the faces that its source has for the same seed, and its
+    Picture i depends on (domain, seed, i) alone. A target shows the scenes that its source has for the same seed, and its
     labels are theirs. Raises ValueError for an unknown domain or a negative seed.
     """
     return _draw(domain, n, seed, size, "train", progress)
 
 
 def ten_shots(target: str, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """The ten fixed training pictures of a target, as `draw` returns them: the same faces at each size, never drawn by `draw`."""
-    return _draw(target, 10, SHOTS_SEED, size, "shots")
+    """The ten fixed training pictures of a target, as `draw` returns them: the same scenes at each size, never drawn by `draw`."""
+    return _draw(target, 10, SHOTS_SEEDS[TARGETS[target]], size, "shots")
 
 
 def evaluation_pictures(domain: str, n: int, size: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,14 @@
 """Toy faces, drawn with Pillow: the built-in source domain `toyfaces` and its targets.
 
 A `Face` holds what is drawn: integer attributes (the labels) and a few continuous measures.  One small function per part
-draws it on a `Canvas`.  A target changes the face (`babies`), adds a part (`sunglasses`) or changes the canvas (`sketches`).
+draws it on a `Canvas` (canvas.py).  A target changes the face (`babies`), adds a part (`sunglasses`) or changes the canvas (`sketches`).
 """
 
 import dataclasses
-import functools
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-SUPERSAMPLING = 4
-UNITS = 32  # every coordinate below is in 1/32 of the picture's side, whatever the size in pixels
+from canvas import WHITE, Canvas, PencilCanvas, mix, oval
 
 BACKGROUNDS = {"sky": (150, 203, 240), "mint": (168, 226, 186), "lemon": (253, 238, 160), "rose": (246, 172, 190),
                "lavender": (194, 178, 240), "teal": (64, 148, 158)}
@@ -22,7 +19,6 @@ HAIR_COLOURS = {"black": (40, 36, 46), "brown": (88, 48, 28), "ginger": (222, 94
 EYE_COLOURS = {"brown": (62, 38, 28), "blue": (40, 100, 190), "green": (40, 128, 76)}
 SHIRTS = {"white": (246, 246, 248), "red": (208, 66, 72), "navy": (50, 70, 124), "mustard": (222, 160, 44)}
 LENSES = {"black": (22, 22, 28), "brown": (56, 30, 18), "blue": (18, 30, 74)}
-WHITE, PAPER, PENCIL, GRAPHITE = (255, 255, 255), (248, 246, 241), (122, 122, 124), (66, 66, 68)
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
@@ -88,89 +84,9 @@ def sample_face(rng):
                 width=8.0 * rng.uniform(0.93, 1.07), height=10.0 * rng.uniform(0.97, 1.03), eye_y=rng.uniform(-0.6, 0.4))
 
 
-def mix(a, b, amount):
-    """Colour `a` with the fraction `amount` of colour `b`."""
-    return tuple(round(p + (q - p) * amount) for p, q in zip(a, b))
-
-
-def oval(cx, cy, rx, ry, start=0.0, end=360.0):
-    """Points (48, 2) on an ellipse from angle `start` to `end` in degrees; 0 is right, 90 is down."""
-    angle = np.radians(np.linspace(start, end, 48))
-    return np.stack([cx + rx * np.cos(angle), cy + ry * np.sin(angle)], axis=1)
-
-
-class Canvas:
-    """A supersampled picture. Points are (k, 2) relative to the head's centre and turn with its tilt."""
-
-    def __init__(self, size, face):
-        self.size, self.scale = size, size * SUPERSAMPLING / UNITS
-        self.centre, self.tilt = np.array([face.x, face.y]), face.tilt
-        self.image = self.background(BACKGROUNDS[face.style("background")])
-        self.pen = ImageDraw.Draw(self.image)
-
-    def background(self, colour):
-        rows = np.linspace(mix(colour, WHITE, 0.12), mix(colour, (0, 0, 0), 0.06), self.size * SUPERSAMPLING)
-        return Image.fromarray(rows[:, None].round().astype(np.uint8)).resize([self.size * SUPERSAMPLING] * 2, Image.NEAREST)
-
-    def pixels(self, points):
-        points, (cos, sin) = np.asarray(points, float), (np.cos(self.tilt), np.sin(self.tilt))
-        turned = points @ np.array([[cos, sin], [-sin, cos]])
-        return [tuple(p) for p in ((turned + self.centre) * self.scale - 0.5).tolist()]
-
-    def shape(self, points, colour, pencil="outline"):
-        """Fills a polygon. `pencil` says what a sketch makes of it: "outline", "hatch", "solid", "blank" or None (left out)."""
-        self.pen.polygon(self.pixels(points), fill=colour)
-
-    def stroke(self, points, width, colour, pencil="solid"):
-        """Draws an open line with round ends."""
-        self.trace(self.pixels(points), width, colour)
-
-    def trace(self, pixels, width, colour):
-        radius = width * self.scale / 2
-        self.pen.line(pixels, fill=colour, width=round(2 * radius), joint="curve")
-        for x, y in (pixels[0], pixels[-1]):
-            self.pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
-
-    def finish(self):
-        """The picture, uint8 (size, size, 3)."""
-        return np.asarray(self.image.reduce(SUPERSAMPLING))
-
-
-class PencilCanvas(Canvas):
-    """The same shapes as grey pencil strokes on paper."""
-
-    def background(self, colour):
-        return Image.new("RGB", [self.size * SUPERSAMPLING] * 2, PAPER)
-
-    def shape(self, points, colour, pencil="outline"):
-        if pencil is None:
-            return
-        pixels = self.pixels(points)
-        darkness = 1 - np.dot(colour, (0.299, 0.587, 0.114)) / 255
-        if pencil in ("solid", "blank"):
-            self.pen.polygon(pixels, fill=GRAPHITE if pencil == "solid" else PAPER)
-            return
-        self.pen.polygon(pixels, fill=mix(PAPER, GRAPHITE, (0.6 if pencil == "hatch" else 0.15) * darkness))
-        if pencil == "hatch":
-            mask = Image.new("L", self.image.size)
-            ImageDraw.Draw(mask).polygon(pixels, fill=round(255 * (0.25 + 0.6 * darkness)))
-            self.image.paste(GRAPHITE, mask=Image.composite(mask, Image.new("L", mask.size), hatching(self.size)))
-        self.trace(pixels + pixels[:1], 1.0, PENCIL)
-
-    def stroke(self, points, width, colour, pencil="solid"):
-        if pencil is not None:
-            self.trace(self.pixels(points), min(width, 1.25), GRAPHITE)
-
-
-@functools.lru_cache(maxsize=4)
-def hatching(size):
-    """A mask of parallel slanted pencil strokes."""
-    scale = size * SUPERSAMPLING / UNITS
-    image = Image.new("L", [size * SUPERSAMPLING] * 2)
-    pen = ImageDraw.Draw(image)
-    for x in np.arange(-UNITS, UNITS, 2.9):
-        pen.line([x * scale, UNITS * scale, (x + UNITS * 0.8) * scale, 0], fill=255, width=round(0.75 * scale))
-    return image
+def place(face):
+    """What a canvas wants to know: the background's colour, the centre of the head and its tilt."""
+    return BACKGROUNDS[face.style("background")], (face.x, face.y), face.tilt
 
 
 def draw_body(canvas, face):
@@ -333,20 +249,20 @@ def draw_sunglasses(canvas, face, rng):
 
 
 def paint_toyfaces(face, size, rng):
-    canvas = Canvas(size, face)
+    canvas = Canvas(size, *place(face))
     draw_portrait(canvas, face)
     return canvas.finish()
 
 
 def paint_sunglasses(face, size, rng):
-    canvas = Canvas(size, face)
+    canvas = Canvas(size, *place(face))
     draw_portrait(canvas, face)
     draw_sunglasses(canvas, face, rng)
     return canvas.finish()
 
 
 def paint_sketches(face, size, rng):
-    canvas = PencilCanvas(size, face)
+    canvas = PencilCanvas(size, *place(face))
     draw_portrait(canvas, face)
     return canvas.finish()
 
@@ -355,6 +271,6 @@ def paint_babies(face, size, rng):
     canvas_face = dataclasses.replace(
         face, y=face.y + 0.9, width=face.width * 1.17, height=9.6, cheeks=0.08, eye_y=face.eye_y + 2.4, eye_gap=4.3,
         eye_size=1.3, nose_y=2.9, mouth_y=face.eye_y + 7.3, mouth_size=0.6, baby=True)
-    canvas = Canvas(size, canvas_face)
+    canvas = Canvas(size, *place(canvas_face))
     draw_portrait(canvas, canvas_face)
     return canvas.finish()

@@ -81,7 +81,7 @@ def describe(options: Options, stage: Network | None) -> dict:
                         ch_mult=options.channel_mult, num_res_blocks=options.res_blocks, norm_groups=options.norm_groups)
         codebook = dict(n_embed=options.codes) if options.network == "vq" else {}
         return dict(network=options.network.upper(), config=dict(ddconfig=ddconfig, embed_dim=options.latent_channels, **codebook), made_by=made_by)
-    attributes = {name: list(values) for name, values in domains.ATTRIBUTES.items()}
+    attributes = {name: list(values) for name, values in domains.ATTRIBUTES.get(options.source, {}).items()}
     if options.network == "judge":
         attributes["domain"] = family(options.source)
     size, channels = (options.size // stage.model.factor, stage.model.embed_dim) if stage else (options.size, 3)
