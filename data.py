@@ -19,9 +19,9 @@ FORMATS = sorted(set(Image.OPEN) - NOT_PICTURES)
 CACHE_BYTES = 512 * 2**20
 
 
-# Changes of the pictures that leave each built-in target what it is: colour defines sketches, not the other two.
+# Changes of the pictures that leave each built-in target what it is: colour defines all but the first two.
 AUGMENT = {"sunglasses": ("flip", "shift", "colour"), "babies": ("flip", "shift", "colour"), "sketches": ("flip", "shift"),
-           "haunted-houses": ("flip", "shift"), "landscape-drawings": ("flip", "shift")}
+           "modigliani": ("flip", "shift"), "raphael": ("flip", "shift"), "haunted-houses": ("flip", "shift"), "landscape-drawings": ("flip", "shift")}
 
 
 def to_tensor(pixels):

@@ -12,12 +12,14 @@ from PIL import Image
 
 import churches
 import faces
+import paintings
 
 SOURCES = {"toyfaces": faces.sample_face, "toychurches": churches.sample_church}  # source -> what samples its scenes
 ATTRIBUTES = {"toyfaces": faces.ATTRIBUTES, "toychurches": churches.ATTRIBUTES}   # source -> {attribute: its values}, the labels
-TARGETS = {"sunglasses": "toyfaces", "sketches": "toyfaces", "babies": "toyfaces", "haunted-houses": "toychurches",
-           "landscape-drawings": "toychurches"}                                   # target -> its source
+TARGETS = {"sunglasses": "toyfaces", "sketches": "toyfaces", "babies": "toyfaces", "modigliani": "toyfaces", "raphael": "toyfaces",
+           "haunted-houses": "toychurches", "landscape-drawings": "toychurches"}  # target -> its source
 PAINTERS = {"toyfaces": faces.paint_toyfaces, "sunglasses": faces.paint_sunglasses, "sketches": faces.paint_sketches, "babies": faces.paint_babies,
+            "modigliani": paintings.paint_modigliani, "raphael": paintings.paint_raphael,
             "toychurches": churches.paint_toychurches, "haunted-houses": churches.paint_haunted_houses,
             "landscape-drawings": churches.paint_landscape_drawings}
 STREAMS = {"train": 0, "shots": 1, "eval": 2}
