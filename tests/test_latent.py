@@ -1,0 +1,93 @@
+"""Latent diffusion from end to end on a tiny budget: a first stage, a U-Net on its latents, TAN on them, pictures out."""
+
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import data
+import ddpm
+import pretrain
+import run_folder
+import sample
+import train_tan
+from conftest import call
+from options import InputError
+
+STAGE = "--size 16 --channels 8 --channel-mult 1 2 --norm-groups 4 --images 32 --iterations 3 --batch-size 4 --device cpu".split()
+UNET = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --images 32 --iterations 3 --batch-size 4 --device cpu".split()
+RUN = ("--target sunglasses --source-images toyfaces --source-count 8 --classifier-iterations 3 --iterations 4 --batch-size 4 --pgd-steps 2 "
+       "--adaptor-width 4 --samples 4 --sample-steps 2 --previews 1 --device cpu").split()
+
+
+@pytest.fixture(scope="module", params=["kl", "vq"])
+def source(request, tmp_path_factory):
+    """The file of a latent source that two commands have made."""
+    out = tmp_path_factory.mktemp(request.param)
+    call(pretrain.main, "toyfaces", "--network", request.param, *STAGE, "--output-dir", out / "stage")
+    call(pretrain.main, "toyfaces", "--first-stage", out / "stage" / "model.safetensors", *UNET, "--flip", "--output-dir", out / "unet")
+    return out / "unet" / "model.safetensors"
+
+
+def test_what_pretraining_leaves(source):
+    network, stage = checkpoints.load_source(str(source)), checkpoints.load_network(source.parents[1] / "stage" / "model.safetensors")
+    assert network.shape == (4, 8, 8) and network.image_size == 16
+    assert all(torch.equal(value, stage.model.state_dict()[key]) for key, value in network.first_stage.state_dict().items())
+    images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(network.encode(images), stage.model.encode(images) * network.scale_factor)
+    # the scale factor gives the latents of the training pictures unit variance
+    pictures = data.source_images("toyfaces", 32, 16, 0)
+    assert network.encode(pictures).std() == pytest.approx(1, abs=0.02)
+    assert (source.parent / "samples.png").exists() and Image.open(source.parents[1] / "stage" / "samples.png").height > 200
+
+
+@pytest.mark.parametrize("method", ["tan", "pa"])
+def test_tan_on_latents(source, tmp_path, method):
+    call(train_tan.main, "--source", source, *RUN, "--method", method, "--output-dir", tmp_path)
+    network, options = run_folder.load_run(tmp_path)
+    assert network.shape == (4, 8, 8)
+    latents = lambda n: ddpm.sample(n.model, n.schedule, n.shape, [0, 1], 3, clip=False)
+    assert not torch.equal(latents(network), latents(checkpoints.load_source(str(source))))
+    torch.testing.assert_close(network.sample([0, 1], 3), network.decode(latents(network)))
+    assert network.sample([0, 1], 3).shape == (2, 3, 16, 16)
+    assert Image.open(tmp_path / "targets.png").width >= 10 * 128  # pictures, not latents
+    if method == "tan":
+        assert run_folder.load_classifier(tmp_path).model.in_channels == 4
+        call(sample.main, tmp_path, "-n", 2, "--steps", 2, "--guidance", 1)
+        assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+
+
+def test_resume_on_latents_is_exact(source, tmp_path):
+    ends = []
+    for name, parts in (("whole", [[]]), ("parts", [["--iterations", 2], ["--iterations", 4, "--resume"]])):
+        for part in parts:
+            flags = [] if "--resume" in part else ["--source", source, *RUN]
+            call(train_tan.main, *flags, *part, "--output-dir", tmp_path / name)
+        ends.append(checkpoints.read_tensors(tmp_path / name / "weights.safetensors")[0])
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_pretraining_on_latents_resumes_exactly(source, tmp_path):
+    flags = ["--first-stage", source.parents[1] / "stage" / "model.safetensors", *UNET, "--iterations", 4]
+    call(pretrain.main, "toyfaces", *flags, "--output-dir", tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:  # a signal during the first iteration
+        patch.setattr(pretrain.StopSignal, "__enter__", lambda self: setattr(self, "received", True) or setattr(self, "previous", {}) or self)
+        with pytest.raises(SystemExit):
+            call(pretrain.main, "toyfaces", *flags, "--output-dir", tmp_path / "parts")
+    call(pretrain.main, "toyfaces", *flags, "--resume", "--output-dir", tmp_path / "parts")
+    ends = [checkpoints.read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("whole", "parts")]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--network", "classifier"], "only for --network unet"),
+    (["--size", "15"], "divides --size"),
+])
+def test_first_stage_that_does_not_do(source, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        call(pretrain.main, "toyfaces", *UNET, "--first-stage", source.parents[1] / "stage" / "model.safetensors", *flags, "--output-dir", tmp_path)
+
+
+def test_a_first_stage_is_no_source(source):
+    with pytest.raises(InputError, match="not a diffusion model"):
+        checkpoints.load_source(str(source.parents[1] / "stage" / "model.safetensors"))
