@@ -57,7 +57,7 @@ images = pipe(latents=torch.randn(4, {shape})).images  # from noise of your own
 ```
 
 It needs `pip install diffusers` (tried with 0.42) and PyTorch. `generator=[torch.Generator().manual_seed(i) for i in range(4)]` gives each picture
-a seed of its own, and so the pictures that `sample.py` draws from these seeds. `pipe.to("cuda")` and `torch_dtype` work as everywhere in diffusers, and so do
+a seed of its own, and so the pictures that `sample.py` draws from these seeds. `pipe.to("cuda", torch.float16)` works as everywhere in diffusers, and so do
 other samplers, e.g. `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`. Classifier guidance is not part of the folder. To pass it on, copy
 the folder: `pipe.save_pretrained` leaves out the code.
 
