@@ -56,13 +56,15 @@ images = pipe(batch_size=4, generator=torch.Generator().manual_seed(0), num_infe
 images = pipe(latents=torch.randn(4, {shape})).images  # from noise of your own
 ```
 
-It needs `pip install diffusers` (tried with 0.42) and PyTorch. `generator=[torch.Generator().manual_seed(i) for i in range(4)]` gives each picture
-a seed of its own, and so the pictures that `sample.py` draws from these seeds. `pipe.to("cuda", torch.float16)` works as everywhere in diffusers, and so do
-other samplers, e.g. `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`. Classifier guidance is not part of the folder. To pass it on, copy
-the folder: `pipe.save_pretrained` leaves out the code.
+It needs PyTorch and `pip install diffusers` (tried with 0.42 and 0.30). With `generator=[torch.Generator().manual_seed(i) for i in range(4)]` each
+picture has a seed of its own, and is the one that `sample.py` draws from that seed. `pipe.to("cuda", torch.float16)` works as everywhere in diffusers.
+Other samplers can take the place of this one, e.g. `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`; those that do not
+limit the predicted picture can leave speckle. Classifier guidance is not part of the folder. To pass it on, copy the folder: `pipe.save_pretrained`
+leaves out the code.
 
-**Loading runs code of this folder**: `pipeline.py`, `unet/tan_unet.py` and `scheduler/tan_scheduler.py`, with all rights of your program; that is what
-`trust_remote_code=True` consents to. Read them first, unless you trust who gave them to you. The weights are safetensors, which hold numbers only.
+**Loading runs code of this folder**: `pipeline.py`, `unet/tan_unet.py` and `scheduler/tan_scheduler.py`, with all rights of your program. That is what
+`trust_remote_code=True` consents to; old versions of diffusers do not even ask. Read the three files first, unless you trust who gave them to you.
+The weights are safetensors, which hold numbers only.
 
 ## What to know before using it
 
@@ -116,22 +118,26 @@ def first_stage_as_vae(network: Network, where: str) -> tuple[dict, dict[str, Te
     return config, weights
 
 
-def write(folder: Path, network: Network, card: str, pairs: Path) -> None:
-    """Everything a consumer needs, into `folder`, which exists and is empty.  `pairs` is the picture that the card shows, if it exists."""
+def write(folder: Path, network: Network, name: str, card: str, pairs: Path) -> None:
+    """Everything a consumer needs, into `folder`, which exists and is empty.
+
+    name    of the model, for errors
+    pairs   the picture that the card shows, if it exists
+    """
     schedule = network.schedule.config
     index = dict(_class_name=["pipeline", "TANPipeline"], unet=["tan_unet", "TANUNet"], scheduler=["tan_scheduler", "TANScheduler"], vae=[None, None])
     write_text(folder / "pipeline.py", standalone("exported/pipeline.py"))
     write_text(folder / "unet" / "tan_unet.py", standalone("unet.py", "adaptor.py", "exported/tan_unet.py"))
     write_text(folder / "scheduler" / "tan_scheduler.py", standalone("ddpm.py", "exported/tan_scheduler.py"))
-    psi = [block.adaptor for block in adaptor.blocks(network.model).values() if block.adaptor is not None]
-    save_component(folder / "unet", dict(_class_name="TANUNet", network=network.model.config, adaptor_width=psi[0].down.out_channels if psi else None),
-                   {f"unet.{key}": value for key, value in network.model.state_dict().items()})
+    first = next(iter(adaptor.blocks(network.model).values())).adaptor
+    config = dict(_class_name="TANUNet", network=network.model.config, adaptor_width=first.down.out_channels if first else None)
+    save_component(folder / "unet", config, {f"unet.{key}": value for key, value in network.model.state_dict().items()})
     theirs = {ours: name for name, ours in BETA_SCHEDULES.items()}
     write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(dict(
         _class_name="TANScheduler", num_train_timesteps=schedule["timesteps"], beta_start=schedule["beta_start"], beta_end=schedule["beta_end"],
         beta_schedule=theirs[schedule["name"]], clip_sample=network.first_stage is None), indent=1))
     if network.first_stage:
-        config, weights = first_stage_as_vae(network, str(folder))
+        config, weights = first_stage_as_vae(network, name)
         index["vae"] = ["diffusers", config["_class_name"]]
         save_component(folder / "vae", config, weights)
     if pairs.exists():
@@ -142,11 +148,13 @@ def write(folder: Path, network: Network, card: str, pairs: Path) -> None:
 
 def model_card(network: Network, name: str, run_options: dict | None, pairs: bool, load: str) -> str:
     """README.md for the exported folder.  run_options are None for a source alone; `load` is the line that loads the folder."""
-    facts = dict(title=Path(name).stem, what="A diffusion model, as it was before any adaptation.", size=network.image_size, latent="", share="", pairs="")
+    path = Path(run_options["source"] if run_options else name)
+    source = path.parent.name if path.stem == "model" else path.stem  # pretrain.py calls its result model.safetensors; no paths of this machine
+    facts = dict(title=source, what="A diffusion model, as it was before any adaptation.", size=network.image_size, latent="", share="", pairs="")
     if run_options:
-        source, target = (Path(run_options[key]).stem for key in ("source", "target"))
-        facts.update(title=f"{target}, from {source}", what=f"The diffusion model `{source}`, adapted to the pictures `{target}` in {run_options['iterations']} "
-                     f"iterations of `train_tan.py --method {run_options['method']}` ({METHODS[run_options['method']]}).")
+        target, method = Path(run_options["target"]).name, run_options["method"]
+        facts.update(title=f"{target}, from {source}", what=f"The diffusion model `{source}`, adapted to the pictures `{target}` in "
+                     f"{run_options['iterations']} iterations of `train_tan.py --method {method}` ({METHODS[method]}).")
     if network.first_stage:
         facts["latent"] = f" (the diffusion runs on latents of {'x'.join(map(str, network.shape))})"
     psi = sum(tensor.numel() for tensor in adaptor.state_dict(network.model).values())
@@ -169,18 +177,22 @@ def main() -> None:
         network, run_options = run_folder.load_run(folder)
     else:
         network = load_source(options.model, options.arch)
+    card = model_card(network, options.model, run_options, pairs.exists(), LOAD.format(folder=out.name))
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         unfinished.mkdir(parents=True)
-        write(unfinished, network, model_card(network, options.model, run_options, pairs.exists(), LOAD.format(folder=out.name)), pairs)
+    except OSError as error:
+        raise InputError(f"{options.folder}: cannot be made ({error.strerror})") from None
+    try:
+        write(unfinished, network, options.model, card, pairs)
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
-    print(f"{options.folder}: {size:.1f} MB; with diffusers installed, and nothing of this project, it is loaded by\n\n{LOAD.format(folder=options.folder)}\n\n"
-          "which runs the code in the folder: whoever gets it should read that, or trust you (README.md there says so)")
+    print(f"{options.folder}: {size:.1f} MB; with diffusers installed, and nothing of this project, it is loaded by\n\n"
+          f"{LOAD.format(folder=options.folder)}\n\nwhich runs the code in the folder: whoever gets it should read that, or trust you (README.md there says so)")
 
 
 if __name__ == "__main__":

@@ -159,10 +159,12 @@ def test_bad_input(finished, tiny, tmp_path):
     odd = checkpoints.build(dict(network="UNet", config=dict(TINY, image_size=8), first_stage=dict(network="KL", config=config)), "odd")
     checkpoints.save_network(tmp_path / "odd.safetensors", odd)
     for model, says in (("nosuch", "nosuch: no such file"), (tiny.targets, "neither the folder of a run"),
-                        (tmp_path / "odd.safetensors", "this first stage cannot be exported .*ch_mult")):
+                        (tmp_path / "odd.safetensors", "odd.safetensors: this first stage cannot be exported .*ch_mult")):
         with pytest.raises(InputError, match=says):
             call(export.main, model, out)
         assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]
     for there in (tiny.targets, tiny.source):
         with pytest.raises(InputError, match="is there already; choose a folder that does not exist yet"):
             call(export.main, finished, there)
+    with pytest.raises(InputError, match="source.safetensors/out: cannot be made"):
+        call(export.main, finished, tiny.source / "out")
