@@ -157,6 +157,7 @@ def read_json(file: str) -> dict:
 FIXED = dict(center_input_sample=False, time_embedding_type="positional", time_embedding_dim=None, mid_block_type="UNetMidBlock2D",
              mid_block_scale_factor=1, downsample_type="conv", upsample_type="conv", act_fn="silu", attn_norm_num_groups=None,
              resnet_time_scale_shift="default", add_attention=True, class_embed_type=None, num_class_embeds=None)
+BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}  # diffusers' names: ours
 
 
 def weights_in(folder: Path) -> Path:
@@ -217,9 +218,8 @@ def describe_folder(place: Path, arch: str | None, layout: str) -> dict:
 
 
 def _diffusers_schedule(s: dict, file: Path) -> dict:
-    kinds = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
-    for key, values in dict(beta_schedule=list(kinds), prediction_type=["epsilon"], trained_betas=[None], rescale_betas_zero_snr=[False]).items():
+    for key, values in dict(beta_schedule=list(BETA_SCHEDULES), prediction_type=["epsilon"], trained_betas=[None], rescale_betas_zero_snr=[False]).items():
         if s.get(key, values[0]) not in values:
             raise InputError(f"{file}: {key} is {s[key]!r}; only {' or '.join(map(repr, values))} can be read")
-    return dict(name=kinds[s.get("beta_schedule", "linear")], timesteps=s.get("num_train_timesteps", 1000),
+    return dict(name=BETA_SCHEDULES[s.get("beta_schedule", "linear")], timesteps=s.get("num_train_timesteps", 1000),
                 beta_start=s.get("beta_start", 1e-4), beta_end=s.get("beta_end", 0.02))

@@ -119,7 +119,8 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            # Not by class: diffusers runs an exported copy of this file anew at each load, and then ResBlock is another class.
+            x = layer(x, emb) if hasattr(layer, "emb_layers") else layer(x)
         return x
 
 
@@ -200,7 +201,7 @@ class Encoder(nn.Module):
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"image of {x.shape[2]}x{x.shape[3]}: this network needs sides divisible by {self.factor}")
         sinusoids = timestep_embedding(t, self.model_channels, self.config["flip_sin_to_cos"], self.config["freq_shift"])
-        emb = self.time_embed(sinusoids)                                   # (B,) -> (B, model_channels) -> (B, E)
+        emb = self.time_embed(sinusoids.to(x.dtype))                       # (B,) -> (B, model_channels) -> (B, E)
         skips, h = [], x
         for stage in self.input_blocks:
             h = self.run(stage, h, emb)

@@ -1,0 +1,170 @@
+"""export.py: diffusers, in a process that knows nothing of this project, draws the same pictures from the folder."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY, call
+from safetensors.torch import load_file, save_file
+
+import checkpoints
+import data
+import export
+from options import InputError
+from run_folder import load_run
+
+STAGE = dict(z_channels=3, resolution=16, ch=8, ch_mult=[1, 2], num_res_blocks=1, norm_groups=4)
+FIRST_STAGES = {"vq": dict(network="VQ", config=dict(ddconfig=dict(STAGE, double_z=False, attn_resolutions=[8]), embed_dim=3, n_embed=16)),
+                "kl": dict(network="KL", config=dict(ddconfig=dict(STAGE, double_z=True), embed_dim=3))}
+NAMES = "adapted", "finetuned", "source", "vq", "kl-adapted"
+
+# Every folder is loaded before the first is used: they share the names of their modules, and must not get in each other's way.
+CONSUMER = """
+import sys, torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+root = sys.argv[1]
+load = lambda name, **options: DiffusionPipeline.from_pretrained(f"{root}/{name}", custom_pipeline=f"{root}/{name}", trust_remote_code=True, **options)
+pipes, drawn = {name: load(name) for name in sys.argv[2:]}, {}
+for name, pipe in pipes.items():
+    noise = torch.load(f"{root}/{name}.noise.pt")
+    seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    drawn[name] = dict(noise=pipe(latents=noise, num_inference_steps=4, output_type="pt").images,
+                       seeds=pipe(batch_size=2, generator=seeds, num_inference_steps=4, eta=1.0, output_type="pt").images,
+                       pil=[list(image.getdata()) for image in pipe(latents=noise, num_inference_steps=4).images])
+    if pipe.scheduler.config.num_train_timesteps == 12:
+        drawn[name]["every_step"] = pipe(latents=noise, num_inference_steps=12, output_type="pt").images
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        drawn[name]["ddim"] = pipe(latents=noise, num_inference_steps=12, output_type="pt").images
+noise = torch.load(f"{root}/kl-adapted.noise.pt")
+drawn["bf16"] = pipes["kl-adapted"].to(torch.bfloat16)(latents=noise, num_inference_steps=4, output_type="pt").images
+try:
+    load("damaged")
+except ValueError as error:
+    drawn["damaged"] = str(error)
+drawn["ours"] = sorted({"adaptor", "autoencoder", "checkpoints", "ddpm", "unet"} & set(sys.modules))
+torch.save(drawn, f"{root}/drawn.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def networks(train, finished, tmp_path_factory):
+    """name -> (what export.py is given, the network it means): all of 16x16, two of them latent, `source` and `vq` with 12 timesteps."""
+    folder, paths = tmp_path_factory.mktemp("models"), dict(adapted=finished)
+    torch.manual_seed(0)
+    schedules = dict(source=dict(name="cosine", timesteps=12), vq=dict(name="scaled-linear", timesteps=12, beta_start=1e-3, beta_end=0.4),
+                     kl=dict(name="scaled-linear", beta_start=0.0015, beta_end=0.0155))
+    for name, schedule in schedules.items():
+        latent = dict(first_stage=FIRST_STAGES[name], scale_factor=0.7) if name != "source" else {}
+        out_channels = 6 if name == "source" else 3  # a learned variance
+        network = checkpoints.build(dict(network="UNet", config=dict(TINY, image_size=8 if latent else 16, out_channels=out_channels),
+                                         schedule=schedule, **latent), name)
+        for p in [*network.model.parameters(), *(network.first_stage.parameters() if latent else ())]:
+            p.data += 0.05 * torch.randn(p.shape)
+        if name == "vq":
+            network.first_stage.quantize.embedding.weight.data.normal_()  # spread, so that which entry is nearest matters
+        paths[name] = folder / f"{name}.safetensors"
+        checkpoints.save_network(paths[name], network)
+    paths["finetuned"] = train(folder / "finetuned", "--method", "finetune", "--iterations", "2")
+    paths["kl-adapted"] = train(folder / "kl-run", "--source", paths["kl"], "--method", "adaptor", "--iterations", "4", "--learning-rate", "0.01")
+    return {name: (path, load_run(path)[0] if path.is_dir() else checkpoints.load_source(str(path))) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def exported(networks, tmp_path_factory):
+    """The exported folders, and what CONSUMER drew from them."""
+    root = tmp_path_factory.mktemp("exported")
+    for name in NAMES:
+        path, network = networks[name]
+        call(export.main, path, root / name)
+        torch.save(noise(network), root / f"{name}.noise.pt")
+    call(export.main, networks["adapted"][0], root / "damaged")
+    weights = root / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value for key, value in load_file(weights).items() if not key.endswith("middle_block.0.adaptor.up.weight")}, weights)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", CONSUMER, root, *NAMES], check=True, cwd=root, timeout=600,
+                   env=dict(env, HF_HOME=str(root / "hf"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"))
+    return root, torch.load(root / "drawn.pt")
+
+
+def noise(network):
+    return torch.randn(2, *network.shape, generator=torch.Generator().manual_seed(1))
+
+
+def as_pt(images):
+    """Ours in diffusers' range."""
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_noise_same_picture(networks, exported, name):
+    network, drawn = networks[name][1], exported[1][name]
+    close = lambda theirs, ours: torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    ours = network.sample(range(2), 4, noise=noise(network))
+    assert ours.std() > 0.1 and (ours[0] - ours[1]).abs().max() > 0.1
+    close(drawn["noise"], as_pt(ours))
+    close(drawn["seeds"], as_pt(network.sample([5, 6], 4, eta=1.0)))
+    assert (torch.tensor(drawn["pil"]) - data.to_uint8(ours).flatten(1, 2)).abs().max() <= 1  # rounding may tip a grey level
+
+
+@pytest.mark.parametrize("name", ["source", "vq"])
+def test_the_schedule_is_what_diffusers_makes_of_its_options(exported, name):
+    """With every timestep, its own DDIM takes the same steps as ours."""
+    drawn = exported[1][name]
+    torch.testing.assert_close(drawn["ddim"], drawn["every_step"], atol=1e-3, rtol=0)
+
+
+def test_adaptors_are_in_it(networks, exported, tiny):
+    for name, source in (("adapted", tiny.source), ("kl-adapted", networks["kl"][0])):
+        network = checkpoints.load_source(str(source))
+        assert (as_pt(network.sample(range(2), 4, noise=noise(network))) - exported[1][name]["noise"]).abs().max() > 0.01
+    assert "missing_keys" in exported[1]["damaged"] and "middle_block.0.adaptor.up.weight" in exported[1]["damaged"]
+
+
+def test_dtype_and_nothing_of_this_project(exported):
+    drawn = exported[1]
+    assert 0 < (drawn["bf16"] - drawn["kl-adapted"]["noise"]).abs().max() < 0.1
+    assert drawn["ours"] == []
+
+
+def test_files_and_card(exported, finished):
+    root, _ = exported
+    files = {str(path.relative_to(root / "kl-adapted")) for path in (root / "kl-adapted").rglob("*") if path.is_file()}
+    assert files == {"README.md", "model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "scheduler/tan_scheduler.py", "unet/config.json",
+                     "unet/diffusion_pytorch_model.safetensors", "unet/tan_unet.py", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    assert json.loads((root / "vq" / "model_index.json").read_text())["vae"] == ["diffusers", "VQModel"]
+    card = (root / "kl-adapted" / "README.md").read_text()
+    for says in ("# targets, from kl", "--method adaptor", "16x16 pixels (the diffusion runs on latents of 3x8x8)", "Loading runs code of this folder",
+                 'from_pretrained("kl-adapted", custom_pipeline="kl-adapted", trust_remote_code=True)'):
+        assert says in card
+    assert str(finished.parent) not in card and "samples.png" not in card
+
+
+def test_pictures_of_the_run_go_along(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in ("options.json", "weights.safetensors"):
+        (run / file).write_bytes((finished / file).read_bytes())
+    (run / "samples.png").write_bytes(b"picture")
+    (tmp_path / "out").mkdir()  # an empty folder is no hindrance
+    call(export.main, run, tmp_path / "out")
+    assert (tmp_path / "out" / "samples.png").read_bytes() == b"picture" and "(samples.png)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_bad_input(finished, tiny, tmp_path):
+    out = tmp_path / "out"
+    config = dict(FIRST_STAGES["kl"]["config"], ddconfig=dict(STAGE, double_z=True, ch_mult=[2, 2]))
+    odd = checkpoints.build(dict(network="UNet", config=dict(TINY, image_size=8), first_stage=dict(network="KL", config=config)), "odd")
+    checkpoints.save_network(tmp_path / "odd.safetensors", odd)
+    for model, says in (("nosuch", "nosuch: no such file"), (tiny.targets, "neither the folder of a run"),
+                        (tmp_path / "odd.safetensors", "odd.safetensors: this first stage cannot be exported .*ch_mult")):
+        with pytest.raises(InputError, match=says):
+            call(export.main, model, out)
+        assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]
+    for there in (tiny.targets, tiny.source):
+        with pytest.raises(InputError, match="is there already; choose a folder that does not exist yet"):
+            call(export.main, finished, there)
+    with pytest.raises(InputError, match="source.safetensors/out: cannot be made"):
+        call(export.main, finished, tiny.source / "out")
