@@ -31,6 +31,7 @@ from training import write_atomic
 from unet import UNet
 
 ASSETS = Path(__file__).parent / "assets"
+SOURCES = ("toyfaces", "toyfaces-latent", "toychurches")  # the built-in ones, in assets/
 FIRST_STAGES = {"VQ": autoencoder.VQ, "KL": autoencoder.KL}
 NETWORKS = {"UNet": UNet, "Classifier": classifier.Classifier, **FIRST_STAGES}
 

@@ -118,15 +118,15 @@ def load_pictures(options: Options):
     return (lambda indices: (folder.batch(indices), torch.empty(len(indices), 0))), len(folder)
 
 
-def encode_all(batch_of, n_pictures: int, network: Network, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Latents of all pictures, and of their mirror images, on the CPU; sets the scale factor that gives them unit variance."""
-    latents, mirrored = [], []
-    for indices in tqdm(torch.arange(n_pictures).split(64), desc="latents", disable=distributed.rank() != 0, mininterval=2):
-        images = batch_of(indices)[0].to(device)
-        latents.append(network.encode(images).cpu()), mirrored.append(network.encode(images.flip(3)).cpu())
-    latents, mirrored = torch.cat(latents), torch.cat(mirrored)
+def encode_all(batch_of, n_pictures: int, network: Network, flip: bool, device: torch.device) -> Tensor:
+    """Latents of all pictures on the CPU, with `flip` those of their mirror images after them; sets the scale factor that gives
+    them unit variance."""
+    kinds = [lambda x: x, lambda x: x.flip(3)][:2 if flip else 1]
+    parts = [(change, indices) for change in kinds for indices in torch.arange(n_pictures).split(64)]
+    bar = tqdm(parts, desc="latents", disable=distributed.rank() != 0, mininterval=2)
+    latents = torch.cat([network.encode(change(batch_of(indices)[0]).to(device)).cpu() for change, indices in bar])
     network.scale_factor = network.description["scale_factor"] = 1 / latents.std().item()
-    return latents * network.scale_factor, mirrored * network.scale_factor
+    return latents * network.scale_factor
 
 
 def attribute_loss(logits: Tensor, labels: Tensor, attributes: dict) -> Tensor:
@@ -156,7 +156,7 @@ def main() -> None:
     latents = None
     if stage:
         network.first_stage.load_state_dict(stage.model.state_dict())
-        latents, mirrored = encode_all(batch_of, n_pictures, network.to(device), device)
+        latents = encode_all(batch_of, n_pictures, network.to(device), options.flip, device)
     model, schedule = network.to(device).model.train(), network.schedule
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
@@ -201,9 +201,12 @@ def main() -> None:
             indices = torch.randint(n_pictures, (options.batch_size,), generator=g)[mine]
             t = torch.randint(noisiest, (options.batch_size,), generator=g)[mine].to(device)
             mirror = torch.rand(options.batch_size, generator=g)[mine] < 0.5
-            x0, labels = batch_of(indices) if latents is None else (latents[indices], None)
-            if options.flip:
-                x0 = torch.where(mirror[:, None, None, None], x0.flip(3) if latents is None else mirrored[indices], x0)
+            if latents is None:
+                x0, labels = batch_of(indices)
+                if options.flip:
+                    x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
+            else:
+                x0 = latents[indices + n_pictures * mirror] if options.flip else latents[indices]
             x0 = x0.to(device)
             shape = (model.embed_dim, *(side // model.factor for side in x0.shape[2:])) if first_stage else x0.shape[1:]
             eps = torch.randn(options.batch_size, *shape, generator=g)[mine].to(device)

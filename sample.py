@@ -2,7 +2,7 @@
 
   python sample.py runs/sunglasses -n 64           64 pictures in runs/sunglasses/drawn/, and a grid
   python sample.py toyfaces -n 64                  the built-in source
-  python sample.py ffhq_p2.pt --arch ffhq256 -n 8  a published source
+  python sample.py ffhq_p2.pt -n 8                 a published source
   torchrun --nproc_per_node=8 sample.py runs/sunglasses -n 1000
 
 Picture i comes from seed + i alone: the same noise through source and adapted model gives a pair, and the number of

@@ -33,7 +33,7 @@ import distributed
 import domains
 import run_folder
 from adversarial_noise import worst_case_noise
-from checkpoints import Network, fingerprint, load_source, save_network, start_classifier
+from checkpoints import SOURCES, Network, fingerprint, load_source, save_network, start_classifier
 from classifier import AUGMENTATIONS, TARGET, accuracy_by_quartile, augment, fine_tune, log_prob_gradient
 from ddpm import predict_eps
 from options import InputError, at_least, option, parse, run
@@ -52,7 +52,8 @@ METHODS = {
 @dataclasses.dataclass
 class Options:
     target: str = option("sunglasses", f"what to adapt to: {', '.join(domains.TARGETS)}, or a folder of about ten pictures")
-    source: str = option("toyfaces", "what to adapt: a built-in source, or a file of weights")
+    source: str | None = option(None, f"what to adapt: {', '.join(SOURCES)}, a file of weights or a folder of diffusers (default: the source of a "
+                                "built-in target, else toyfaces)")
     arch: str | None = option(None, "network of a published file whose shapes do not show it (python checkpoints.py lists them), or a JSON file", metavar="NAME")
     method: str = option("tan", "; ".join(f"{name}: {text}" for name, text in METHODS.items()), choices=list(METHODS))
     output_dir: str = option("", "where the run goes (default: runs/TARGET, runs/TARGET-METHOD for the other methods)")
@@ -191,6 +192,8 @@ def main() -> None:
     out = Path(options.output_dir or f"runs/{Path(options.target).resolve().name}" + ("" if options.method == "tan" else f"-{options.method}"))
     if options.resume:
         options = run_folder.resumed(out, options, given)
+    elif options.source is None:
+        options = dataclasses.replace(options, source=domains.TARGETS.get(options.target, "toyfaces"))
     source = load_source(options.source, options.arch)
     latent_large = LATENT if source.first_stage else {}
     suits = latent_large if source.image_size > 64 else SMALL_FINETUNE if options.method in run_folder.ALL_WEIGHTS else SMALL
