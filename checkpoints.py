@@ -31,7 +31,7 @@ from training import write_atomic
 from unet import UNet
 
 ASSETS = Path(__file__).parent / "assets"
-SOURCES = ("toyfaces", "toyfaces-latent", "toychurches")  # the built-in ones, in assets/
+BUILT_IN = ("toyfaces", "toyfaces-latent", "toychurches")  # source models in assets/
 FIRST_STAGES = {"VQ": autoencoder.VQ, "KL": autoencoder.KL}
 NETWORKS = {"UNet": UNet, "Classifier": classifier.Classifier, **FIRST_STAGES}
 
@@ -77,14 +77,14 @@ class Network:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """x_0 -> pictures (B, 3, H, W) in about [-1, 1]; both on the network's device."""
-        return self.first_stage.decode(x0 / self.scale_factor) if self.first_stage else x0
+        """x_0 -> pictures (B, 3, H, W), of a latent model limited to [-1, 1]; both on the network's device."""
+        return self.first_stage.decode(x0 / self.scale_factor).clamp(-1, 1) if self.first_stage else x0
 
     def sample(self, seeds: Sequence[int], steps: int = 50, **options) -> Tensor:
         """Pictures (N, 3, H, W) on the CPU, one for each seed; the options are those of ddpm.sample."""
         device = next(self.model.parameters()).device
         x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.first_stage is None, device=device, **options)
-        return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(64)]) if self.first_stage else x0
+        return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(64)]) if self.first_stage and len(x0) else x0
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights under the names they have in our own files: the network's, and first_stage. before the first stage's."""
@@ -206,10 +206,10 @@ def load_source(name: str, arch: str | None = None) -> Network:
     return network
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A short hash of the weights: psi is worth nothing beside another theta."""
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
+def fingerprint(network: Network) -> str:
+    """A short hash of the weights, first stage and all: psi is worth nothing beside another theta."""
+    digest = hashlib.sha256(b"" if network.first_stage is None else str(network.scale_factor).encode())
+    for key, value in network.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -229,8 +229,10 @@ def start_classifier(name: str | None, arch: str | None, source_name: str, sourc
     network = load_network(Path(name), arch)
     if not isinstance(network.model, classifier.Classifier):
         raise InputError(f"--classifier {name}: a diffusion model, not a classifier; --classifier encoder uses the source's own")
-    if network.model.image_size != source.model.image_size:
-        raise InputError(f"--classifier {name}: made for {network.model.image_size} pixels, the source for {source.model.image_size}")
+    made_for = network.model.in_channels, network.model.image_size, network.model.image_size
+    if made_for != source.shape:
+        raise InputError(f"--classifier {name}: made for {'x'.join(map(str, made_for))}, the source's x_0 is {'x'.join(map(str, source.shape))}; "
+                         "--classifier encoder uses the source's own")
     classifier.replace_head(network.model)
     description = dict(network="Classifier", config=network.model.config, schedule=source.schedule.config, started_from=name)
     return Network(network.model, source.schedule, description)  # it is fine-tuned and asked at the source's noise levels

@@ -27,7 +27,7 @@ import domains
 import judge
 import metrics
 import run_folder
-from checkpoints import load_source
+from checkpoints import fingerprint, load_source
 from options import InputError, at_least, option, parse, run
 from training import write_atomic
 
@@ -72,7 +72,9 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict:
     if domains.drawn_by(trained["source"]) is None or domains.TARGETS.get(trained["target"]) != domains.drawn_by(trained["source"]):
         raise InputError(f"{folder}: from {trained['source']} to {trained['target']}; the judge knows built-in sources and their targets only. For other "
                          f"pictures: python sample.py {folder} -n 1000, then evaluate.py --samples {folder}/drawn --target DIR")
-    what = dict(n=n, steps=steps, **{name: trained[name] for name in ("source", "target", "method", "seed", "iterations")},
+    if steps > network.schedule.timesteps:
+        raise InputError(f"--steps {steps}: this model has {network.schedule.timesteps}")
+    what = dict(n=n, steps=steps, judge=fingerprint(judge.load_judge(domains.drawn_by(trained["source"]))), **{name: trained[name] for name in ("source", "target", "method", "seed", "iterations")},
                 weights=(folder / "weights.safetensors").stat().st_mtime)
     kept = folder / "score.json"
     if kept.exists() and (found := json.loads(kept.read_text()))["run"] == what:

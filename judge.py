@@ -64,7 +64,7 @@ def intra(judge: Network, pictures: Tensor, shots: Tensor) -> IntraLPIPS:
 
 @dataclasses.dataclass
 class Reference:
-    """What samples of a target are compared with: FRESH of its pictures that no run has seen, at the judge's size."""
+    """What samples of a target are compared with: FRESH of its pictures that no run has seen, reduced to the judge's size."""
     shots: Tensor                    # the ten training pictures (10, 3, H, W)
     features: Tensor                 # of the fresh pictures, for toy FID
     visible: list[str]               # attributes that can be read in the target's pictures
@@ -73,11 +73,11 @@ class Reference:
 
 
 @functools.cache
-def reference(target: str) -> Reference:
-    """The comparison for a built-in target, made once a program."""
+def reference(target: str, size: int) -> Reference:
+    """The comparison for samples of a built-in target at this size, made once a program."""
     judge = load_judge(domains.TARGETS[target])
-    pixels, labels = domains.evaluation_pictures(target, FRESH, judge.image_size)
-    fresh, shots = to_tensor(pixels), to_tensor(domains.ten_shots(target, judge.image_size)[0])
+    pixels, labels = domains.evaluation_pictures(target, FRESH, size)
+    fresh, shots = fit(judge, to_tensor(pixels)), fit(judge, to_tensor(domains.ten_shots(target, size)[0]))
     known = judge.description["attributes"]
     seen, truth = attributes(judge, fresh), dict(zip(known, labels.T))  # the labels lack the last, "domain"
     visible = [name for name in truth if (seen[name].numpy() == truth[name]).mean() >= VISIBLE]
@@ -95,7 +95,7 @@ def score(samples: Tensor, of_source: Tensor, target: str) -> dict[str, float]:
     toy Intra-LPIPS, its std   diversity among the samples that are nearest to the same training picture
     memorised   median distance to the nearest training picture over that of fresh target pictures: far below 1 are copies
     """
-    judge, fresh = load_judge(domains.TARGETS[target]), reference(target)
+    judge, fresh = load_judge(domains.TARGETS[target]), reference(target, samples.shape[2])
     known = judge.description["attributes"]
     before, after = attributes(judge, of_source), attributes(judge, samples)
     covered = [np.bincount(after[name], minlength=len(share)) / len(samples) >= share / 4 for name, share in fresh.shares.items()]

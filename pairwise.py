@@ -1,7 +1,8 @@
 """The losses of DDPM-PA (Zhu et al. 2022), the paper's diffusion baseline: keep how alike the pictures of a batch are.
 
 What the network being adapted makes of a noised batch (its predicted x_0) shall be spread as the source network's is, once in the
-pictures and once in their fine detail; a third term pulls the detail towards the training pictures.
+pictures and once in their fine detail; a third term pulls the detail towards the training pictures.  "Batch" is what goes through the
+network at once: with micro-batches or several processes, each compares its own pictures.
 """
 
 import torch
@@ -28,7 +29,7 @@ def log_similarities(x: Tensor) -> Tensor:
 def pairwise_loss(adapted: Tensor, source: Tensor, x0: Tensor) -> Tensor:
     """(B, C, H, W) predicted x_0 of the adapted and of the source network, and the training pictures -> (B,), to be added to Eq. 1.
 
-    KL divergence from the source's similarities to the adapted ones', of pictures and of detail, and the detail's mean squared error.
+    KL(adapted || source) of the similarities, as the paper prints it, of pictures and of detail, and the detail's mean squared error.
     With one picture there is nothing to compare and the first two are 0.
     """
     def divergence(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -25,14 +25,15 @@ def save_grid(path: Path, images: torch.Tensor, columns: int, gap_after: int | N
     n, height, width, _ = pixels.shape
     rows, gap = -(-n // columns), 4
     tops = [r * (height + gap) + (r // gap_after * 3 * gap if gap_after else 0) for r in range(rows)]
-    margin = 64 if labels else 0
+    font = ImageFont.load_default(20)
+    margin = round(max(map(font.getlength, labels))) + 16 if labels else 0
     canvas = torch.full((tops[-1] + height, margin + columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
     for i, picture in enumerate(pixels):
         top, left = tops[i // columns], margin + i % columns * (width + gap)
         canvas[top:top + height, left:left + width] = picture
     image = Image.fromarray(canvas.numpy())
     for top, label in zip(tops, labels or []):
-        ImageDraw.Draw(image).text((margin - 8, top + height / 2), label, fill="black", anchor="rm", font=ImageFont.load_default(20))
+        ImageDraw.Draw(image).text((margin - 8, top + height / 2), label, fill="black", anchor="rm", font=font)
     write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
 

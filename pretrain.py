@@ -41,7 +41,7 @@ from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_ch
 class Options:
     source: str = option(REQUIRED, "built-in domain or folder of images", positional=True)
     network: str = option("unet", "what to train", choices=["unet", "classifier", "judge", "kl", "vq"])
-    output_dir: str = option("", "where the run goes (default: runs/pretrain-SOURCE, with -classifier or -judge)")
+    output_dir: str = option("", "where the run goes (default: runs/pretrain-SOURCE, with -latent, -kl, -vq, -classifier or -judge)")
     resume: bool = option(False, "continue the run in --output-dir from its checkpoint, with the same flags")
     overwrite: bool = option(False, "replace the run in --output-dir")
 
@@ -145,13 +145,15 @@ def main() -> None:
     device = distributed.setup(options.device)
     if (out / "checkpoint.pt").exists() and not (options.resume or options.overwrite):
         raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with --overwrite, or choose --output-dir")
-    at_least(options, size=8, images=1, iterations=1, batch_size=distributed.world(), warmup=0, seed=0, save_every=1)
+    at_least(options, size=8, latent_channels=1, codes=1, images=1, iterations=1, batch_size=distributed.world(), warmup=0, seed=0, save_every=1)
     torch.manual_seed(options.seed)
     first_stage = options.network.upper() in FIRST_STAGES
     stage = load_network(Path(options.first_stage)) if options.first_stage else None
     if stage and (options.network != "unet" or stage.description["network"] not in FIRST_STAGES or options.size % stage.model.factor):
         raise InputError(f"--first-stage {options.first_stage}: only for --network unet, and must be a kl or vq whose factor divides --size")
     network = build(describe(options, stage), "the network flags")
+    if (options.size if first_stage else network.model.image_size) % network.model.factor:
+        raise InputError(f"--size {options.size}: the sides of what the network sees must be divisible by {network.model.factor} (--channel-mult)")
     batch_of, n_pictures = load_pictures(options)
     latents = None
     if stage:

@@ -23,6 +23,7 @@ from training import EMA, read_metrics, write_atomic
 FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl", "targets.png", "samples.png",
          "progress.png", "loss.png", "score.json")
 ALL_WEIGHTS = ("finetune", "pa")  # methods that change theta itself; the others train psi beside it
+LOSSES = {"tan": "loss (Eq. 9)", "guided": "loss (Eq. 6)", "adaptor": "loss (Eq. 1)", "finetune": "loss (Eq. 1)", "pa": "loss (Eq. 1 and pairwise)"}
 MAY_CHANGE = {"resume", "output_dir", "iterations", "device", "micro_batch_size", "checkpoint_blocks", "save_every"}
 
 
@@ -37,11 +38,12 @@ def resumed(out: Path, options, given: frozenset[str]):
         raise InputError(f"{out}: no run to resume (no options.json); leave out --resume to start one") from None
     if not isinstance(saved, dict) or saved.keys() != dataclasses.asdict(options).keys():
         raise InputError(f"{out}/options.json: from another version of this program; start anew with --overwrite")
-    for name in sorted(given - MAY_CHANGE):
+    may_change = MAY_CHANGE - ({"micro_batch_size"} if saved["method"] == "pa" else set())  # its loss compares within a micro-batch
+    for name in sorted(given - may_change):
         if json.loads(json.dumps(getattr(options, name))) != saved[name]:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: the run in {out} has {saved[name]}; "
                              "leave the flag out, or start another run with --output-dir")
-    kept = {name: getattr(options, name) for name in (given & MAY_CHANGE) | {"device"}}
+    kept = {name: getattr(options, name) for name in (given & may_change) | {"device"}}
     return dataclasses.replace(options, **{**saved, **kept, "resume": True})
 
 
@@ -77,7 +79,7 @@ def load_run(folder: Path) -> tuple[Network, dict]:
         raise InputError(f"{folder}: this run is not finished; continue it with train_tan.py --output-dir {folder} --resume")
     tensors, description = read_tensors(folder / "weights.safetensors")
     network = load_source(options["source"], options["arch"])
-    if description is None or description["source"] != fingerprint(network.model):
+    if description is None or description["source"] != fingerprint(network):
         raise InputError(f"{folder}/weights.safetensors: made from another source than the present {options['source']}")
     if options["method"] in ALL_WEIGHTS:
         load_strictly(network.model, tensors, folder / "weights.safetensors")
@@ -145,6 +147,6 @@ class Report:
             pairs = [torch.cat(rows) for rows in zip(*(torch.cat([images, blank]).split(columns) for images in (source, adapted)))]
             save_grid(self.out / "samples.png", torch.cat(pairs), columns, gap_after=2)
         self.ema.swap()
-        save_curve(self.out / "loss.png", [line["loss"] for line in read_metrics(self.out / "metrics.jsonl")], "loss (Eq. 9)" if options.method in ("tan", "guided") else "loss (Eq. 1)")
+        save_curve(self.out / "loss.png", [line["loss"] for line in read_metrics(self.out / "metrics.jsonl")], LOSSES[options.method])
         print(f"done: {self.out}/samples.png (same noise: source above, adapted below), progress.png, loss.png; "
               f"more with: python sample.py {self.out} -n 64")

@@ -5,12 +5,15 @@
   python tables.py ...                                           the same command again goes on where it stopped
 
 In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs of train_tan.py with their score.json; tables.md and results.json;
-figure1.png (two noises through fine-tuning), figure3.png and figure4.png (the methods side by side from the same noises), iterations.png (toy
-FID against iterations).  Figures are toy ones (judge.py): they compare with each other, not with the paper's, which stand beside them.
+samples-TARGET.png (Figures 3 and 4: every method from the same noises, toy FID beside each row), iterations.png (toy FID against iterations
+and against time) and figure1.png (two noises through the stages of finetune).  The figures are toy ones (judge.py): they compare with each
+other, not with the paper's, which stand beside them.
 """
 
 import dataclasses
+import functools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +23,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -33,30 +35,37 @@ import evaluate
 import judge
 import run_folder
 from checkpoints import load_source
+from metrics import squared_distances
 from options import InputError, at_least, option, parse, run
 from pictures import save_grid
 from train_tan import METHODS
 from training import read_metrics, write_atomic
 
-# The paper's Tables 1 and 2 for its own method and for DDPM-PA, on photographs.
-PAPER_INTRA = {"babies": (0.592, 0.599), "sunglasses": (0.613, 0.604), "raphael": (0.621, 0.581), "haunted-houses": (0.648, 0.628),
-               "landscape-drawings": (0.723, 0.706)}
-PAPER_FID = {"babies": (46.70, 48.92), "sunglasses": (20.06, 34.75)}
-STAGES = (10, 20, 40, 80, 160, 320, 640, 880)  # iterations; 880 cost the baselines what 80 cost TAN
+# What the paper has on photographs, for DDPM-TAN, LMD-TAN (Table 1 only) and DDPM-PA.
+PAPER_INTRA = {"babies": (0.592, 0.601, 0.599), "sunglasses": (0.613, 0.613, 0.604), "raphael": (0.621, 0.592, 0.581),
+               "haunted-houses": (0.648, 0.653, 0.628), "landscape-drawings": (0.723, 0.738, 0.706)}
+PAPER_FID = {"babies": (46.70, None, 48.92), "sunglasses": (20.06, None, 34.75)}
+PAPER_CLASSIFIER = {"10": (0.621, 20.06), "100": (0.637, 22.84)}  # Table 3
+STAGES = (10, 20, 40, 80, 160, 320, 640, 880)  # iterations; 880 take the others as many passes as 80 take TAN
 SHOWN = 10  # samples a row
 
 
 @dataclasses.dataclass
 class Options:
-    targets: tuple[str, ...] = option(tuple(domains.TARGETS), "built-in targets", choices=list(domains.TARGETS))
+    targets: tuple[str, ...] = option(tuple(domains.TARGETS), "built-in targets; the first is that of Table 3 and Figure 1", choices=list(domains.TARGETS))
     methods: tuple[str, ...] = option(tuple(METHODS), "methods", choices=list(METHODS))
     seeds: tuple[int, ...] = option((1, 2, 3), "seeds of the runs")
-    parts: tuple[str, ...] = option(("tables", "classifier", "iterations", "figures"), "tables: 1 and 2 and the attributes; classifier: Table 3; iterations: FID against "
-                                    "iterations and Figure 1; figures: 3 and 4", choices=["tables", "classifier", "iterations", "figures"])
+    parts: tuple[str, ...] = option(("tables", "classifier", "iterations", "figures"), "tables: 1 and 2 and what the judge reads; classifier: Table 3; "
+                                    "iterations: FID against iterations, and Figure 1; figures: 3 and 4",
+                                    choices=["tables", "classifier", "iterations", "figures"])
+    latent: bool = option(False, "adapt the latent source of each domain instead of the pixel one")
     n: int = option(250, "samples scored of each run", short="-n")
     steps: int = option(25, "DDIM steps")
     output_dir: str = option("runs/tables", "where everything goes; what is there is used")
     device: str = option("auto", "auto, cpu, cuda or mps")
+
+    def source(self, target: str) -> str:
+        return domains.TARGETS[target] + ("-latent" if self.latent else "")
 
 
 def train(folder: Path, device: str, **flags) -> Path:
@@ -66,23 +75,32 @@ def train(folder: Path, device: str, **flags) -> Path:
     """
     known = json.loads((folder / "options.json").read_text()) if (folder / "options.json").exists() else None
     iterations = flags.get("iterations")
-    if (folder / "weights.safetensors").exists() and iterations in (None, known["iterations"]):
+    if known and (folder / "weights.safetensors").exists() and iterations in (None, known["iterations"]):
         return folder
-    if known:
-        flags = dict(resume=None) | ({} if iterations is None else dict(iterations=iterations))
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value)) if text != "None"]
+    arguments = ["--output-dir", folder, "--device", device]
+    arguments += ["--resume"] if known else [text for name, value in flags.items() if name != "iterations" for text in (f"--{name.replace('_', '-')}", value)]
+    arguments += ["--iterations", iterations] if iterations else []
+    if not known:
+        arguments += ["--samples", 0]  # the pictures are drawn here
     with open(folder / "train.log", "a") as log:
-        done = subprocess.run([sys.executable, str(Path(__file__).with_name("train_tan.py")), "--output-dir", str(folder), "--device", device, *arguments],
-                              stdout=log, stderr=log)
+        done = subprocess.run([sys.executable, str(Path(__file__).with_name("train_tan.py")), *map(str, arguments)], stdout=log, stderr=log)
     if done.returncode or not (folder / "weights.safetensors").exists():
         raise InputError(f"{folder}: training stopped (see {folder}/train.log); run the same command again to continue")
     return folder
 
 
 def run_of(options: Options, target: str, method: str, seed: int) -> Path:
-    folder = Path(options.output_dir) / target / f"{method}-{seed}"
-    return train(folder, options.device, target=target, source=domains.TARGETS[target], method=method, seed=seed)
+    folder = Path(options.output_dir) / (target + ("-latent" if options.latent else "")) / f"{method}-{seed}"
+    return train(folder, options.device, target=target, source=options.source(target), method=method, seed=seed)
+
+
+def score(options: Options, folder: Path, device: torch.device) -> dict:
+    """evaluate.score_run, with the share of parameters that were trained and the seconds that it took (the classifier's left out)."""
+    network, trained = run_folder.load_run(folder)
+    rate = 1.0 if trained["method"] in run_folder.ALL_WEIGHTS else adaptor.parameter_rate(network.model)
+    seconds = sum(line["seconds"] for line in read_metrics(folder / "metrics.jsonl"))
+    return evaluate.score_run(folder, options.n, options.steps, device) | dict(rate=rate, seconds=seconds)
 
 
 def mean_std(values: list[float]) -> str:
@@ -95,32 +113,37 @@ def markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
 
 def main_tables(options: Options, device: torch.device) -> tuple[list[str], list[dict]]:
     """Tables 1 and 2 and what the judge reads: a row a method, a column a target, mean and standard deviation over seeds."""
-    found = []
     jobs = [(target, method, seed) for seed in options.seeds for target in options.targets for method in options.methods]
-    for target, method, seed in tqdm(jobs, desc="runs"):
-        folder = run_of(options, target, method, seed)
-        seconds = [line["seconds"] for line in read_metrics(folder / "metrics.jsonl")]
-        found.append(evaluate.score_run(folder, options.n, options.steps, device) | dict(seconds=sum(seconds), rate=rate(folder)))
-    cell = lambda method, target, name: mean_std([f["score"][name] for f in found if (f["run"]["method"], f["run"]["target"]) == (method, target)])
-    paper = lambda numbers, column: [f"{numbers[t][column]}" if t in numbers else "" for t in options.targets]
-    tables = []
-    for name, title, numbers in (("toy Intra-LPIPS", "Table 1, toy Intra-LPIPS (higher is more diverse)", PAPER_INTRA), ("toy FID", "Table 2, toy FID (lower is better)", PAPER_FID),
-                                 ("target", "Share of samples in the target domain", None), ("kept", "Share of attributes as in the source model's sample from the same noise", None),
-                                 ("covered", "Share of attribute values that appear", None), ("memorised", "Distance to the nearest training picture over that of fresh pictures", None)):
+    found = [score(options, run_of(options, *job), device) for job in tqdm(jobs, desc="runs")]
+    for target in options.targets:  # where adapting starts, and what it should come to
+        before = evaluate.source_samples(options.source(target), options.n, options.steps, device)
+        fresh = data.to_tensor(domains.draw(target, options.n, 77, before.shape[2])[0])
+        also = data.to_tensor(domains.draw(domains.TARGETS[target], options.n, 77, before.shape[2])[0])
+        for method, scored in (("source model", judge.score(before, before, target)), ("fresh pictures", judge.score(fresh, also, target))):
+            found.append(dict(run=dict(method=method, target=target), score=scored, rate=None))
+    methods = ["source model", *options.methods, "fresh pictures"]
+
+    def table(name: str, title: str, digits: int = 3, paper: dict | None = None) -> str:
         rows = []
-        for method in options.methods:
-            rates = sorted({f"{f['rate']:.1%}" for f in found if f["run"]["method"] == method})
-            rows.append([method, " / ".join(rates), *(cell(method, target, name) for target in options.targets)])
-        if numbers:
-            rows += [["paper, on photographs: TAN", "1.3%", *paper(numbers, 0)], ["paper, on photographs: DDPM-PA", "100%", *paper(numbers, 1)]]
-        tables.append(markdown(f"{title}", ["method", "parameter rate", *options.targets], rows))
-    return tables, found
+        for method in methods:
+            mine = [f for f in found if f["run"]["method"] == method]
+            rates = sorted({f"{f['rate']:.1%}" for f in mine if f["rate"] is not None})
+            rows.append([method, " / ".join(rates), *(mean_std([f["score"][name] for f in mine if f["run"]["target"] == t]) for t in options.targets)])
+        for i, (method, rate) in enumerate((("TAN", "1.3%"), ("LMD-TAN", "1.6%"), ("DDPM-PA", "100%"))):
+            numbers = [paper[t][i] if paper and t in paper else None for t in options.targets]
+            if any(numbers):
+                rows.append([f"paper, photographs: {method}", rate, *("" if x is None else f"{x:.{digits}f}" for x in numbers)])
+        return markdown(title, ["method", "parameter rate", *options.targets], rows)
 
-
-def rate(folder: Path) -> float:
-    """Share of the parameters that a run trained."""
-    network, trained = run_folder.load_run(folder)
-    return 1.0 if trained["method"] in run_folder.ALL_WEIGHTS else adaptor.parameter_rate(network.model)
+    seconds = [[method, *(f"{statistics.mean([f['seconds'] for f in found if (f['run']['method'], f['run']['target']) == (method, t)]):.0f}"
+                          for t in options.targets)] for method in options.methods]
+    return [table("toy Intra-LPIPS", "Table 1, toy Intra-LPIPS (higher is more diverse)", 3, PAPER_INTRA),
+            table("toy FID", "Table 2, toy FID (lower is better)", 2, PAPER_FID),
+            table("target", "Share of samples in the target domain"),
+            table("kept", "Share of attributes as in the source model's sample from the same noise"),
+            table("covered", "Share of attribute values that appear"),
+            table("memorised", "Distance to the nearest training picture over that of fresh pictures"),
+            markdown("Seconds of training, classifier left out", ["method", *options.targets], seconds)], found
 
 
 def classifier_table(options: Options, device: torch.device) -> tuple[list[str], list[dict]]:
@@ -128,76 +151,70 @@ def classifier_table(options: Options, device: torch.device) -> tuple[list[str],
     target, found = options.targets[0], []
     hundred = Path(options.output_dir) / f"{target}-hundred"
     if not hundred.is_dir():
-        hundred.mkdir(parents=True)
-        for i, pixels in enumerate(domains.draw(target, 100, 100)[0]):
-            Image.fromarray(pixels).save(hundred / f"{i:03d}.png")
+        part = hundred.with_name(hundred.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for i, pixels in enumerate(domains.draw(target, 100, 100, load_source(options.source(target)).image_size)[0]):
+            Image.fromarray(pixels).save(part / f"{i:03d}.png")
+        part.rename(hundred)
     for seed in options.seeds:
         for method in ("guided", "tan"):
-            folder = Path(options.output_dir) / target / f"{method}-{seed}-hundred"
-            train(folder, options.device, target=target, source=domains.TARGETS[target], method=method, seed=seed, classifier_targets=hundred)
-            for pictures, place in (("10", run_of(options, target, method, seed)), ("100", folder)):
-                found.append(evaluate.score_run(place, options.n, options.steps, device) | dict(pictures=pictures))
-    rows = [[method, pictures, *(mean_std([f["score"][name] for f in found if (f["run"]["method"], f["pictures"]) == (method, pictures)])
-                                 for name in ("toy Intra-LPIPS", "toy FID", "target", "kept"))] for method in ("guided", "tan") for pictures in ("10", "100")]
-    return [markdown(f"Table 3, classifier from 10 and from 100 pictures ({target})", ["method", "pictures", "toy Intra-LPIPS", "toy FID", "target", "kept"], rows)], found
+            ten = run_of(options, target, method, seed)
+            folder = train(ten.with_name(f"{ten.name}-hundred"), options.device, target=target, source=options.source(target), method=method, seed=seed,
+                           classifier_targets=hundred)
+            found += [score(options, place, device) | dict(pictures=pictures) for pictures, place in (("10", ten), ("100", folder))]
+    names = ("toy Intra-LPIPS", "toy FID", "target", "kept")
+    rows = [[method, pictures, *(mean_std([f["score"][name] for f in found if (f["run"]["method"], f["pictures"]) == (method, pictures)]) for name in names)]
+            for method in ("guided", "tan") for pictures in ("10", "100")]
+    rows += [["paper, photographs: TAN", pictures, f"{intra:.3f}", f"{fid:.2f}", "", ""] for pictures, (intra, fid) in PAPER_CLASSIFIER.items()]
+    return [markdown(f"Table 3, classifier from 10 and from 100 pictures ({target})", ["method", "pictures", *names], rows)], found
 
 
 def iterations_figure(options: Options, device: torch.device) -> tuple[list[str], list[dict]]:
-    """Toy FID against iterations, and against forward and backward passes, for the first target and seed; Figure 1 from `finetune`."""
-    target, seed, found = options.targets[0], options.seeds[0], []
-    out, rows, labels = Path(options.output_dir), [], []
-    shots = data.target_images(target, load_source(domains.TARGETS[target]).image_size)
+    """Toy FID against iterations and against training time, for the first target and seed; Figure 1 from `finetune`."""
+    target, seed, found, stages = options.targets[0], options.seeds[0], [], []
+    out, source = Path(options.output_dir), load_source(options.source(target)).to(device)
     for method in tqdm(options.methods, desc="methods"):
-        for stage in STAGES:
-            passes = stage * (11 if method == "tan" else 1)
-            if passes > STAGES[-1]:
-                continue
-            folder = out / target / f"{method}-{seed}-stages"
-            kept = folder / f"score-{stage}.json"
-            if not kept.exists() or method == "finetune":
-                if not kept.exists():
-                    train(folder, options.device, target=target, source=domains.TARGETS[target], method=method, seed=seed, iterations=stage)
-                    score = evaluate.score_run(folder, options.n, options.steps, device) | dict(passes=passes)
-                    pictures = run_folder.load_run(folder)[0].to(device).sample(range(2), options.steps)
-                    score["figure1"] = pictures.tolist() if method == "finetune" else None
-                    write_atomic(kept, lambda temporary: temporary.write_text(json.dumps(score)))
-            found.append(json.loads(kept.read_text()))
+        previous = None
+        for stage in STAGES if method != "tan" else [s for s in STAGES if s * 11 <= STAGES[-1]]:
+            folder = out / f"{target}-iterations{'-latent' if options.latent else ''}" / f"{method}-{seed}-at-{stage}"
+            if previous and not folder.exists():  # each stage goes on from a copy of the one before
+                part = folder.with_name(folder.name + ".part")
+                shutil.rmtree(part, ignore_errors=True)
+                shutil.copytree(previous, part)
+                part.rename(folder)
+            previous = train(folder, options.device, target=target, source=options.source(target), method=method, seed=seed, iterations=stage)
+            found.append(score(options, folder, device))
+            if method == "finetune":
+                stages.append(run_folder.load_run(folder)[0].to(device).sample(range(2), options.steps))
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for method in options.methods:
         mine = [f for f in found if f["run"]["method"] == method]
-        for ax, x in zip(axes, ([f["run"]["iterations"] for f in mine], [f["passes"] for f in mine])):
+        for ax, x in zip(axes, ([f["run"]["iterations"] for f in mine], [f["seconds"] for f in mine])):
             ax.plot(x, [f["score"]["toy FID"] for f in mine], marker="o", markersize=4, label=method)
-    for ax, label in zip(axes, ("iterations", "forward and backward passes of the network, an iteration's batch each")):
+    for ax, label in zip(axes, ("iterations", "seconds of training on this machine, classifier left out")):
         ax.set(xscale="log", yscale="log", xlabel=label)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(f"toy FID, {target}")
     axes[1].legend(frameon=False)
     write_atomic(out / "iterations.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
-    stages = [f for f in found if f.get("figure1")]
     if stages:
-        first = load_source(domains.TARGETS[target]).to(device).sample(range(2), options.steps)
-        columns = [first] + [torch.tensor(f["figure1"]) for f in stages]
-        measure = judge.load_judge(domains.TARGETS[target])
-        centres = judge.perceptual_features(measure, shots)
-        for row in range(2):
-            rows.append(torch.stack([c[row] for c in columns]))
-            labels.append([torch.cdist(judge.perceptual_features(measure, c[row:row + 1]), centres).square().min().item() for c in columns])
-        draw_figure1(out / "figure1.png", rows, labels, [0] + [f["run"]["iterations"] for f in stages])
-    for f in found:
-        f.pop("figure1", None)
+        draw_figure1(out / "figure1.png", target, [source.sample(range(2), options.steps), *stages], [0, *STAGES])
     return [], found
 
 
-def draw_figure1(path: Path, rows: list[torch.Tensor], distances: list[list[float]], iterations: list[int]) -> None:
-    """Each picture with its distance to the nearest training picture, as in the paper's Figure 1."""
+def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations: list[int]) -> None:
+    """Each picture of two noises (2, 3, H, W) at each stage, with its distance to the nearest training picture, as in the paper's Figure 1."""
+    network = judge.load_judge(domains.TARGETS[target])
+    embed = functools.partial(judge.perceptual_features, network)
+    centres = list(embed(judge.reference(target, stages[0].shape[2]).shots))
     figure, axes = plt.subplots(2, len(iterations), figsize=(1.35 * len(iterations), 3.2), layout="constrained")
-    for line, pictures, numbers in zip(axes, rows, distances):
-        for ax, pixels, number in zip(line, data.to_uint8(pictures), numbers):
+    for column, (pictures, i) in enumerate(zip(stages, iterations)):
+        for ax, pixels, feature in zip(axes[:, column], data.to_uint8(pictures), embed(pictures)):
             ax.imshow(pixels.numpy())
-            ax.set(xticks=[], yticks=[], xlabel=f"{number:.2f}")
-    for ax, i in zip(axes[0], iterations):
-        ax.set_title(f"{i}", fontsize=10)
+            ax.set(xticks=[], yticks=[], xlabel=f"{squared_distances(feature, centres).min():.2f}")
+        axes[0, column].set_title(f"{i}", fontsize=10)
     figure.suptitle("iterations of finetune; below each picture its toy LPIPS to the nearest training picture", fontsize=10)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
@@ -207,16 +224,16 @@ def sample_figures(options: Options, device: torch.device) -> tuple[list[str], l
     """Figures 3 and 4: training pictures, the source's samples, and every method's from the same noises, for each target (first seed)."""
     found = []
     for target in options.targets:
-        source = load_source(domains.TARGETS[target]).to(device)
-        seeds = range(evaluate.FIRST_SEED, evaluate.FIRST_SEED + SHOWN)
-        images, labels = [data.target_images(target, source.image_size)[:SHOWN], source.sample(seeds, options.steps)], ["training", "source"]
+        before = evaluate.source_samples(options.source(target), options.n, options.steps, device)[:SHOWN]
+        seeds = range(evaluate.FIRST_SEED, evaluate.FIRST_SEED + len(before))
+        images, labels = [data.target_images(target, before.shape[2])[:len(before)], before], ["training", "source"]
         for method in options.methods:
             folder = run_of(options, target, method, options.seeds[0])
-            score = evaluate.score_run(folder, options.n, options.steps, device)
+            found.append(score(options, folder, device))
             images.append(run_folder.load_run(folder)[0].to(device).sample(seeds, options.steps))
-            labels.append(f"{method} {score['score']['toy FID']:.2f}")
-            found.append(score)
-        save_grid(Path(options.output_dir) / f"samples-{target}.png", torch.cat(images), columns=SHOWN, labels=labels)
+            labels.append(f"{method} {found[-1]['score']['toy FID']:.2f}")
+        name = f"samples-{target}{'-latent' if options.latent else ''}.png"
+        save_grid(Path(options.output_dir) / name, torch.cat(images), columns=len(before), labels=labels)
     return [], found
 
 
@@ -228,14 +245,17 @@ def main() -> None:
     at_least(options, n=2, steps=1)
     device, out = distributed.setup(options.device), Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    texts, results = [], {}
+    file = out / ("results-latent.json" if options.latent else "results.json")
+    results = json.loads(file.read_text()) if file.exists() else {}
+    note = (f"{options.n} samples of each run, DDIM in {options.steps} steps; mean ± standard deviation over seeds "
+            f"{' '.join(map(str, options.seeds))}; as many iterations for every method, of which one of tan costs about eleven of the others.")
     for part in options.parts:
-        found_tables, results[part] = PARTS[part](options, device)
-        texts += found_tables
-        write_atomic(out / "tables.md", lambda temporary: temporary.write_text("\n\n".join(texts) + "\n"))
-        write_atomic(out / "results.json", lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
-    print("\n\n".join(texts))
-    print(f"\n{options.n} samples of each run, DDIM in {options.steps} steps; mean and standard deviation over seeds {' '.join(map(str, options.seeds))}; all in {out}/")
+        texts, runs = PARTS[part](options, device)
+        results[part] = dict(text="\n\n".join([*texts, note]) if texts else "", runs=runs)
+        write_atomic(file, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
+        text = "\n\n".join(results[name]["text"] for name in PARTS if results.get(name, {}).get("text"))
+        write_atomic(file.with_name(file.stem.replace("results", "tables") + ".md"), lambda temporary: temporary.write_text(text + "\n"))
+    print(f"{text}\n\nall in {out}/")
 
 
 if __name__ == "__main__":

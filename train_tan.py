@@ -33,7 +33,7 @@ import distributed
 import domains
 import run_folder
 from adversarial_noise import worst_case_noise
-from checkpoints import SOURCES, Network, fingerprint, load_source, save_network, start_classifier
+from checkpoints import BUILT_IN, Network, fingerprint, load_source, save_network, start_classifier
 from classifier import AUGMENTATIONS, TARGET, accuracy_by_quartile, augment, fine_tune, log_prob_gradient
 from ddpm import predict_eps
 from options import InputError, at_least, option, parse, run
@@ -52,11 +52,11 @@ METHODS = {
 @dataclasses.dataclass
 class Options:
     target: str = option("sunglasses", f"what to adapt to: {', '.join(domains.TARGETS)}, or a folder of about ten pictures")
-    source: str | None = option(None, f"what to adapt: {', '.join(SOURCES)}, a file of weights or a folder of diffusers (default: the source of a "
+    source: str | None = option(None, f"what to adapt: {', '.join(BUILT_IN)}, a file of weights or a folder of diffusers (default: the source of a "
                                 "built-in target, else toyfaces)")
     arch: str | None = option(None, "network of a published file whose shapes do not show it (python checkpoints.py lists them), or a JSON file", metavar="NAME")
     method: str = option("tan", "; ".join(f"{name}: {text}" for name, text in METHODS.items()), choices=list(METHODS))
-    output_dir: str = option("", "where the run goes (default: runs/TARGET, runs/TARGET-METHOD for the other methods)")
+    output_dir: str = option("", "where the run goes (default: runs/TARGET; -SOURCE is added for a built-in target from another source, -METHOD for the other methods)")
     resume: bool = option(False, "continue the run in --output-dir (or of this target and method); its own options hold")
     overwrite: bool = option(False, "replace the run in --output-dir")
 
@@ -130,6 +130,12 @@ def check(options: Options, out: Path) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be a positive number")
     if not 0 <= options.ema < 1:
         raise InputError(f"--ema {options.ema}: must be at least 0 and below 1")
+    if options.method == "pa" and min(options.micro_batch_size or 2, options.batch_size // distributed.world()) < 2:
+        raise InputError("--method pa compares pictures with each other: --batch-size and --micro-batch-size must leave each process at least 2 at once")
+    own = domains.drawn_by(options.source)
+    if own and options.target in domains.TARGETS and domains.TARGETS[options.target] != own:
+        raise InputError(f"--target {options.target}: a target of {domains.TARGETS[options.target]}, not of {own}; leave --source out, or choose among "
+                         f"{', '.join(target for target, of in domains.TARGETS.items() if of == own)}")
     for folder in (options.target, options.source_images, options.classifier_targets):
         if folder and Path(folder).is_dir() and Path(folder).resolve() == out.resolve():
             raise InputError(f"--output-dir {out}: is the folder of the pictures; choose another one")
@@ -189,19 +195,29 @@ def main() -> None:
     device = distributed.setup(options.device)
     main_rank = distributed.rank() == 0
     say = print if main_rank else lambda *a: None
-    out = Path(options.output_dir or f"runs/{Path(options.target).resolve().name}" + ("" if options.method == "tan" else f"-{options.method}"))
+    own = domains.TARGETS.get(options.target)
+    other = f"-{Path(options.source).stem}" if own and options.source not in (None, own) else ""
+    out = Path(options.output_dir or f"runs/{Path(options.target).resolve().name}{other}" + ("" if options.method == "tan" else f"-{options.method}"))
     if options.resume:
         options = run_folder.resumed(out, options, given)
     elif options.source is None:
-        options = dataclasses.replace(options, source=domains.TARGETS.get(options.target, "toyfaces"))
+        options = dataclasses.replace(options, source=own or "toyfaces")
     source = load_source(options.source, options.arch)
-    latent_large = LATENT if source.first_stage else {}
-    suits = latent_large if source.image_size > 64 else SMALL_FINETUNE if options.method in run_folder.ALL_WEIGHTS else SMALL
+    small = SMALL_FINETUNE if options.method in run_folder.ALL_WEIGHTS else SMALL
+    suits = small if source.image_size <= 64 else LATENT if source.first_stage else {}
     if not options.resume:
         options = dataclasses.replace(options, **{k: v for k, v in suits.items() if k not in given})
     check(options, out)
-    size, theta = source.image_size, fingerprint(source.model)
+    size, theta = source.image_size, fingerprint(source)
     targets = data.target_images(options.target, size)
+    shown = data.target_images(options.classifier_targets, size) if options.classifier_targets else targets
+    if options.source_images:
+        data.source_images(options.source_images, 1, size, 0)  # a wrong folder is found out now
+    state = load_checkpoint(out / "checkpoint.pt") if options.resume and (out / "checkpoint.pt").exists() else None
+    if state and state["source"] != theta:
+        raise InputError(f"{out}: belongs to another source than the present {options.source}")
+    if state and state["iteration"] > options.iterations:
+        raise InputError(f"--iterations {options.iterations}: the run in {out} has done {state['iteration']} already")
     if options.method in ("guided", "tan"):
         start_classifier(options.classifier, options.classifier_arch, options.source, source)  # a wrong file is found out now
     run_folder.open_run(out, options)
@@ -221,7 +237,6 @@ def main() -> None:
     classifier = None
     if options.method in ("guided", "tan"):
         if main_rank and not (out / "classifier.safetensors").exists():
-            shown = data.target_images(options.classifier_targets, size) if options.classifier_targets else targets
             network, accuracy = make_classifier(options, source, shown, device, say)
             network.description["held_out_accuracy"] = accuracy
             save_network(out / "classifier.safetensors", network)
@@ -236,10 +251,7 @@ def main() -> None:
     unadapted = copy.deepcopy(model).requires_grad_(False) if options.method == "pa" else None
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     ema, start = EMA(parameters, options.ema), 0
-    if options.resume and (out / "checkpoint.pt").exists():
-        state = load_checkpoint(out / "checkpoint.pt")
-        if state["source"] != theta:
-            raise InputError(f"{out}: belongs to another source than the present {options.source}")
+    if state:
         with torch.no_grad():
             torch._foreach_copy_(parameters, [p.to(device) for p in state["parameters"]])
         optimizer.load_state_dict(state["optimizer"]), ema.load_state_dict(state["ema"])
@@ -257,6 +269,7 @@ def main() -> None:
                                                     ema=ema.state_dict(), iteration=done, source=theta))
 
     latents, mirrored = (source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3)))  # pixel models: the pictures
+    bound = latents.abs().max().item() if source.first_stage else 1.0
     b, micro = options.batch_size, options.micro_batch_size or options.batch_size
     mine = distributed.share(b)
     stages = {round(options.iterations * (i + 1) / options.previews) for i in range(options.previews)}
@@ -300,9 +313,8 @@ def main() -> None:
                 if options.method == "pa":
                     with torch.no_grad(), autocast():
                         eps_source = predict_eps(unadapted, xt, t_)
-                    adapted, kept = (schedule.predict_x0(xt, t_, e) for e in (eps_predicted, eps_source))
-                    if source.first_stage is None:  # as in sampling; where noise is nearly all, an error of eps is a hundredfold one of x_0
-                        adapted, kept = adapted.clamp(-1, 1), kept.clamp(-1, 1)
+                    # Bounded, as in sampling: where noise is nearly all, an error of eps is a hundredfold one of x_0.
+                    adapted, kept = (schedule.predict_x0(xt, t_, e).clamp(-bound, bound) for e in (eps_predicted, eps_source))
                     losses = losses + pairwise_loss(adapted, kept, x0_)
                 (losses.sum() / b).backward()
                 stats.add(t_, losses.detach(), guidance, ascent)

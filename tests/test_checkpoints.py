@@ -72,11 +72,11 @@ def test_half_precision_files(tmp_path, dtype):
 
 
 def test_fingerprint():
-    model = tiny_network().model
-    before = fingerprint(model)
-    assert fingerprint(tiny_network().model) == before and len(before) == 16
-    model.input_blocks[0][0].bias.data[0] += 1e-6
-    assert fingerprint(model) != before
+    network = tiny_network()
+    before = fingerprint(network)
+    assert fingerprint(tiny_network()) == before and len(before) == 16
+    network.model.input_blocks[0][0].bias.data[0] += 1e-6
+    assert fingerprint(network) != before
 
 
 # ---- what does not fit is named --------------------------------------------------------------------------------------

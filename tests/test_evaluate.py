@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import train_tan
 from conftest import call
 from options import InputError
 
-TINY = dict(iterations=2, batch_size=4, pgd_steps=1, classifier_iterations=2, source_count=8, samples=0, previews=1)
+TINY = "--iterations 2 --batch-size 4 --pgd-steps 1 --classifier-iterations 2 --source-count 8 --previews 1 --no-classifier-check".split()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_score_of_known_pictures(scores):
 
 
 def test_eyes_cannot_be_seen_behind_sunglasses():
-    assert "eyes" not in judge.reference("sunglasses").visible and {"hair_colour", "skin", "pose"} <= set(judge.reference("sunglasses").visible)
+    assert "eyes" not in judge.reference("sunglasses", 32).visible and {"hair_colour", "skin", "pose"} <= set(judge.reference("sunglasses", 32).visible)
 
 
 def test_larger_pictures_are_reduced(scores):
@@ -97,44 +98,42 @@ def test_runs_from_other_sources_are_refused(finished):
 
 
 @pytest.fixture
-def tiny_train(monkeypatch):
-    """tables.train, in this process and with few iterations; returns what was trained, in order."""
-    trained = []
+def trained(monkeypatch):
+    """tables.py with train_tan.py called in this process, with few iterations and small batches; the calls' folders, in order."""
+    folders = []
 
-    def train(folder, device, **flags):
-        wanted = flags.pop("iterations", TINY["iterations"])
-        known = json.loads((folder / "options.json").read_text())["iterations"] if (folder / "options.json").exists() else None
-        if known == wanted:
-            return folder
-        trained.append((str(folder), wanted))
-        settings = dict(iterations=wanted) if known else {**flags, **TINY, "iterations": wanted}
-        arguments = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", value)]
-        call(train_tan.main, "--output-dir", folder, "--device", "cpu", *arguments, "--resume" if known else "--no-classifier-check")
-        return folder
+    def run(command, stdout, stderr):
+        flags = command[2:] if "--resume" in command else TINY + command[2:]  # later flags win
+        folders.append(command[command.index("--output-dir") + 1])
+        call(train_tan.main, *flags)
+        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(tables, "train", train)
+    monkeypatch.setattr(tables.subprocess, "run", run)
     monkeypatch.setattr(tables, "STAGES", (1, 2, 11))
     monkeypatch.setattr(tables, "SHOWN", 2)
     monkeypatch.setattr(judge, "FRESH", 60)
     judge.reference.cache_clear()
-    yield trained
+    yield folders
     judge.reference.cache_clear()
 
 
-def test_tables(tiny_train, tmp_path, capsys):
+def test_tables(trained, tmp_path, capsys):
     flags = ["--targets", "sunglasses", "--methods", "finetune", "tan", "--seeds", 1, "-n", 12, "--steps", 2, "--output-dir", tmp_path, "--device", "cpu"]
     call(tables.main, *flags)
     text, results = (tmp_path / "tables.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     assert text.strip() in capsys.readouterr().out
-    assert "| finetune | 100.0% | " in text and "| paper, on photographs: TAN | 1.3% | 20.06 |" in text
-    assert "Table 3" in text and {f["run"]["iterations"] for f in results["iterations"]} == {1, 2, 11}
-    assert max(f["passes"] for f in results["iterations"] if f["run"]["method"] == "tan") == 11
+    assert "| finetune | 100.0% | " in text and "| paper, photographs: TAN | 1.3% | 20.06 |" in text and "| paper, photographs: LMD-TAN | 1.6% | 0.613 |" in text
+    assert "| source model |" in text and "| fresh pictures |" in text and "12 samples of each run" in text and "Table 3" in text
+    stages = {method: [f["run"]["iterations"] for f in results["iterations"]["runs"] if f["run"]["method"] == method] for method in ("finetune", "tan")}
+    assert stages == {"finetune": [1, 2, 11], "tan": [1]}  # eleven iterations of the others cost one of tan
+    options = json.loads((tmp_path / "sunglasses" / "tan-1-hundred" / "options.json").read_text())
+    assert options["classifier_targets"].endswith("sunglasses-hundred") and len(list((tmp_path / "sunglasses-hundred").iterdir())) == 100
     for name in ("figure1.png", "iterations.png", "samples-sunglasses.png"):
         assert Image.open(tmp_path / name).width > 300
-    once = len(tiny_train)
-    call(tables.main, *flags)
-    assert len(tiny_train) == once  # everything was there
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    once = len(trained)
+    call(tables.main, *flags, "--parts", "tables")
+    assert len(trained) == once  # everything was there, and the other parts are kept
+    assert json.loads((tmp_path / "results.json").read_text()) == results and (tmp_path / "tables.md").read_text() == text
 
 
 def test_mean_and_standard_deviation():
@@ -146,18 +145,17 @@ def test_train_starts_resumes_and_leaves_alone(monkeypatch, tmp_path):
 
     def run(command, **options):
         commands.append(command[command.index("--output-dir"):])
-        if "--fail" not in command:
-            (tmp_path / "weights.safetensors").touch()
-            iterations = int(command[command.index("--iterations") + 1]) if "--iterations" in command else 80
-            (tmp_path / "options.json").write_text(json.dumps(dict(iterations=iterations)))
-        return type("Done", (), dict(returncode=int("--fail" in command)))
+        (tmp_path / "weights.safetensors").touch()
+        iterations = int(command[command.index("--iterations") + 1]) if "--iterations" in command else 80
+        (tmp_path / "options.json").write_text(json.dumps(dict(iterations=iterations)))
+        return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(tables.subprocess, "run", run)
     tables.train(tmp_path, "cpu", target="babies", seed=1)
     tables.train(tmp_path, "cpu", target="babies", seed=1)
     tables.train(tmp_path, "cpu", target="babies", seed=1, iterations=160)
-    assert [c[4:] for c in commands] == [["--target", "babies", "--seed", "1"], ["--resume", "--iterations", "160"]]
+    assert [c[4:] for c in commands] == [["--target", "babies", "--seed", "1", "--samples", "0"], ["--resume", "--iterations", "160"]]
     (tmp_path / "weights.safetensors").unlink()
-    monkeypatch.setattr(tables.subprocess, "run", lambda *a, **k: type("Done", (), dict(returncode=1)))
+    monkeypatch.setattr(tables.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1))
     with pytest.raises(InputError, match="train.log.*same command again"):
         tables.train(tmp_path, "cpu", target="babies", seed=1)

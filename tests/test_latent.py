@@ -35,6 +35,7 @@ def test_what_pretraining_leaves(source):
     assert all(torch.equal(value, stage.model.state_dict()[key]) for key, value in network.first_stage.state_dict().items())
     images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(network.encode(images), stage.model.encode(images) * network.scale_factor)
+    torch.testing.assert_close(network.decode(network.encode(images)), stage.model.decode(stage.model.encode(images)).clamp(-1, 1))
     # the scale factor gives the latents of the training pictures unit variance
     pictures = data.source_images("toyfaces", 32, 16, 0)
     assert network.encode(pictures).std() == pytest.approx(1, abs=0.02)
@@ -55,6 +56,17 @@ def test_tan_on_latents(source, tmp_path, method):
         assert run_folder.load_classifier(tmp_path).model.in_channels == 4
         call(sample.main, tmp_path, "-n", 2, "--steps", 2, "--guidance", 1)
         assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+
+
+def test_training_sees_scaled_latents_of_the_pictures_and_their_mirror_images(source, tmp_path, monkeypatch):
+    seen = []
+    original = train_tan.worst_case_noise
+    monkeypatch.setattr(train_tan, "worst_case_noise", lambda model, schedule, x0, *rest: seen.append(x0) or original(model, schedule, x0, *rest))
+    call(train_tan.main, "--source", source, *RUN, "--samples", 0, "--batch-size", 8, "--output-dir", tmp_path)
+    targets, network = data.target_images("sunglasses", 16), checkpoints.load_source(str(source))
+    both = network.encode(torch.cat([targets, targets.flip(3)]))
+    nearest = torch.cdist(torch.cat(seen).flatten(1), both.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    assert nearest.values.max() < 1e-4 and (nearest.indices < 10).any() and (nearest.indices >= 10).any()
 
 
 def test_resume_on_latents_is_exact(source, tmp_path):

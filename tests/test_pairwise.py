@@ -1,10 +1,13 @@
 """pairwise.py against a naive loop, PyTorch's own divergence, and the definition of the Haar wavelet."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import pairwise
 import run_folder
+from options import InputError
+from training import read_metrics
 
 
 def randn(*shape, seed=0):
@@ -41,8 +44,18 @@ def test_loss():
     assert pairwise.pairwise_loss(adapted[:1], source[:1], adapted[:1]).abs().max() == 0  # one picture alone
 
 
-def test_a_run(train, tmp_path):
-    """Theta itself moves and is kept; with the pairwise losses to another place than without."""
-    ends = {method: run_folder.load_run(train(tmp_path / method, "--method", method))[0].model.state_dict() for method in ("pa", "finetune")}
+def test_a_run(train, tmp_path, monkeypatch):
+    """The source network is the one from before: at first the divergences are 0, later they hold the weights back."""
+    monkeypatch.setitem(pairwise.WEIGHTS, "detail_mse", 0.0)
+    runs = {method: train(tmp_path / method, "--method", method) for method in ("pa", "finetune")}
+    losses = {method: [line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for method, folder in runs.items()}
+    assert losses["pa"][0] == pytest.approx(losses["finetune"][0], abs=1e-6) and losses["pa"][-1] != losses["finetune"][-1]
+    ends = {method: run_folder.load_run(folder)[0].model.state_dict() for method, folder in runs.items()}
     assert ends["pa"].keys() == ends["finetune"].keys() and not any(".adaptor." in key for key in ends["pa"])
     assert any(not torch.equal(ends["pa"][key], value) for key, value in ends["finetune"].items())
+
+
+@pytest.mark.parametrize("flags", [["--micro-batch-size", 1], ["--batch-size", 1]])
+def test_pictures_need_company(train, tmp_path, flags):
+    with pytest.raises(InputError, match="--method pa compares pictures"):
+        train(tmp_path / "run", "--method", "pa", *flags)
