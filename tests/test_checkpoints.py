@@ -120,11 +120,11 @@ def test_a_classifier_is_not_a_source_nor_a_source_a_classifier(tiny, tmp_path):
     source = load_source(str(tiny.source))
     path = str(tmp_path / "c.safetensors")
     save_network(path, start_classifier("encoder", None, "", source))
-    with pytest.raises(InputError, match="c.safetensors: a classifier, not a diffusion model"):
+    with pytest.raises(InputError, match="c.safetensors: a Classifier, not a diffusion model"):
         load_source(path)
     with pytest.raises(InputError, match="source.safetensors: a diffusion model, not a classifier"):
         start_classifier(str(tiny.source), None, "", source)
-    with pytest.raises(InputError, match="made for 16 pixels, the source for 32"):
+    with pytest.raises(InputError, match="made for 3x16x16, the source's x_0 is 3x32x32"):
         start_classifier(path, None, "", tiny_network(image_size=32))
 
 
