@@ -26,7 +26,7 @@ import layouts
 import published
 from ddpm import Schedule, sample
 from options import InputError, option, parse, run
-from published import ARCHITECTURES, LINEAR
+from published import ARCHITECTURES
 from training import write_atomic
 from unet import UNet
 

@@ -30,10 +30,11 @@ import data
 import distributed
 import domains
 from autoencoder import LOSS_WEIGHTS, first_stage_loss
-from checkpoints import FIRST_STAGES, LINEAR, Network, build, load_network, save_network
+from checkpoints import FIRST_STAGES, Network, build, load_network, save_network
 from ddpm import predict_eps
 from options import REQUIRED, InputError, at_least, option, parse, run
 from pictures import save_curve, save_grid
+from published import LINEAR
 from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_checkpoint, read_metrics, save_checkpoint, warmup)
 
 

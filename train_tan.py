@@ -34,8 +34,9 @@ import domains
 import run_folder
 from adversarial_noise import worst_case_noise
 from checkpoints import BUILT_IN, Network, fingerprint, load_source, save_network, start_classifier
-from classifier import AUGMENTATIONS, TARGET, accuracy_by_quartile, augment, fine_tune, log_prob_gradient
+from classifier import AUGMENTATIONS, TARGET, log_prob_gradient
 from ddpm import predict_eps
+from guidance import make_classifier
 from options import InputError, at_least, option, parse, run
 from pairwise import pairwise_loss
 from training import EMA, Metrics, Stats, StopSignal, generator, load_checkpoint, save_checkpoint, warmup
@@ -149,45 +150,6 @@ def prepare(options: Options, network: Network) -> list[torch.nn.Parameter]:
         return list(model.requires_grad_(True).parameters())
     adaptor.attach(model, options.adaptor_width)
     return adaptor.parameters(model)
-
-
-def make_classifier(options: Options, source: Network, targets: Tensor, device: torch.device, say) -> tuple[Network, list[float] | None]:
-    """p_phi of Eq. 5, fine-tuned on the targets against source pictures, and its accuracy on held-out pictures by timestep quarter
-    (None without --classifier-check, or where there is only one picture)."""
-    count, schedule = options.source_count, source.schedule
-    progress = lambda text: lambda steps: tqdm(steps, desc=text, leave=False)
-    name = options.source_images or domains.drawn_by(options.source)
-    if name:
-        pictures = data.source_images(name, count, source.image_size, options.seed)
-    else:
-        say(f"sampling {count} source pictures for the classifier (--source-images FOLDER would save this)")
-        pictures = source.sample(range(10**6, 10**6 + count), 25, batch_size=options.micro_batch_size or 64,
-                                 progress=progress("source pictures"))  # psi, still zero, changes nothing
-    pictures, targets = pictures.to(device), targets.to(device)
-    kinds = options.augment or data.AUGMENT.get(options.target, ("flip", "shift"))
-
-    def x0(images: Tensor, versions: int) -> Tensor:
-        """What the classifier sees.  Latents cannot be mirrored or coloured: of each picture, several changed versions are encoded."""
-        if source.first_stage is None:
-            return images
-        return source.encode(augment(images.repeat(versions, 1, 1, 1), kinds, generator(options.seed, 4)))
-
-    def train(source_pictures: Tensor, target_pictures: Tensor, text: str) -> Network:
-        torch.manual_seed(options.seed)  # the new head
-        network = start_classifier(options.classifier, options.classifier_arch, options.source, source)
-        network.model.use_checkpoint = options.checkpoint_blocks
-        fine_tune(network.model.to(device), schedule, x0(source_pictures, 2), x0(target_pictures, 16), options.classifier_iterations,
-                  options.classifier_batch_size, options.classifier_learning_rate, () if source.first_stage else kinds,
-                  generator(options.seed, 2), options.micro_batch_size, progress(text))
-        return network
-
-    accuracy = None
-    if options.classifier_check and min(len(targets), len(pictures)) >= 2:
-        held_out, held_out_source = max(1, len(targets) // 5), max(1, len(pictures) // 5)
-        trial = train(pictures[held_out_source:], targets[held_out:], "classifier, a fifth held out")
-        accuracy = accuracy_by_quartile(trial.model, schedule, source.encode(pictures[:held_out_source]), source.encode(targets[:held_out]),
-                                        generator(options.seed, 3))
-    return train(pictures, targets, "classifier"), accuracy
 
 
 def main() -> None:

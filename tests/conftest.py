@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoints  # noqa: E402
 import train_tan  # noqa: E402
+from published import LINEAR  # noqa: E402
 
 TINY = dict(image_size=16, in_channels=3, model_channels=16, out_channels=3, num_res_blocks=1, attention_resolutions=[2],
             channel_mult=[1, 2], num_head_channels=16, use_scale_shift_norm=True, norm_groups=8)
@@ -29,7 +30,7 @@ def call(main, *argv) -> None:
 def tiny_network(seed: int = 0, **options) -> checkpoints.Network:
     """An untrained source of which every layer does something (a new one ends in zeros)."""
     torch.manual_seed(seed)
-    network = checkpoints.build(dict(network="UNet", config=dict(TINY, **options), schedule=checkpoints.LINEAR), "tiny")
+    network = checkpoints.build(dict(network="UNet", config=dict(TINY, **options), schedule=LINEAR), "tiny")
     for p in network.model.parameters():
         p.data += 0.05 * torch.randn(p.shape)
     return network

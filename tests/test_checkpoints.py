@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import run_folder
-from checkpoints import (LINEAR, build, fingerprint, load_network, load_source, read_tensors, save_network,
+from checkpoints import (build, fingerprint, load_network, load_source, read_tensors, save_network,
                          start_classifier)
 from classifier import from_unet
 from ddpm import Schedule
 from options import InputError
+from published import LINEAR
 from unet import UNet
 
 X, T = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 800])

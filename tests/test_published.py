@@ -19,7 +19,7 @@ import layouts
 from checkpoints import ARCHITECTURES, build, load_network, load_source
 from ddpm import Schedule
 from options import InputError
-from published import describe
+from published import LINEAR, describe
 
 T = torch.tensor([17, 803])
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
@@ -116,7 +116,7 @@ def test_diffusers_folders_that_lack_something(tmp_path):
     theirs.save_pretrained(tmp_path / "unet")
     with pytest.raises(InputError, match="no scheduler_config.json .* add --arch ddpm256"):
         load_source(str(tmp_path))
-    assert load_source(str(tmp_path), "ddpm256").schedule.config == checkpoints.LINEAR
+    assert load_source(str(tmp_path), "ddpm256").schedule.config == LINEAR
     diffusers.DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
     with pytest.raises(InputError, match="scheduler_config.json: prediction_type is 'v_prediction'; only 'epsilon' can be read"):
         load_source(str(tmp_path))
