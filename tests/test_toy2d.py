@@ -123,9 +123,32 @@ def test_program_reproduces_and_resists_bad_input(tmp_path, capsys):
     first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("a", "b"))
     for results in (first, second):
         results.pop("seconds"), results["options"].pop("output_dir")
-    assert first == second
+    assert first == second and "NaN" not in json.dumps(first)
     assert (tmp_path / "a" / "figure2.png").stat().st_size > 10_000 and (tmp_path / "a" / "measured.png").stat().st_size > 10_000
     assert {row["method"] for row in first["adaptation"]} >= {"baseline", "TAN, ten"} and "| baseline |" in capsys.readouterr().out
-    for bad in ("--timesteps 1000", "--draws 0", "--learning-rate nan"):
+    for bad in ("--timesteps 1000", "--draws 0", "--learning-rate nan", "--gamma 0"):
         with pytest.raises(toy2d.InputError, match=bad.split()[0]):
             call(toy2d.main, *bad.split(), "--output-dir", tmp_path / "c")
+
+
+def test_worst_noise_against_its_recursion():
+    """On the optimal predictor Eq. 8 is linear: per coordinate eps = A eps_0 + C d, d the shots about their mean, with A <- p A / s and
+    C <- (p C - q) / s, p = 1 + 2 omega a^2, q = 2 omega a sqrt(a (1-a)), s the standard deviation that Norm takes away."""
+    shots, omega, steps, t = toy2d.draw_points(TARGET, 10, 6, generator(1)), 0.5, 10, 100
+    a = SCHEDULE.alpha_bar[t].item()
+    p, q = 1 + 2 * omega * a * a, 2 * omega * a * (a * (1 - a)) ** 0.5
+    d = shots - shots.mean(0)
+    variance = d.square().mean(0)
+    A, C = torch.ones(6, 2), torch.zeros(6, 2)
+    for _ in range(steps):
+        A, C = p * A, p * C - q
+        s = (A ** 2 + C ** 2 * variance).sqrt()
+        A, C = A / s, C / s
+    correlation = C.prod(1) * (d[..., 0] * d[..., 1]).mean(0)  # of the two coordinates of the noise; its axes are sqrt(1 +- correlation)
+    expected = ((1 + correlation.abs()) / (1 - correlation.abs())).sqrt()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy2d, "ASCENTS", [(omega, steps)])
+        rows = toy2d.measure_noise(toy2d.optimal_predictor(SCHEDULE), "exact", shots.repeat(20, 1, 1), SCHEDULE, 0, toy2d.tqdm(disable=True))
+    (ratio, _, away), = [row[4:] for row in rows if row[1] == "100"]
+    torch.testing.assert_close(ratio, expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(away, toy2d.angle(shots.mean(0) - toy2d.MEANS[SOURCE], (toy2d.MEANS[TARGET] - toy2d.MEANS[SOURCE]).expand(6, 2)), atol=0.05, rtol=0)
