@@ -53,7 +53,7 @@ def draw(domain: str, n: int, seed: int, size: int = 32, progress: bool = False)
 
 def ten_shots(target: str, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """The ten fixed training pictures of a target, as `draw` returns them: the same scenes at each size, never drawn by `draw`."""
-    return _draw(target, 10, SHOTS_SEEDS[TARGETS.get(target, target)] if target in PAINTERS else 0, size, "shots")
+    return _draw(target, 10, SHOTS_SEEDS.get(TARGETS.get(target, target), 0), size, "shots")
 
 
 def evaluation_pictures(domain: str, n: int, size: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

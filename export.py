@@ -23,8 +23,8 @@ from torch import Tensor
 
 import adaptor
 import run_folder
-from autoencoder import diffusers_config, diffusers_names
 from checkpoints import Network, load_source
+from layouts import diffusers_config, diffusers_names
 from options import REQUIRED, InputError, option, parse, run
 from published import BETA_SCHEDULES
 from train_tan import METHODS

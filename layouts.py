@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from autoencoder import KL, VQ
 from options import InputError
 
 # Our modules (the place of a kind of layer, or a leaf inside it) -> theirs.  `up` counts the levels of the way back from 0.
@@ -153,3 +154,39 @@ def _period(tensors: dict[str, Tensor], prefix: str) -> tuple[int, int]:
     if len(fits) != 1:
         raise ValueError("the number of residual blocks a level does not show")
     return fits[0], stages
+
+
+def diffusers_config(model: VQ | KL, scaling_factor: float) -> dict:
+    """Options of diffusers' VQModel or AutoencoderKL for this network (the first is named by "_class_name").
+
+    Raises ValueError for the few shapes that diffusers cannot express.
+    """
+    arch, levels, is_vq = model.arch, range(len(model.arch.ch_mult)), isinstance(model, VQ)
+    if arch.ch_mult[0] != 1 or not (is_vq or model.embed_dim == arch.z_channels):
+        raise ValueError("diffusers wants ch_mult to begin with 1, and of a KL embed_dim to equal z_channels")
+    attention = ["Attn" if arch.attention(i) else "" for i in levels]
+    codebook = dict(num_vq_embeddings=model.config["n_embed"], vq_embed_dim=model.embed_dim) if is_vq else {}
+    return dict(_class_name="VQModel" if is_vq else "AutoencoderKL", in_channels=arch.in_channels, out_channels=arch.out_ch,
+                block_out_channels=[arch.channels(i) for i in levels], layers_per_block=arch.num_res_blocks,
+                down_block_types=[f"{a}DownEncoderBlock2D" for a in attention],
+                up_block_types=[f"{a}UpDecoderBlock2D" for a in reversed(attention)], latent_channels=arch.z_channels,
+                sample_size=arch.resolution, norm_num_groups=arch.norm_groups, scaling_factor=scaling_factor, **codebook)
+
+
+def diffusers_names(model: VQ | KL) -> dict[str, str]:
+    """diffusers' name of each of our parameters, for export and import.
+
+    Same numbers; only q, k, v and proj_out are matrices (C, C) there and 1x1 convolutions (C, C, 1, 1) here: reshape.
+    """
+    last = len(model.arch.ch_mult) - 1
+    rules = [(r"\.down\.(\d+)", r".down_blocks.\1"), (r"\.up\.(\d+)", lambda m: f".up_blocks.{last - int(m[1])}"),
+             (r"\.mid\.block_(\d)", lambda m: f".mid_block.resnets.{int(m[1]) - 1}"), (r"\.mid\.attn_1", ".mid_block.attentions.0"),
+             (r"\.block\.", ".resnets."), (r"\.attn\.", ".attentions."), (r"\.(down|up)sample\.", r".\1samplers.0."),
+             (r"\.nin_shortcut\.", ".conv_shortcut."), (r"\.norm_out\.", ".conv_norm_out."), (r"\.norm\.", ".group_norm."),
+             (r"\.([qkv])\.", r".to_\1."), (r"\.proj_out\.", ".to_out.0.")]
+    names = {}
+    for key in model.state_dict():
+        names[key] = key
+        for pattern, replacement in rules:
+            names[key] = re.sub(pattern, replacement, names[key])
+    return names

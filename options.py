@@ -9,6 +9,7 @@
 """
 import argparse
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -61,6 +62,13 @@ def at_least(options, **bounds):
         if value is not None and not value >= low:  # nan is not, either
             flag = fields[name].metadata.get("short") or "--" + name.replace("_", "-")
             raise InputError(f"{flag} {value}: must be at least {low}")
+
+
+def positive(options, *names):
+    """InputError that names the flag of the first of these fields that is not a positive, finite number."""
+    for name in names:
+        if not 0 < getattr(options, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be a positive number")
 
 
 def run(main):

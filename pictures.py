@@ -37,6 +37,12 @@ def save_grid(path: Path, images: torch.Tensor, columns: int, gap_after: int | N
     write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
 
+def save_figure(path: Path, figure: plt.Figure, dpi: int = 110) -> None:
+    """A matplotlib figure as PNG, and closed."""
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
+    plt.close(figure)
+
+
 def save_curve(path: Path, values: list[float], ylabel: str, smooth: int = 25) -> None:
     """A curve over iterations as PNG: each value faint, its running mean on top."""
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
@@ -47,5 +53,4 @@ def save_curve(path: Path, values: list[float], ylabel: str, smooth: int = 25) -
         axes.legend(frameon=False)
     axes.set(xlabel="iteration", ylabel=ylabel)
     axes.grid(alpha=0.3)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    plt.close(figure)
+    save_figure(path, figure, dpi=120)

@@ -19,10 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -37,7 +34,7 @@ import run_folder
 from checkpoints import load_source
 from metrics import squared_distances
 from options import InputError, at_least, option, parse, run
-from pictures import save_grid
+from pictures import save_figure, save_grid
 from train_tan import METHODS
 from training import read_metrics, write_atomic
 
@@ -197,8 +194,7 @@ def iterations_figure(options: Options, device: torch.device) -> tuple[list[str]
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(f"toy FID, {target}")
     axes[1].legend(frameon=False)
-    write_atomic(out / "iterations.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    plt.close(figure)
+    save_figure(out / "iterations.png", figure)
     if stages:
         draw_figure1(out / "figure1.png", target, [source.sample(range(2), options.steps), *stages], [0, *STAGES])
     return [], found
@@ -216,8 +212,7 @@ def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations
             ax.set(xticks=[], yticks=[], xlabel=f"{squared_distances(feature, centres).min():.2f}")
         axes[0, column].set_title(f"{i}", fontsize=10)
     figure.suptitle("iterations of finetune; below each picture its toy LPIPS to the nearest training picture", fontsize=10)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def sample_figures(options: Options, device: torch.device) -> tuple[list[str], list[dict]]:

@@ -18,31 +18,27 @@ Three things follow for the first gradient of the output layer, which is -2 mean
     an ellipse with the shots' own correlation: since Norm makes both variances 1, its long axis lies on a diagonal, as often across the gradient as along it.
 
 Arrays are (B, E, 2): B points of each of E independent experiments (draws of ten shots, networks) side by side.  Writes to runs/toy2d/
-figure2.png, measured.png, results.json and the table it prints.
+figure2.png, measured.png, results.json and tables.md, which it prints.  toy2d_report.py sums up and draws.
 """
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.patches import Ellipse
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from adversarial_noise import norm, worst_case_noise
 from classifier import SOURCE, TARGET, log_prob_gradient
 from ddpm import Schedule, predict_eps, sample
-from options import InputError, at_least, option, parse, run
+from options import InputError, at_least, option, parse, positive, run
+from pictures import save_figure
+from toy2d_report import draw_gradients, draw_measured, draw_trajectories, summarise, tables
 from train_tan import guided_loss
 from training import generator, write_atomic
 from unet import timestep_embedding
@@ -56,7 +52,6 @@ FEW = 3                                                         # iterations bef
 GAMMAS = (1, 20, 100)  # beside --gamma
 ASCENTS = [(0.02, 0), *((omega, steps) for omega in (0.02, 0.1, 0.5) for steps in (10, 50))]  # no steps: plain noise
 PICTURE = (0.1, 10)    # omega and J at which mixed timesteps give the paper's ellipse
-COLOURS = {"reference": "cyan", "baseline": "darkblue", "faster baseline": "tab:green", "adversarial": "tab:gray", "guided": "sienna", "TAN": "orange"}  # Figure 2's caption
 
 
 @dataclasses.dataclass
@@ -119,13 +114,13 @@ def draw_points(domain: int, n: int, experiments: int, g: torch.Generator) -> Te
     return MEANS[domain] + torch.randn(n, experiments, 2, generator=g)
 
 
-def train(model: MLP, loss: Callable[[int], Tensor], iterations: int, learning_rate: float, progress: tqdm) -> None:
-    """Adam with a learning rate that falls to 0 by half a cosine; loss(i) is summed over the experiments."""
+def train(model: MLP, loss: Callable[[], Tensor], iterations: int, learning_rate: float, progress: tqdm) -> None:
+    """Adam with a learning rate that falls to 0 by half a cosine; loss() is summed over the experiments."""
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for i in range(iterations):
+    for _ in range(iterations):
         optimizer.zero_grad()
-        loss(i).backward()
+        loss().backward()
         optimizer.step(), decay.step()
         progress.update()
 
@@ -135,7 +130,7 @@ def pretrain(schedule: Schedule, iterations: int, seed: int, progress: tqdm) -> 
     torch.manual_seed(seed)
     model, g = MLP(1), generator(seed, 1)
 
-    def loss(i: int) -> Tensor:
+    def loss() -> Tensor:
         x0, eps = draw_points(SOURCE, 1024, 1, g), torch.randn(1024, 1, 2, generator=g)
         t = torch.randint(schedule.timesteps, (1024,), generator=g)
         return guided_loss(eps, predict_eps(model, schedule.add_noise(x0, t, eps), t), 0.0).mean()
@@ -151,7 +146,7 @@ def train_classifier(targets: Tensor, schedule: Schedule, iterations: int, seed:
     model, g = MLP(1).select([0] * experiments), generator(seed, 2)
     labels = torch.tensor([SOURCE, TARGET]).repeat_interleave(32)[:, None].expand(-1, experiments)
 
-    def loss(i: int) -> Tensor:
+    def loss() -> Tensor:
         x0 = torch.cat([draw_points(SOURCE, 32, experiments, g), targets[torch.randint(len(targets), (32,), generator=g)]])
         t = torch.randint(schedule.timesteps, (64,), generator=g)
         logits = model(schedule.add_noise(x0, t, torch.randn(x0.shape, generator=g)), t)
@@ -252,7 +247,6 @@ def trajectories(model: MLP, schedule: Schedule, noise: Tensor) -> Tensor:
     return torch.stack(path)
 
 
-
 def measure_angles(model: Callable, classifiers: dict[str, Callable], shots: Tensor, schedule: Schedule, options: Options, seed: int,
                    progress: tqdm) -> list[tuple]:
     """(batch, t, method, angles (E,) to the reference): with the shots repeated and with one noise each; guided methods for several gamma.
@@ -311,138 +305,21 @@ def measure_adaptation(model: MLP, classifiers: dict[str, Callable], shots: Tens
     return rows
 
 
-def quartiles(values: Tensor) -> list[float]:
-    """25, 50 and 75 % of the draws lie below."""
-    return [round(v, 4) for v in torch.quantile(values, torch.tensor([0.25, 0.5, 0.75])).tolist()]
-
-
-def summarise(angles: list[tuple], noise: list[tuple], adaptation: list[tuple]) -> dict:
-    """The measurements as plain numbers, for results.json: mean and quartiles over the draws."""
-    of = {(batch, t, method): values for batch, t, method, values in angles}
-    share = lambda hits: hits.float().mean().item()
-
-    def entry(batch: str, t: int, method: str, v: Tensor) -> dict:
-        baseline, guided = of[batch, t, "baseline"], of.get((batch, t, method.replace("TAN", "guided")), v)
-        return dict(batch=batch, t=t, method=method, mean=v.mean().item(), quartiles=quartiles(v), closer_than_baseline=share(v < baseline),
-                    **(dict(closer_than_guided=share(v < guided), paper_order=share((v < guided) & (guided < baseline))) if "TAN" in method else {}))
-
-    return dict(
-        angles=[entry(*row) for row in angles],
-        noise=[dict(predictor=predictor, t=t, omega=omega, pgd_steps=steps, axes_ratio=ratio.mean().item(), axis_to_gradient=off.mean().item(),
-                    along_gradient=share(off < 45), gradient_angle=away.mean().item(), gradient_quartiles=quartiles(away)) for predictor, t, omega, steps, ratio, off, away in noise],
-        adaptation=[dict(method=method, iteration=i, mean_error=quartiles(error), w2=quartiles(w2)) for method, i, error, w2 in adaptation])
-
-
-def tables(results: dict) -> str:
-    """Markdown of the three measurements, for people."""
-    lines, rows = [], results["angles"]
-    times = sorted({r["t"] for r in rows})
-    for batch, title in (("repeated", "shots repeated"), ("one noise each", "one noise for each shot")):
-        lines += [f"Angle to the gradient of 10,000 samples, {title}: mean over draws in degrees (share of draws closer than the baseline)", "",
-                  "| method | " + " | ".join(f"t = {t}" for t in times) + " |", "|---|" + "---|" * len(times)]
-        for method in dict.fromkeys(r["method"] for r in rows):
-            mine = {r["t"]: r for r in rows if (r["method"], r["batch"]) == (method, batch)}
-            cells = [f"{mine[t]['mean']:.1f}" + (f" ({mine[t]['closer_than_baseline']:.0%})" if method != "baseline" else "") for t in times]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        lines.append("")
-    columns = [(p, t) for p in ("exact", "trained") for t in ("100", "500", "mixed")]
-    lines += ["Worst-case noise: ratio of its axes (share of draws whose long axis lies along the gradient, not across), by predictor and timesteps", "",
-              "| omega, J | " + " | ".join(f"{p}, {'t = ' if t != 'mixed' else ''}{t}" for p, t in columns) + " |", "|---|" + "---|" * len(columns)]
-    for omega, steps in ASCENTS:
-        mine = {(r["predictor"], r["t"]): r for r in results["noise"] if (r["omega"], r["pgd_steps"]) == (omega, steps)}
-        lines.append(f"| {omega}, {steps} | " + " | ".join(f"{mine[c]['axes_ratio']:.2f} ({mine[c]['along_gradient']:.0%})" for c in columns) + " |")
-    stages = sorted({r["iteration"] for r in results["adaptation"]})
-    lines += ["", "2-Wasserstein distance of the samples to the target, median over draws, after so many iterations (before: 2.83)", "",
-              "| method | " + " | ".join(map(str, stages)) + " |", "|---|" + "---|" * len(stages)]
-    for method in dict.fromkeys(r["method"] for r in results["adaptation"]):
-        cells = [f"{r['w2'][1]:.2f}" for r in results["adaptation"] if r["method"] == method]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def style(method: str) -> dict:
-    """Colour of the caption; the Bayes classifier's lines are dotted."""
-    return dict(color=COLOURS[method.split(",")[0]], linestyle=":" if "bayes" in method else "-")
-
-
-def draw_gradients(axes: plt.Axes, model: Callable, classifiers: dict[str, Callable], shots: Tensor, schedule: Schedule, options: Options, seed: int) -> dict:
+def figure2a(axes: plt.Axes, model: Callable, classifiers: dict[str, Callable], shots: Tensor, schedule: Schedule, options: Options, seed: int) -> dict:
     """Figure 2(a) from one draw of shots (10, 1, 2) at the middle timestep; returns the angles."""
     t = sorted(options.timesteps)[len(options.timesteps) // 2]
     chosen = {name: classifiers[name](slice(0, 1)) for name in ("ten", "bayes")}
     found = compare_gradients(model, chosen, shots, schedule, t, options, options.repeats, generator(seed, 7))
-    worst, reference = found.pop("worst"), found["reference"]
-    half, long = ellipse(worst)
-    turn = torch.arctan2(long[0, 1], long[0, 0]).rad2deg().item()
-    axes.scatter(*worst[:3000, 0].T.numpy(), s=2, color="red", alpha=0.25, linewidths=0, label="worst-case noise", rasterized=True)
-    axes.add_patch(Ellipse((0, 0), 4 * half[0, 1].item(), 4 * half[0, 0].item(), angle=turn, fill=False, color="darkred", linewidth=1.5,
-                           label=f"its covariance, 2 s.d.:\naxes {(half[0, 1] / half[0, 0]).item():.2f} to 1"))
-    g = generator(seed, 11)
-    x0 = shots.repeat(options.repeats, 1, 1)
+    g, x0 = generator(seed, 11), shots.repeat(options.repeats, 1, 1)
     mixed, _ = worst_case_noise(model, schedule, x0, torch.randint(schedule.timesteps, (len(x0),), generator=g), torch.randn(x0.shape, generator=g),
                                 PICTURE[1], PICTURE[0], dims=(0,))
-    wide, long = ellipse(mixed)
-    axes.add_patch(Ellipse((0, 0), 4 * wide[0, 1].item(), 4 * wide[0, 0].item(), angle=torch.arctan2(long[0, 1], long[0, 0]).rad2deg().item(), fill=False,
-                           color="black", linewidth=1.2, linestyle="--",
-                           label=f"mixed timesteps, omega {PICTURE[0]}:\naxes {(wide[0, 1] / wide[0, 0]).item():.2f} to 1"))
-    angles = {}
-    for name in ("reference", "baseline", "guided, ten", "TAN, ten", "guided, bayes", "TAN, bayes"):
-        end = F.normalize(found[name][0], dim=0) * 4  # the paper shows directions
-        if name != "reference":
-            angles[name] = angle(found[name], reference).item()
-        text = "10,000 samples" if name == "reference" else f"{name}: {angles[name]:.1f}°"
-        width = {"reference": 5.0, "TAN": 1.2}.get(name.split(",")[0], 3.0)  # TAN lies on guided
-        axes.plot([0, end[0].item()], [0, end[1].item()], linewidth=width, label=text, **style(name))
-    axes.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", xlabel="first coordinate", ylabel="second coordinate",
-             title=f"(a) directions of the gradient, t = {t}")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, markerscale=4, title="angle to the cyan line", title_fontsize=8)
-    return dict(t=t, angles=angles, axes_ratio=(half[0, 1] / half[0, 0]).item())
-
-
-def draw_trajectories(axes: plt.Axes, title: str, original: Tensor, adapted: Tensor) -> dict:
-    """Figures 2(b, c): density of the adapted model's trajectories (steps + 1, N), one of them in gold, the original's in cyan."""
-    bins = torch.linspace(-5, 4, 91)
-    density = torch.stack([torch.histogram(x.contiguous(), bins, density=True).hist for x in adapted])
-    image = axes.pcolormesh(range(len(density) + 1), bins.numpy(), density.T.numpy(), cmap="magma", vmin=0, vmax=0.42, rasterized=True)
-    axes.plot(original[:, 0].numpy(), color="cyan", linewidth=1.5, label="original model")
-    axes.plot(adapted[:, 0].numpy(), color="gold", linewidth=1.5, label="adapted model")
-    axes.set(xlabel="sampling step", ylabel="first coordinate", title=title)
-    axes.legend(fontsize=7, loc="lower left", labelcolor="white", facecolor="black", framealpha=0.5)
-    if title.startswith("(c)"):
-        axes.figure.colorbar(image, ax=axes, label="density")
-    gap = adapted - original
-    return dict(mean=adapted[-1].mean().item(), std=adapted[-1].std().item(), peak_density=density[-1].max().item(), gap=gap[-1].mean().item(),
-                gap_std=gap[-1].std().item())
-
-
-def draw_measured(path: Path, angles: list[tuple], adaptation: list[tuple]) -> None:
-    """Angle against timestep for both batches, and distance against iterations; medians with bars and bands from quartile to quartile."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    shown = [f"{method}, {name}" if name else method for method, name, _ in METHODS]
-    for ax, batch, title in zip(axes, ("repeated", "one noise each"), ("ten shots, repeated", "ten shots, one noise each")):
-        for i, method in enumerate(shown):
-            mine = [(t, *quartiles(values)) for b, t, m, values in angles if (b, m) == (batch, method)]
-            if not mine:  # the faster baseline has the baseline's gradient
-                continue
-            t, low, middle, high = np.array(sorted(mine)).T
-            ax.errorbar(t + (i - 3) * 7, middle, [middle - low, high - middle], marker="o", markersize=4, linewidth=1.2, label=method, **style(method))
-        ax.set(title=title, xlabel="timestep t", ylabel="angle to the reference gradient, degrees", yscale="log")
-        ax.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
-        ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, frameon=False)
-    for method in shown:
-        mine = [(i, *quartiles(w2)) for m, i, _, w2 in adaptation if m == method]
-        i, low, middle, high = np.array(mine).T
-        axes[2].plot(i, middle, linewidth=1.5, label=method, **style(method))
-        axes[2].fill_between(i, low, high, alpha=0.12, color=style(method)["color"], linewidth=0)
-    axes[2].axhline(8 ** 0.5, color="black", linewidth=0.8, linestyle="--", label="before adapting")
-    axes[2].set(title="samples against target", xlabel="iteration", ylabel="2-Wasserstein distance", xscale="log", yscale="log")
-    axes[2].set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
-    axes[2].set_xticks([1, 2, 4, 8, 16, 32, 64, 128, 256], ["1", "2", "4", "8", "16", "32", "64", "128", "256"])
-    axes[2].minorticks_off()
-    axes[2].grid(alpha=0.3)
-    axes[2].legend(fontsize=8, frameon=False)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    plt.close(figure)
+    (half, long), (wide, wide_long) = ellipse(found["worst"]), ellipse(mixed)
+    names = ("reference", "baseline", "guided, ten", "TAN, ten", "guided, bayes", "TAN, bayes")
+    shown = dict(t=t, angles={name: angle(found[name], found["reference"]).item() for name in names[1:]}, axes_ratio=(half[0, 1] / half[0, 0]).item())
+    draw_gradients(axes, shown, {name: found[name][0] for name in names}, found["worst"][:3000, 0],
+                   [("its covariance, 2 s.d.", half[0], long[0], dict(color="darkred", linewidth=1.5)),
+                    (f"mixed timesteps, omega {PICTURE[0]}", wide[0], wide_long[0], dict(color="black", linewidth=1.2, linestyle="--"))])
+    return shown
 
 
 def main() -> None:
@@ -450,13 +327,10 @@ def main() -> None:
     if options.quick:
         options = dataclasses.replace(options, **{k: v for k, v in dict(draws=20, repeats=100, iterations=32).items() if k not in given})
     at_least(options, draws=1, repeats=1, iterations=FEW, pgd_steps=0, seed=0, omega=0)
-    if not 0 < options.gamma < math.inf:
-        raise InputError(f"--gamma {options.gamma}: must be a positive number")
+    positive(options, "gamma", "learning_rate")
     schedule, seed, started = Schedule(), options.seed, time.time()
     if not options.timesteps or not all(0 <= t < schedule.timesteps for t in options.timesteps):
         raise InputError(f"--timesteps {' '.join(map(str, options.timesteps))}: give numbers from 0 to {schedule.timesteps - 1}")
-    if not 0 < options.learning_rate < math.inf:
-        raise InputError(f"--learning-rate {options.learning_rate}: must be a positive number")
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     gradients = 2 * len(options.timesteps) * -(-options.draws // 10)
@@ -477,7 +351,7 @@ def main() -> None:
         adaptation = measure_adaptation(model, classifiers, shots, schedule, options, seed, bar)
 
         figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained", width_ratios=(1, 0.9, 0.9))
-        shown = dict(gradients=draw_gradients(axes[0], model, classifiers, shots[:, :1], schedule, options, seed))
+        shown = dict(gradients=figure2a(axes[0], model, classifiers, shots[:, :1], schedule, options, seed))
         start = torch.randn(20_000, 2, generator=generator(seed, 9))
         original = trajectories(model, schedule, start)
         few = dataclasses.replace(options, iterations=FEW)
@@ -485,7 +359,7 @@ def main() -> None:
             for adapted in adapt(model, method, name and classifiers[name](slice(0, 1)), shots[:, :1], schedule, few, seed, bar):
                 pass
             shown[method] = draw_trajectories(ax, f"({letter}) {method}, after {FEW} iterations", original, trajectories(adapted, schedule, start))
-    write_atomic(out / "figure2.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_figure(out / "figure2.png", figure)
     draw_measured(out / "measured.png", angles, adaptation)
 
     def error(domain: int, t: Tensor) -> float:

@@ -37,7 +37,7 @@ from checkpoints import BUILT_IN, Network, fingerprint, load_source, save_networ
 from classifier import AUGMENTATIONS, TARGET, log_prob_gradient
 from ddpm import predict_eps
 from guidance import make_classifier
-from options import InputError, at_least, option, parse, run
+from options import InputError, at_least, option, parse, positive, run
 from pairwise import pairwise_loss
 from training import EMA, Metrics, Stats, StopSignal, generator, load_checkpoint, save_checkpoint, warmup
 
@@ -126,9 +126,7 @@ def check(options: Options, out: Path) -> None:
     """InputError for a number that makes no sense or an --output-dir that would be written among somebody's pictures."""
     at_least(options, iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0, seed=0, adaptor_width=1, pgd_steps=0,
                  classifier_batch_size=2, classifier_iterations=1, source_count=1, samples=0, sample_steps=1, previews=1, save_every=1)
-    for name in ("learning_rate", "classifier_learning_rate"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be a positive number")
+    positive(options, "learning_rate", "classifier_learning_rate")
     if not 0 <= options.ema < 1:
         raise InputError(f"--ema {options.ema}: must be at least 0 and below 1")
     if options.method == "pa" and min(options.micro_batch_size or 2, options.batch_size // distributed.world()) < 2:

@@ -9,7 +9,8 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, VectorQuantizer
 from test_unet import GOLDEN, filled
 
-from autoencoder import KL, KL_F8, VQ, VQ_F4, diffusers_config, diffusers_names, first_stage_loss
+from autoencoder import KL, KL_F8, VQ, VQ_F4, first_stage_loss
+from layouts import diffusers_config, diffusers_names
 
 
 def small(kind: str, seed: int = 0, **options):
