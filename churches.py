@@ -161,7 +161,8 @@ def draw_nave(canvas, church, colours):
     x, y, w = church.x, church.base, church.half
     top, ridge, sag = y - 7.6, y - 12.6, 1.5 * church.crooked
     canvas.shape([(x - w, top), (x + w, top), (x + w, y + 0.4), (x - w, y + 0.4)], colours.walls)
-    canvas.shape([(x - w - 0.9, top + 0.3), (x - w + 1.6, ridge - 0.5 * sag), (x, ridge + sag), (x + w - 1.6, ridge - 0.3 * sag), (x + w + 0.9, top + 0.3)], colours.roof, "hatch")
+    canvas.shape([(x - w - 0.9, top + 0.3), (x - w + 1.6, ridge - 0.5 * sag), (x, ridge + sag), (x + w - 1.6, ridge - 0.3 * sag), (x + w + 0.9, top + 0.3)],
+                 colours.roof, "hatch")
     places = {"left": (-1.6, 2.4, 6.2), "right": (-6.2, -2.4, 1.6), "middle": (-5.8, 5.8), "two": (-2.9, 2.9)}[church.style("tower")]
     for place in places:
         draw_window(canvas, church, colours, x + place, y - 4.4)
@@ -222,7 +223,8 @@ def paint_haunted_houses(church, size, rng):
             canvas.shape(oval(x + dx, 6.2 + dy, 3.0, 1.5), mix(colours.sky, (0, 0, 10), 0.45))
     else:
         for dx, dy in ((0.6, 0.4), (-4.4, 3.2)):
-            canvas.stroke([(x + dx - 2.0, 4.6 + dy), (x + dx - 1.0, 5.6 + dy), (x + dx, 4.9 + dy), (x + dx + 1.0, 5.6 + dy), (x + dx + 2.0, 4.6 + dy)], 1.0, (8, 6, 14))
+            wings = ((-2.0, 4.6), (-1.0, 5.6), (0.0, 4.9), (1.0, 5.6), (2.0, 4.6))
+            canvas.stroke([(x + dx + across, down + dy) for across, down in wings], 1.0, (8, 6, 14))
     draw_land(canvas, church, colours)
     draw_bare_tree(canvas, church)
     draw_church(canvas, church, colours)

@@ -33,6 +33,7 @@ from training import write_atomic
 
 COLUMNS = ("target", "kept", "covered", "toy FID", "toy Intra-LPIPS", "memorised")
 FIRST_SEED = 20_000  # noises that no picture of a run has shown, so that nobody has looked at them while choosing settings
+PAIRED = 250  # of them also go through the source model, to see what of its samples is kept
 FEW = 2048  # FID on fewer samples is unreliable
 
 
@@ -69,18 +70,19 @@ def _bar(text: str):
 def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict:
     """One run's figures (judge.score) with what it is; kept in score.json, and drawn again if the run or the number of samples has changed."""
     network, trained = run_folder.load_run(folder)
-    if domains.drawn_by(trained["source"]) is None or domains.TARGETS.get(trained["target"]) != domains.drawn_by(trained["source"]):
+    drawn = domains.drawn_by(trained["source"])
+    if drawn is None or domains.TARGETS.get(trained["target"]) != drawn:
         raise InputError(f"{folder}: from {trained['source']} to {trained['target']}; the judge knows built-in sources and their targets only. For other "
                          f"pictures: python sample.py {folder} -n 1000, then evaluate.py --samples {folder}/drawn --target DIR")
     if steps > network.schedule.timesteps:
         raise InputError(f"--steps {steps}: this model has {network.schedule.timesteps}")
-    what = dict(n=n, steps=steps, judge=fingerprint(judge.load_judge(domains.drawn_by(trained["source"]))), **{name: trained[name] for name in ("source", "target", "method", "seed", "iterations")},
-                weights=(folder / "weights.safetensors").stat().st_mtime)
+    what = {name: trained[name] for name in ("source", "target", "method", "seed", "iterations")}
+    what |= dict(n=n, steps=steps, judge=fingerprint(judge.load_judge(drawn)), weights=(folder / "weights.safetensors").stat().st_mtime)
     kept = folder / "score.json"
     if kept.exists() and (found := json.loads(kept.read_text()))["run"] == what:
         return found
     samples = network.to(device).sample(range(FIRST_SEED, FIRST_SEED + n), steps, progress=_bar(str(folder)))
-    found = dict(run=what, score=judge.score(samples, source_samples(trained["source"], n, steps, device), trained["target"]))
+    found = dict(run=what, score=judge.score(samples, source_samples(trained["source"], min(n, PAIRED), steps, device), trained["target"]))
     write_atomic(kept, lambda temporary: temporary.write_text(json.dumps(found, indent=1)))
     return found
 
@@ -117,9 +119,9 @@ def main() -> None:
     for folder in map(Path, options.runs):
         found = score_run(folder, options.n, options.steps, device)["score"]
         print(f"| {folder} | " + " | ".join(f"{found[column]:.2f}" for column in COLUMNS) + " |", flush=True)
-    print(f"\n{options.n} samples of each, DDIM in {options.steps} steps. target: share in the target domain; kept: share of attributes as in the source "
-          "model's sample from the same noise;\ncovered: share of attribute values that appear; memorised: distance to the nearest training picture over that "
-          "of fresh target pictures")
+    print(f"\n{options.n} samples of each, DDIM in {options.steps} steps. target: share in the target domain; kept: share of attributes as in the\n"
+          f"source model's sample from the same noise ({min(options.n, PAIRED)} pairs); covered: share of attribute values that appear; memorised:\n"
+          "distance to the nearest training picture over that of fresh target pictures")
 
 
 if __name__ == "__main__":

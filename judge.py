@@ -86,7 +86,7 @@ def reference(target: str, size: int) -> Reference:
 
 
 def score(samples: Tensor, of_source: Tensor, target: str) -> dict[str, float]:
-    """Adapted samples and the source model's from the same noises, (N, 3, H, W) each -> figures, by name.
+    """Adapted samples (N, 3, H, W), and the source model's from the first M <= N of their noises (M, 3, H, W) -> figures, by name.
 
     target      share of samples the judge puts in the target domain
     kept        share of visible attributes that agree with the source sample from the same noise
@@ -101,7 +101,7 @@ def score(samples: Tensor, of_source: Tensor, target: str) -> dict[str, float]:
     covered = [np.bincount(after[name], minlength=len(share)) / len(samples) >= share / 4 for name, share in fresh.shares.items()]
     diversity = intra(judge, samples, fresh.shots)
     return {"target": (after["domain"] == known["domain"].index(target)).float().mean().item(),
-            "kept": torch.stack([(after[name] == before[name]).float().mean() for name in fresh.visible]).mean().item(),
+            "kept": torch.stack([(after[name][:len(of_source)] == before[name]).float().mean() for name in fresh.visible]).mean().item(),
             "covered": float(np.concatenate(covered).mean()),
             "toy FID": frechet_distance(features(judge, samples), fresh.features),
             "toy Intra-LPIPS": diversity.mean, "toy Intra-LPIPS std": diversity.std,

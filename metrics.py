@@ -229,11 +229,3 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 def _need_two(*features: Tensor) -> None:
     if min(map(len, features)) < 2:
         raise InputError(f"FID and KID of {' and '.join(str(len(f)) for f in features)} pictures: at least 2 are needed of each")
-
-
-def nearest_distance(samples: Tensor, train: Tensor) -> Tensor:
-    """Euclidean distance of each row of samples (N, D) to the nearest row of train (K, D) -> (N,).
-
-    Much below the same for fresh pictures of the target domain means that training pictures were memorised.
-    """
-    return torch.cdist(samples, train, compute_mode="donot_use_mm_for_euclid_dist").amin(1)

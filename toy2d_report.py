@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pictures import save_figure
 
-COLOURS = {"reference": "cyan", "baseline": "darkblue", "faster baseline": "tab:green", "adversarial": "tab:gray", "guided": "sienna", "TAN": "orange"}  # Figure 2's caption
+COLOURS = {"reference": "cyan", "baseline": "darkblue", "faster baseline": "tab:green", "adversarial": "tab:gray", "guided": "sienna",
+           "TAN": "orange"}  # Figure 2's caption
 
 
 def quartiles(values: Tensor) -> list[float]:
@@ -32,7 +33,8 @@ def summarise(angles: list[tuple], noise: list[tuple], adaptation: list[tuple]) 
     return dict(
         angles=[entry(*row) for row in angles],
         noise=[dict(predictor=predictor, t=t, omega=omega, pgd_steps=steps, axes_ratio=ratio.mean().item(), axis_to_gradient=off.mean().item(),
-                    along_gradient=share(off < 45), gradient_angle=away.mean().item(), gradient_quartiles=quartiles(away)) for predictor, t, omega, steps, ratio, off, away in noise],
+                    along_gradient=share(off < 45), gradient_angle=away.mean().item(), gradient_quartiles=quartiles(away))
+               for predictor, t, omega, steps, ratio, off, away in noise],
         adaptation=[dict(method=method, iteration=i, mean_error=quartiles(error), w2=quartiles(w2)) for method, i, error, w2 in adaptation])
 
 

@@ -192,7 +192,7 @@ def main() -> None:
     say(f"source {options.source}: {size}x{size}{form}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
         f"{options.method} on {len(targets)} pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
     if suits:
-        say(("settings for a small source: " if size <= 64 else "settings for a latent source: ") + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in suits))
+        say(f"settings for a {'small' if size <= 64 else 'latent'} source: " + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in suits))
 
     classifier = None
     if options.method in ("guided", "tan"):

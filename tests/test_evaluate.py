@@ -41,6 +41,12 @@ def test_score_of_known_pictures(scores):
     assert fresh["covered"] == 1
 
 
+def test_fewer_source_samples_than_samples():
+    """Attributes kept are counted on the pairs that there are."""
+    fresh, source = (data.to_tensor(domains.draw(domain, 40, seed=5)[0]) for domain in ("sunglasses", "toyfaces"))
+    assert judge.score(fresh, source[:15], "sunglasses")["kept"] == judge.score(fresh[:15], source[:15], "sunglasses")["kept"] > 0.9
+
+
 def test_eyes_cannot_be_seen_behind_sunglasses():
     assert "eyes" not in judge.reference("sunglasses", 32).visible and {"hair_colour", "skin", "pose"} <= set(judge.reference("sunglasses", 32).visible)
 

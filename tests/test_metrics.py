@@ -192,11 +192,6 @@ def test_a_single_picture_has_no_distribution(distance):
         distance(randn(1, 4), randn(5, 4))
 
 
-def test_nearest_distance():
-    samples, train = torch.tensor([[0.0, 0], [3, 4], [10, 0]]), torch.tensor([[3.0, 4], [0, 1]])
-    assert metrics.nearest_distance(samples, train).tolist() == pytest.approx([1, 0, 65 ** 0.5])
-
-
 # ---- files of weights ------------------------------------------------------------------------------------------------
 
 @pytest.fixture
