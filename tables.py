@@ -31,7 +31,7 @@ import domains
 import evaluate
 import judge
 import run_folder
-from checkpoints import load_source
+from checkpoints import BUILT_IN, load_source
 from metrics import squared_distances
 from options import InputError, at_least, option, parse, run
 from pictures import save_figure, save_grid
@@ -79,7 +79,7 @@ def train(folder: Path, device: str, **flags) -> Path:
     arguments += ["--resume"] if known else [text for name, value in flags.items() if name != "iterations" for text in (f"--{name.replace('_', '-')}", value)]
     arguments += ["--iterations", iterations] if iterations else []
     if not known:
-        arguments += ["--samples", 0]  # the pictures are drawn here
+        arguments += ["--samples", 0, "--no-classifier-check"]  # pictures are drawn here, the classifier's accuracy is not asked for
     with open(folder / "train.log", "a") as log:
         done = subprocess.run([sys.executable, str(Path(__file__).with_name("train_tan.py")), *map(str, arguments)], stdout=log, stderr=log)
     if done.returncode or not (folder / "weights.safetensors").exists():
@@ -238,6 +238,9 @@ PARTS = {"tables": main_tables, "classifier": classifier_table, "iterations": it
 def main() -> None:
     options, _ = parse(Options, description=__doc__)
     at_least(options, n=2, steps=1)
+    for target in options.targets:
+        if options.source(target) not in BUILT_IN:
+            raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
     device, out = distributed.setup(options.device), Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     file = out / ("results-latent.json" if options.latent else "results.json")

@@ -142,6 +142,12 @@ def test_tables(trained, tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text()) == results and (tmp_path / "tables.md").read_text() == text
 
 
+def test_latents_of_a_domain_without_latent_source(tmp_path):
+    with pytest.raises(InputError, match="haunted-houses: has no latent source"):
+        call(tables.main, "--latent", "--targets", "haunted-houses", "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_mean_and_standard_deviation():
     assert tables.mean_std([0.5, 0.7]) == "0.600 ± 0.141" and tables.mean_std([0.25]) == "0.250"
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def python(*argv, cwd):
     """Another process with this project importable, and threads as here: their number changes the last bits."""
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(torch.get_num_threads()))
     return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+# ---- the settings ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("target, method, size, latent, expected", [
+    ("sunglasses", "tan", 32, False, train_tan.SMALL), ("sunglasses", "adaptor", 64, True, train_tan.SMALL),
+    ("sunglasses", "finetune", 32, False, train_tan.SMALL | train_tan.SMALL_FINETUNE), ("photos", "tan", 32, False, train_tan.SMALL),
+    ("haunted-houses", "guided", 32, False, train_tan.SMALL | train_tan.CHURCHES),
+    ("haunted-houses", "pa", 32, False, train_tan.SMALL | train_tan.SMALL_FINETUNE | train_tan.CHURCHES),
+    ("photos", "tan", 256, False, {}), ("photos", "finetune", 256, True, train_tan.LATENT), ("haunted-houses", "tan", 128, False, {})])
+def test_what_stands_in_for_the_papers_settings(target, method, size, latent, expected):
+    source = SimpleNamespace(image_size=size, first_stage=object() if latent else None)
+    assert train_tan.suited(train_tan.Options(target=target, method=method), source) == expected
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
