@@ -283,7 +283,7 @@ def main() -> None:
                         eps_source = predict_eps(unadapted, xt, t_)
                     # Bounded, as in sampling: where noise is nearly all, an error of eps is a hundredfold one of x_0.
                     adapted, kept = (schedule.predict_x0(xt, t_, e).clamp(-bound, bound) for e in (eps_predicted, eps_source))
-                    losses = losses + pairwise_loss(adapted, kept, x0_)
+                    losses = losses + schedule.at(t_, losses) * pairwise_loss(adapted, kept, x0_)
                 (losses.sum() / b).backward()
                 stats.add(t_, losses.detach(), guidance, ascent)
             distributed.sum_gradients(parameters)

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import pairwise
 import run_folder
+import train_tan
 from options import InputError
-from training import read_metrics
+from training import generator, read_metrics
 
 
 def randn(*shape, seed=0):
@@ -37,8 +39,8 @@ def test_loss():
     adapted, source, x0 = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1), randn(4, 3, 8, 8, seed=2)
     divergence = lambda a, b: F.kl_div(pairwise.log_similarities(b), pairwise.log_similarities(a), reduction="none", log_target=True).sum(1)
     high = pairwise.high_frequency
-    expected = 4 * divergence(adapted, source) + 4 * divergence(high(adapted), high(source))
-    expected += (high(adapted) - high(x0)).square().mean((1, 2, 3))
+    expected = 0.5 * divergence(adapted, source) + 0.5 * divergence(high(adapted), high(source))
+    expected += 0.05 * (high(adapted) - high(x0)).square().mean((1, 2, 3))
     torch.testing.assert_close(pairwise.pairwise_loss(adapted, source, x0), expected)
     assert pairwise.pairwise_loss(source, source, source).abs().max() < 1e-6
     assert pairwise.pairwise_loss(adapted[:1], source[:1], adapted[:1]).abs().max() == 0  # one picture alone
@@ -53,6 +55,19 @@ def test_a_run(train, tmp_path, monkeypatch):
     ends = {method: run_folder.load_run(folder)[0].model.state_dict() for method, folder in runs.items()}
     assert ends["pa"].keys() == ends["finetune"].keys() and not any(".adaptor." in key for key in ends["pa"])
     assert any(not torch.equal(ends["pa"][key], value) for key, value in ends["finetune"].items())
+
+
+def test_the_noisier_the_less_it_weighs(train, tmp_path, monkeypatch):
+    """Losses of 1 in place of the pairwise ones: each comes in with its alpha_bar_t, for the t of the run's first batch."""
+    monkeypatch.setattr(train_tan, "pairwise_loss", lambda adapted, source, x0: torch.ones(len(x0)))
+    runs = {method: train(tmp_path / method, "--method", method, "--iterations", 1, "--batch-size", 8, "--seed", 3) for method in ("pa", "finetune")}
+    pa, plain = (read_metrics(runs[method] / "metrics.jsonl")[0]["loss"] for method in ("pa", "finetune"))
+    g = generator(3, 0, 0)
+    pictures = len(data.target_images(run_folder.load_run(runs["pa"])[1]["target"], 32))
+    torch.randint(pictures, (8,), generator=g)
+    schedule = run_folder.load_run(runs["pa"])[0].schedule
+    t = torch.randint(schedule.timesteps, (8,), generator=g)
+    assert pa - plain == pytest.approx(schedule.at(t, torch.ones(8)).mean().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("flags", [["--micro-batch-size", 1], ["--batch-size", 1]])
