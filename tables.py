@@ -43,7 +43,7 @@ PAPER_INTRA = {"babies": (0.592, 0.601, 0.599), "sunglasses": (0.613, 0.613, 0.6
                "haunted-houses": (0.648, 0.653, 0.628), "landscape-drawings": (0.723, 0.738, 0.706)}
 PAPER_FID = {"babies": (46.70, None, 48.92), "sunglasses": (20.06, None, 34.75)}
 PAPER_CLASSIFIER = {"10": (0.621, 20.06), "100": (0.637, 22.84)}  # Table 3
-STAGES = (10, 20, 40, 80, 160, 320, 640, 880)  # iterations; 880 take the others as many passes as 80 take TAN
+STAGES = (10, 20, 40, 80, 160, 320, 880)  # iterations; 880 take the others as many passes as 80 take TAN
 SHOWN = 10  # samples a row
 
 
