@@ -4,6 +4,7 @@
                                                            in the target, attributes kept, toy FID, toy Intra-LPIPS (judge.py)
   python evaluate.py --samples runs/photos/drawn --target photos/
                                                            any folders: Intra-LPIPS of the samples around the training pictures
+                                                           (of a small source also --size 32, or whatever size its samples have)
   python evaluate.py --samples DIR --target DIR --reference DIR
                                                            and FID, KID to a larger set of pictures of the target domain
 
@@ -16,6 +17,7 @@ tables.py makes all tables and figures of section 5.
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -33,7 +35,7 @@ from training import write_atomic
 
 COLUMNS = ("target", "kept", "covered", "toy FID", "toy Intra-LPIPS", "memorised")
 FIRST_SEED = 20_000  # noises that no picture of a run has shown, so that nobody has looked at them while choosing settings
-PAIRED = 250  # of them also go through the source model, to see what of its samples is kept
+PAIRED = 250  # at most so many of them also go through the source model, to see what of its samples is kept
 FEW = 2048  # FID on fewer samples is unreliable
 
 
@@ -46,7 +48,7 @@ class Options:
     samples: str | None = option(None, "folder of samples, instead of runs", metavar="DIR", group="folders of pictures")
     target: str | None = option(None, "folder of the training pictures", metavar="DIR", group="folders of pictures")
     reference: str | None = option(None, "folder of many other pictures of the target domain, for FID and KID", metavar="DIR", group="folders of pictures")
-    size: int = option(256, "pixels per side at which Intra-LPIPS compares; pictures are cropped to a square", group="folders of pictures")
+    size: int = option(256, "pixels per side at which pictures are compared, for all three figures; they are cropped to a square and scaled", group="folders of pictures")
     cluster_size: int | None = option(None, "compare at most so many random members of a cluster; 50 is the protocol of Ojha et al. 2021 "
                                       "(default: all)", group="folders of pictures")
     lpips_net: str = option("vgg", "backbone of LPIPS", choices=list(metrics.BACKBONES), group="folders of pictures")
@@ -73,7 +75,7 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict:
     drawn = domains.drawn_by(trained["source"])
     if drawn is None or domains.TARGETS.get(trained["target"]) != drawn:
         raise InputError(f"{folder}: from {trained['source']} to {trained['target']}; the judge knows built-in sources and their targets only. For other "
-                         f"pictures: python sample.py {folder} -n 1000, then evaluate.py --samples {folder}/drawn --target DIR")
+                         f"pictures: python sample.py {folder} -n 1000, then evaluate.py --samples {folder}/drawn --target DIR --size {network.image_size}")
     if steps > network.schedule.timesteps:
         raise InputError(f"--steps {steps}: this model has {network.schedule.timesteps}")
     what = {name: trained[name] for name in ("source", "target", "method", "seed", "iterations")}
@@ -92,6 +94,9 @@ def score_folders(options: Options, device: torch.device) -> None:
     for name in ("samples", "target"):
         if getattr(options, name) is None:
             raise InputError(f"--{name}: missing; --samples and --target go together")
+    weights = Path(options.samples).parent / "weights.safetensors"
+    if weights.exists() and min((file.stat().st_mtime for file in Path(options.samples).glob("*.png")), default=math.inf) < weights.stat().st_mtime:
+        print(f"warning: {options.samples} has pictures older than {weights}: the run went on after they were drawn; draw them again with sample.py")
     embed = functools.partial(metrics.lpips_features, metrics.load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device))
     inception = metrics.load_inception(options.inception_weights, options.download).to(device) if options.reference else None
     samples, targets = data.ImageFolder(options.samples, options.size), data.ImageFolder(options.target, options.size)
@@ -107,9 +112,14 @@ def score_folders(options: Options, device: torch.device) -> None:
 
 
 def main() -> None:
-    options, _ = parse(Options, description=__doc__)
+    options, given = parse(Options, description=__doc__)
     if bool(options.runs) == bool(options.samples or options.target or options.reference):
         raise InputError("what to score: give either folders of runs, or --samples DIR --target DIR")
+    other = "folders of pictures" if options.runs else "runs"
+    for field in dataclasses.fields(Options):
+        if field.name in given and field.metadata["group"] == other:
+            flag = field.metadata["short"] or "--" + field.name.replace("_", "-")
+            raise InputError(f"{flag}: is for {other}; {'--samples is not given' if options.runs else '--samples are scored as they are'}; leave it out")
     at_least(options, n=2, steps=1, size=16, cluster_size=2)
     device = distributed.setup(options.device)
     if not options.runs:

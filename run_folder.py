@@ -47,8 +47,8 @@ def resumed(out: Path, options, given: frozenset[str]):
     return dataclasses.replace(options, **{**saved, **kept, "resume": True})
 
 
-def open_run(out: Path, options) -> None:
-    """Make the folder, emptied of an earlier run unless this one resumes it, and write options.json.
+def open_run(out: Path, options, done: int) -> None:
+    """Make the folder, emptied of an earlier run unless this one resumes it after `done` iterations, and write options.json.
 
     Raises InputError if it holds a run that --overwrite does not give up.
     """
@@ -63,6 +63,8 @@ def open_run(out: Path, options) -> None:
             for name in FILES:
                 (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / "progress", ignore_errors=True)
+        if done < options.iterations:
+            (out / "weights.safetensors").unlink(missing_ok=True)  # a finished run that goes on is not finished until it ends
         text = json.dumps(dict(dataclasses.asdict(options), resume=False, overwrite=False), indent=1)
         write_atomic(out / "options.json", lambda temporary: temporary.write_text(text))
     distributed.barrier()

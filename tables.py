@@ -4,14 +4,16 @@
   python tables.py --targets sunglasses --seeds 1 --parts tables figures
   python tables.py ...                                           the same command again goes on where it stopped
 
-In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs of train_tan.py with their score.json; tables.md and results.json;
-samples-TARGET.png (Figures 3 and 4: every method from the same noises, toy FID beside each row), iterations.png (toy FID against iterations
-and against time) and figure1.png (two noises through the stages of finetune).  The figures are toy ones (judge.py): they compare with each
-other, not with the paper's, which stand beside them.
+In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs of train_tan.py with their score.json; results.json has every run that was ever
+scored here, tables.md those with the present -n and --steps, so that a command with other targets, methods or seeds adds to the tables;
+samples-TARGET.png (Figures 3 and 4: every method from the same noises, toy FID beside each row), iterations-TARGET.png (toy FID against
+iterations and against time) and figure1-TARGET.png (two noises through the stages of finetune).  The figures are toy ones (judge.py): they
+compare with each other, at the same -n, and not with the paper's, which stand beside them.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 import statistics
@@ -31,6 +33,7 @@ import domains
 import evaluate
 import judge
 import run_folder
+import train_tan
 from checkpoints import BUILT_IN, load_source
 from metrics import squared_distances
 from options import InputError, at_least, option, parse, run
@@ -43,7 +46,7 @@ PAPER_INTRA = {"babies": (0.592, 0.601, 0.599), "sunglasses": (0.613, 0.613, 0.6
                "haunted-houses": (0.648, 0.653, 0.628), "landscape-drawings": (0.723, 0.738, 0.706)}
 PAPER_FID = {"babies": (46.70, None, 48.92), "sunglasses": (20.06, None, 34.75)}
 PAPER_CLASSIFIER = {"10": (0.621, 20.06), "100": (0.637, 22.84)}  # Table 3
-STAGES = (10, 20, 40, 80, 160, 320, 880)  # iterations; 880 take the others as many passes as 80 take TAN
+STAGES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 11)  # of the usual iterations; a TAN iteration takes eleven times the others' passes
 SHOWN = 10  # samples a row
 
 
@@ -56,7 +59,7 @@ class Options:
                                     "iterations: FID against iterations, and Figure 1; figures: 3 and 4",
                                     choices=["tables", "classifier", "iterations", "figures"])
     latent: bool = option(False, "adapt the latent source of each domain instead of the pixel one")
-    n: int = option(250, "samples scored of each run", short="-n")
+    n: int = option(100, "samples scored of each run; toy FID falls with their number, so tables compare at the same one", short="-n")
     steps: int = option(25, "DDIM steps")
     output_dir: str = option("runs/tables", "where everything goes; what is there is used")
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -65,88 +68,123 @@ class Options:
         return domains.TARGETS[target] + ("-latent" if self.latent else "")
 
 
+def call_train(arguments: list[str], log: Path) -> int:
+    """Exit status of train_tan.py with these arguments, its output added to `log`.  On Ctrl-C it is left the time to save."""
+    with open(log, "a") as file:
+        process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("train_tan.py")), *arguments], stdout=file, stderr=file)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
 def train(folder: Path, device: str, **flags) -> Path:
     """A finished run of train_tan.py with these options in `folder`; what is there is resumed or left alone.  Returns the folder.
 
-    The output goes to train.log.  Raises InputError if the run stops.
+    Raises InputError if the run stops, or if the one in the folder has other settings.
     """
+    wanted = train_tan.Options(**flags)
+    wanted = {**train_tan.suited(wanted, load_source(wanted.source)), **flags}
     known = json.loads((folder / "options.json").read_text()) if (folder / "options.json").exists() else None
-    iterations = flags.get("iterations")
-    if known and (folder / "weights.safetensors").exists() and iterations in (None, known["iterations"]):
-        return folder
+    if known:
+        for name in wanted:
+            goes_on = name == "iterations" and name in flags and known[name] <= wanted[name]
+            if known.get(name) != json.loads(json.dumps(wanted[name])) and not goes_on:
+                raise InputError(f"{folder}: was trained with --{name.replace('_', '-')} {known.get(name)}, this table has {wanted[name]}; "
+                                 "remove the folder, or choose another --output-dir")
+        if (folder / "weights.safetensors").exists() and known["iterations"] == wanted["iterations"]:
+            return folder
     folder.mkdir(parents=True, exist_ok=True)
     arguments = ["--output-dir", folder, "--device", device]
     arguments += ["--resume"] if known else [text for name, value in flags.items() if name != "iterations" for text in (f"--{name.replace('_', '-')}", value)]
-    arguments += ["--iterations", iterations] if iterations else []
+    arguments += ["--iterations", flags["iterations"]] if "iterations" in flags else []
     if not known:
         arguments += ["--samples", 0, "--no-classifier-check"]  # pictures are drawn here, the classifier's accuracy is not asked for
-    with open(folder / "train.log", "a") as log:
-        done = subprocess.run([sys.executable, str(Path(__file__).with_name("train_tan.py")), *map(str, arguments)], stdout=log, stderr=log)
-    if done.returncode or not (folder / "weights.safetensors").exists():
-        raise InputError(f"{folder}: training stopped (see {folder}/train.log); run the same command again to continue")
+    status, log = call_train(list(map(str, arguments)), folder / "train.log"), folder / "train.log"
+    if status or not (folder / "weights.safetensors").exists():
+        said = log.read_text().strip().splitlines() if log.exists() else []
+        raise InputError(f"{folder}: training stopped (see {log}){': ' + said[-1] if said else ''}; run the same command again to continue")
     return folder
 
 
+def folder_of(options: Options, target: str) -> Path:
+    return Path(options.output_dir) / (target + ("-latent" if options.latent else ""))
+
+
 def run_of(options: Options, target: str, method: str, seed: int) -> Path:
-    folder = Path(options.output_dir) / (target + ("-latent" if options.latent else "")) / f"{method}-{seed}"
-    return train(folder, options.device, target=target, source=options.source(target), method=method, seed=seed)
+    return train(folder_of(options, target) / f"{method}-{seed}", options.device, target=target, source=options.source(target), method=method, seed=seed)
 
 
 def score(options: Options, folder: Path, device: torch.device) -> dict:
-    """evaluate.score_run, with the share of parameters that were trained and the seconds that it took (the classifier's left out)."""
+    """evaluate.score_run, with the share of parameters that were trained and the seconds an iteration took (median)."""
     network, trained = run_folder.load_run(folder)
     rate = 1.0 if trained["method"] in run_folder.ALL_WEIGHTS else adaptor.parameter_rate(network.model)
-    seconds = sum(line["seconds"] for line in read_metrics(folder / "metrics.jsonl"))
+    seconds = statistics.median(line["seconds"] for line in read_metrics(folder / "metrics.jsonl"))
     return evaluate.score_run(folder, options.n, options.steps, device) | dict(rate=rate, seconds=seconds)
 
 
-def mean_std(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+def mean_std(values: list[float], digits: int = 3) -> str:
+    """Mean, standard deviation and number of runs."""
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f} ({len(values)})" if len(values) > 1 else "")
 
 
 def markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def main_tables(options: Options, device: torch.device) -> tuple[list[str], list[dict]]:
-    """Tables 1 and 2 and what the judge reads: a row a method, a column a target, mean and standard deviation over seeds."""
+def of(found: list[dict], **what) -> list[dict]:
+    """Those of these runs with this method, target ..."""
+    return [f for f in found if all(f["run"].get(name) == value for name, value in what.items())]
+
+
+def main_runs(options: Options, device: torch.device) -> list[dict]:
+    """The runs of Tables 1 and 2; with the two ends of the scale for each target: where adapting starts, and what it should come to."""
     jobs = [(target, method, seed) for seed in options.seeds for target in options.targets for method in options.methods]
     found = [score(options, run_of(options, *job), device) for job in tqdm(jobs, desc="runs")]
-    for target in options.targets:  # where adapting starts, and what it should come to
+    for target in options.targets:
         before = evaluate.source_samples(options.source(target), options.n, options.steps, device)
         fresh = data.to_tensor(domains.draw(target, options.n, 77, before.shape[2])[0])
         also = data.to_tensor(domains.draw(domains.TARGETS[target], options.n, 77, before.shape[2])[0])
         for method, scored in (("source model", judge.score(before, before, target)), ("fresh pictures", judge.score(fresh, also, target))):
-            found.append(dict(run=dict(method=method, target=target), score=scored, rate=None))
-    methods = ["source model", *options.methods, "fresh pictures"]
+            found.append(dict(run=dict(method=method, target=target, n=options.n, steps=options.steps), score=scored))
+    return found
+
+
+def main_tables(found: list[dict]) -> list[str]:
+    """Tables 1 and 2 and what the judge reads: a row a method, a column a target, mean and standard deviation over seeds."""
+    targets = [target for target in domains.TARGETS if of(found, target=target)]
+    methods = [method for method in ("source model", *METHODS, "fresh pictures") if of(found, method=method)]
 
     def table(name: str, title: str, digits: int = 3, paper: dict | None = None) -> str:
         rows = []
         for method in methods:
-            mine = [f for f in found if f["run"]["method"] == method]
-            rates = sorted({f"{f['rate']:.1%}" for f in mine if f["rate"] is not None})
-            rows.append([method, " / ".join(rates), *(mean_std([f["score"][name] for f in mine if f["run"]["target"] == t]) for t in options.targets)])
+            rates = sorted({f"{f['rate']:.1%}" for f in of(found, method=method) if "rate" in f})
+            cells = [[f["score"][name] for f in of(found, method=method, target=target)] for target in targets]
+            rows.append([method, " / ".join(rates), *(mean_std(values) if values else "" for values in cells)])
         for i, (method, rate) in enumerate((("TAN", "1.3%"), ("LMD-TAN", "1.6%"), ("DDPM-PA", "100%"))):
-            numbers = [paper[t][i] if paper and t in paper else None for t in options.targets]
+            numbers = [paper[t][i] if paper and t in paper else None for t in targets]
             if any(numbers):
                 rows.append([f"paper, photographs: {method}", rate, *("" if x is None else f"{x:.{digits}f}" for x in numbers)])
-        return markdown(title, ["method", "parameter rate", *options.targets], rows)
+        return markdown(title, ["method", "parameter rate", *targets], rows)
 
-    seconds = [[method, *(f"{statistics.mean([f['seconds'] for f in found if (f['run']['method'], f['run']['target']) == (method, t)]):.0f}"
-                          for t in options.targets)] for method in options.methods]
+    seconds = [[method, *(f"{statistics.mean(values):.2f}" if (values := [f["seconds"] for f in of(found, method=method, target=target)]) else ""
+                          for target in targets)] for method in methods[1:-1]]
+    iterations = ["iterations", *(" / ".join(map(str, sorted({f["run"]["iterations"] for f in of(found, target=target) if "seed" in f["run"]}))) for target in targets)]
     return [table("toy Intra-LPIPS", "Table 1, toy Intra-LPIPS (higher is more diverse)", 3, PAPER_INTRA),
             table("toy FID", "Table 2, toy FID (lower is better)", 2, PAPER_FID),
             table("target", "Share of samples in the target domain"),
-            table("kept", "Share of attributes as in the source model's sample from the same noise"),
+            table("kept", "Share of attributes as in the source model's sample from the same noise (two independent pictures: about a quarter)"),
             table("covered", "Share of attribute values that appear"),
             table("memorised", "Distance to the nearest training picture over that of fresh pictures"),
-            markdown("Seconds of training, classifier left out", ["method", *options.targets], seconds)], found
+            markdown("Seconds an iteration (median of a run)", ["method", *targets], [*seconds, iterations])]
 
 
-def classifier_table(options: Options, device: torch.device) -> tuple[list[str], list[dict]]:
-    """Table 3: the classifier from the ten pictures and from a hundred, on the first target."""
+def classifier_runs(options: Options, device: torch.device) -> list[dict]:
+    """The runs of Table 3: guided and tan with the classifier from the ten pictures and from a hundred, on the first target."""
     target, found = options.targets[0], []
-    hundred = Path(options.output_dir) / f"{target}-hundred"
+    place = folder_of(options, target)
+    hundred = place.with_name(f"{place.name}-hundred")
     if not hundred.is_dir():
         part = hundred.with_name(hundred.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -154,50 +192,71 @@ def classifier_table(options: Options, device: torch.device) -> tuple[list[str],
         for i, pixels in enumerate(domains.draw(target, 100, 100, load_source(options.source(target)).image_size)[0]):
             Image.fromarray(pixels).save(part / f"{i:03d}.png")
         part.rename(hundred)
-    for seed in options.seeds:
-        for method in ("guided", "tan"):
-            ten = run_of(options, target, method, seed)
-            folder = train(ten.with_name(f"{ten.name}-hundred"), options.device, target=target, source=options.source(target), method=method, seed=seed,
-                           classifier_targets=hundred)
-            found += [score(options, place, device) | dict(pictures=pictures) for pictures, place in (("10", ten), ("100", folder))]
-    names = ("toy Intra-LPIPS", "toy FID", "target", "kept")
-    rows = [[method, pictures, *(mean_std([f["score"][name] for f in found if (f["run"]["method"], f["pictures"]) == (method, pictures)]) for name in names)]
-            for method in ("guided", "tan") for pictures in ("10", "100")]
-    rows += [["paper, photographs: TAN", pictures, f"{intra:.3f}", f"{fid:.2f}", "", ""] for pictures, (intra, fid) in PAPER_CLASSIFIER.items()]
-    return [markdown(f"Table 3, classifier from 10 and from 100 pictures ({target})", ["method", "pictures", *names], rows)], found
+    jobs = [(method, seed) for seed in options.seeds for method in options.methods if method in ("guided", "tan")]
+    for method, seed in tqdm(jobs, desc="classifiers"):
+        ten = run_of(options, target, method, seed)
+        more = train(ten.with_name(f"{ten.name}-hundred"), options.device, target=target, source=options.source(target), method=method, seed=seed,
+                     classifier_targets=str(hundred))
+        for pictures, folder in (("10", ten), ("100", more)):
+            scored = score(options, folder, device)
+            found.append(scored | dict(run=scored["run"] | dict(pictures=pictures)))
+    return found
 
 
-def iterations_figure(options: Options, device: torch.device) -> tuple[list[str], list[dict]]:
+def classifier_table(found: list[dict]) -> list[str]:
+    """Table 3."""
+    names, rows = ("toy Intra-LPIPS", "toy FID", "target", "kept"), []
+    for target, method, pictures in itertools.product(domains.TARGETS, METHODS, PAPER_CLASSIFIER):
+        if mine := of(found, target=target, method=method, pictures=pictures):
+            rows.append([target, method, pictures, *(mean_std([f["score"][name] for f in mine]) for name in names)])
+    rows += [["paper, photographs", "TAN", pictures, f"{intra:.3f}", f"{fid:.2f}", "", ""] for pictures, (intra, fid) in PAPER_CLASSIFIER.items()]
+    return [markdown("Table 3, classifier from 10 and from 100 pictures", ["target", "method", "pictures", *names], rows)]
+
+
+def iterations_runs(options: Options, device: torch.device) -> list[dict]:
     """Toy FID against iterations and against training time, for the first target and seed; Figure 1 from `finetune`."""
-    target, seed, found, stages = options.targets[0], options.seeds[0], [], []
-    out, source = Path(options.output_dir), load_source(options.source(target)).to(device)
+    target, seed, found, pictures = options.targets[0], options.seeds[0], [], []
+    place, source = folder_of(options, target), load_source(options.source(target)).to(device)
     for method in tqdm(options.methods, desc="methods"):
-        previous = None
-        for stage in STAGES if method != "tan" else [s for s in STAGES if s * 11 <= STAGES[-1]]:
-            folder = out / f"{target}-iterations{'-latent' if options.latent else ''}" / f"{method}-{seed}-at-{stage}"
+        previous, flags = None, dict(target=target, source=options.source(target), method=method, seed=seed)
+        usual = train_tan.suited(train_tan.Options(**flags), source)["iterations"]
+        stages = [round(usual * stage) for stage in STAGES if method != "tan" or stage <= 1]
+        for stage in stages:
+            folder = place.with_name(f"{target}-iterations{'-latent' if options.latent else ''}") / f"{method}-{seed}-at-{stage}"
             if previous and not folder.exists():  # each stage goes on from a copy of the one before
                 part = folder.with_name(folder.name + ".part")
                 shutil.rmtree(part, ignore_errors=True)
                 shutil.copytree(previous, part)
                 part.rename(folder)
-            previous = train(folder, options.device, target=target, source=options.source(target), method=method, seed=seed, iterations=stage)
+            previous = train(folder, options.device, **flags, iterations=stage)
             found.append(score(options, folder, device))
             if method == "finetune":
-                stages.append(run_folder.load_run(folder)[0].to(device).sample(range(2), options.steps))
+                pictures.append(run_folder.load_run(folder)[0].to(device).sample(range(2), options.steps))
+        if pictures and method == "finetune":
+            draw_figure1(place.with_name(f"figure1-{place.name}.png"), target, [source.sample(range(2), options.steps), *pictures], [0, *stages])
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for method in options.methods:
-        mine = [f for f in found if f["run"]["method"] == method]
-        for ax, x in zip(axes, ([f["run"]["iterations"] for f in mine], [f["seconds"] for f in mine])):
+        mine = of(found, method=method)
+        counts = [f["run"]["iterations"] for f in mine]
+        for ax, x in zip(axes, (counts, [count * f["seconds"] for count, f in zip(counts, mine)])):
             ax.plot(x, [f["score"]["toy FID"] for f in mine], marker="o", markersize=4, label=method)
     for ax, label in zip(axes, ("iterations", "seconds of training on this machine, classifier left out")):
         ax.set(xscale="log", yscale="log", xlabel=label)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(f"toy FID, {target}")
     axes[1].legend(frameon=False)
-    save_figure(out / "iterations.png", figure)
-    if stages:
-        draw_figure1(out / "figure1.png", target, [source.sample(range(2), options.steps), *stages], [0, *STAGES])
-    return [], found
+    save_figure(place.with_name(f"iterations-{place.name}.png"), figure)
+    return found
+
+
+def iterations_table(found: list[dict]) -> list[str]:
+    """The points of the curves."""
+    rows = []
+    for f in sorted(found, key=lambda f: (f["run"]["target"], list(METHODS).index(f["run"]["method"]), f["run"]["seed"], f["run"]["iterations"])):
+        run, names = f["run"], ("toy FID", "toy Intra-LPIPS", "target", "kept")
+        rows.append([run["target"], run["method"], str(run["seed"]), str(run["iterations"]), f"{run['iterations'] * f['seconds']:.0f}",
+                     *(f"{f['score'][name]:.3f}" for name in names)])
+    return [markdown("Against iterations", ["target", "method", "seed", "iterations", "seconds", *names], rows)]
 
 
 def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations: list[int]) -> None:
@@ -215,10 +274,10 @@ def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations
     save_figure(path, figure)
 
 
-def sample_figures(options: Options, device: torch.device) -> tuple[list[str], list[dict]]:
+def sample_figures(options: Options, device: torch.device) -> list[dict]:
     """Figures 3 and 4: training pictures, the source's samples, and every method's from the same noises, for each target (first seed)."""
     found = []
-    for target in options.targets:
+    for target in tqdm(options.targets, desc="pictures"):
         before = evaluate.source_samples(options.source(target), options.n, options.steps, device)[:SHOWN]
         seeds = range(evaluate.FIRST_SEED, evaluate.FIRST_SEED + len(before))
         images, labels = [data.target_images(target, before.shape[2])[:len(before)], before], ["training", "source"]
@@ -227,32 +286,43 @@ def sample_figures(options: Options, device: torch.device) -> tuple[list[str], l
             found.append(score(options, folder, device))
             images.append(run_folder.load_run(folder)[0].to(device).sample(seeds, options.steps))
             labels.append(f"{method} {found[-1]['score']['toy FID']:.2f}")
-        name = f"samples-{target}{'-latent' if options.latent else ''}.png"
-        save_grid(Path(options.output_dir) / name, torch.cat(images), columns=len(before), labels=labels)
-    return [], found
+        place = folder_of(options, target)
+        save_grid(place.with_name(f"samples-{place.name}.png"), torch.cat(images), columns=len(before), labels=labels)
+    return found
 
 
-PARTS = {"tables": main_tables, "classifier": classifier_table, "iterations": iterations_figure, "figures": sample_figures}
+# What each part trains, scores and draws, and the tables that come of it.
+PARTS = {"tables": (main_runs, main_tables), "classifier": (classifier_runs, classifier_table),
+         "iterations": (iterations_runs, iterations_table), "figures": (sample_figures, lambda found: [])}
+
+
+def identity(found: dict) -> str:
+    """What tells a run in results.json from the others."""
+    return json.dumps({name: value for name, value in found["run"].items() if name not in ("weights", "judge")}, sort_keys=True)
 
 
 def main() -> None:
     options, _ = parse(Options, description=__doc__)
+    options = dataclasses.replace(options, **{name: tuple(dict.fromkeys(getattr(options, name))) for name in ("targets", "methods", "seeds", "parts")})
     at_least(options, n=2, steps=1)
     for target in options.targets:
         if options.source(target) not in BUILT_IN:
             raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
+        if options.steps > (most := load_source(options.source(target)).schedule.timesteps):
+            raise InputError(f"--steps {options.steps}: the model of {options.source(target)} has {most}")
     device, out = distributed.setup(options.device), Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     file = out / ("results-latent.json" if options.latent else "results.json")
     results = json.loads(file.read_text()) if file.exists() else {}
-    note = (f"{options.n} samples of each run, DDIM in {options.steps} steps; mean ± standard deviation over seeds "
-            f"{' '.join(map(str, options.seeds))}; as many iterations for every method, of which one of tan costs about eleven of the others.")
+    note = (f"{options.n} samples of each run, DDIM in {options.steps} steps; mean ± standard deviation over seeds (their number; one where none is given); "
+            "as many iterations for every method, of which one of tan costs about eleven of the others.")
     for part in options.parts:
-        texts, runs = PARTS[part](options, device)
-        results[part] = dict(text="\n\n".join([*texts, note]) if texts else "", runs=runs)
+        measured = PARTS[part][0](options, device)
+        results[part] = list(({identity(f): f for f in results.get(part, [])} | {identity(f): f for f in measured}).values())
         write_atomic(file, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
-        text = "\n\n".join(results[name]["text"] for name in PARTS if results.get(name, {}).get("text"))
-        write_atomic(file.with_name(file.stem.replace("results", "tables") + ".md"), lambda temporary: temporary.write_text(text + "\n"))
+    texts = [text for part, (_, tables) in PARTS.items() if (alike := of(results.get(part, []), n=options.n, steps=options.steps)) for text in tables(alike)]
+    text = "\n\n".join([*texts, note])
+    write_atomic(file.with_name(file.stem.replace("results", "tables") + ".md"), lambda temporary: temporary.write_text(text + "\n"))
     print(f"{text}\n\nall in {out}/")
 
 

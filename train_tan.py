@@ -38,7 +38,7 @@ from classifier import AUGMENTATIONS, TARGET, log_prob_gradient
 from ddpm import predict_eps
 from guidance import make_classifier
 from options import InputError, at_least, option, parse, positive, run
-from pairwise import pairwise_loss
+from pairwise import pairwise_loss, scale_gradient
 from training import EMA, Metrics, Stats, StopSignal, generator, load_checkpoint, save_checkpoint, warmup
 
 METHODS = {
@@ -102,6 +102,9 @@ class Options:
     pgd_network: str = option("current", "network whose worst noise is sought: current (theta and psi), or source (theta alone, as "
                               "Eq. 10 prints)", choices=["current", "source"], group="adversarial noise (Eq. 8)")
 
+    pairwise_weights: tuple[float, ...] = option((4.0, 4.0, 1.0), "of the similarities of pictures, of those of their detail, and of the detail itself; the "
+                                                 "default is that of the authors' later release", group="pairwise losses (--method pa)")
+
     samples: int = option(32, "pictures in samples.png (0: no pictures)", group="pictures")
     sample_steps: int = option(50, "DDIM steps for them", group="pictures")
     previews: int = option(5, "rows of progress.png after the first", group="pictures")
@@ -109,8 +112,10 @@ class Options:
 
 
 # The paper's settings, above, are for 256x256 networks.  What suits small ones (64 pixels and less), chosen on babies:
-SMALL = dict(iterations=80, batch_size=16, learning_rate=2e-3, adaptor_width=8, classifier_iterations=150)
-SMALL_FINETUNE = dict(learning_rate=3e-4)  # instead, for all weights at once: smaller steps than for fresh adaptors
+SMALL = dict(iterations=80, batch_size=16, learning_rate=2e-3, adaptor_width=8)
+SMALL_GUIDED = dict(classifier_iterations=150)
+SMALL_FINETUNE = dict(iterations=80, batch_size=16, learning_rate=3e-4)  # all weights at once: smaller steps than for fresh adaptors
+SMALL_PA = dict(pairwise_weights=(0.5, 0.5, 0.05))  # where the release's do worse
 CHURCHES = dict(iterations=320)  # instead, for the targets of toychurches, where nearly every pixel changes; chosen on haunted-houses, seed 100
 LATENT = dict(learning_rate=1e-5)  # the paper's, for published latent models
 
@@ -127,8 +132,9 @@ def suited(options: Options, source: Network) -> dict:
     """What stands in for the paper's settings with this source, target and method: {option: value}."""
     if source.image_size > 64:
         return LATENT if source.first_stage else {}
-    return (SMALL | (SMALL_FINETUNE if options.method in run_folder.ALL_WEIGHTS else {})
-            | (CHURCHES if domains.TARGETS.get(options.target) == "toychurches" else {}))
+    small = SMALL_FINETUNE if options.method in run_folder.ALL_WEIGHTS else SMALL
+    more = {"guided": SMALL_GUIDED, "tan": SMALL_GUIDED, "pa": SMALL_PA}.get(options.method, {})
+    return small | more | (CHURCHES if domains.TARGETS.get(options.target) == "toychurches" else {})
 
 
 def check(options: Options, out: Path) -> None:
@@ -136,6 +142,8 @@ def check(options: Options, out: Path) -> None:
     at_least(options, iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0, seed=0, adaptor_width=1, pgd_steps=0,
                  classifier_batch_size=2, classifier_iterations=1, source_count=1, samples=0, sample_steps=1, previews=1, save_every=1)
     positive(options, "learning_rate", "classifier_learning_rate")
+    if len(options.pairwise_weights) != 3 or not all(0 <= w < math.inf for w in options.pairwise_weights):
+        raise InputError(f"--pairwise-weights {' '.join(map(str, options.pairwise_weights))}: must be three numbers of at least 0")
     if not 0 <= options.ema < 1:
         raise InputError(f"--ema {options.ema}: must be at least 0 and below 1")
     if options.method == "pa" and min(options.micro_batch_size or 2, options.batch_size // distributed.world()) < 2:
@@ -188,7 +196,8 @@ def main() -> None:
         raise InputError(f"--iterations {options.iterations}: the run in {out} has done {state['iteration']} already")
     if options.method in ("guided", "tan"):
         start_classifier(options.classifier, options.classifier_arch, options.source, source)  # a wrong file is found out now
-    run_folder.open_run(out, options)
+    start = state["iteration"] if state else 0
+    run_folder.open_run(out, options, start)
 
     torch.manual_seed(options.seed)
     model, schedule = source.to(device).model, source.schedule
@@ -218,15 +227,12 @@ def main() -> None:
 
     unadapted = copy.deepcopy(model).requires_grad_(False) if options.method == "pa" else None
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
-    ema, start = EMA(parameters, options.ema), 0
+    ema = EMA(parameters, options.ema)
     if state:
         with torch.no_grad():
             torch._foreach_copy_(parameters, [p.to(device) for p in state["parameters"]])
         optimizer.load_state_dict(state["optimizer"]), ema.load_state_dict(state["ema"])
-        start = state["iteration"]
         say(f"resuming at iteration {start}")
-    if main_rank and start < options.iterations:
-        (out / "weights.safetensors").unlink(missing_ok=True)  # a finished run that goes on is not finished until it ends
     metrics = Metrics(out / "metrics.jsonl", start)
     report = run_folder.Report(out, options, source, theta, targets, ema, device)
     if start == 0:
@@ -283,7 +289,7 @@ def main() -> None:
                         eps_source = predict_eps(unadapted, xt, t_)
                     # Bounded, as in sampling: where noise is nearly all, an error of eps is a hundredfold one of x_0.
                     adapted, kept = (schedule.predict_x0(xt, t_, e).clamp(-bound, bound) for e in (eps_predicted, eps_source))
-                    losses = losses + schedule.at(t_, losses) * pairwise_loss(adapted, kept, x0_)
+                    losses = losses + pairwise_loss(scale_gradient(adapted, schedule.at(t_, adapted)), kept, x0_, *options.pairwise_weights)
                 (losses.sum() / b).backward()
                 stats.add(t_, losses.detach(), guidance, ascent)
             distributed.sum_gradients(parameters)

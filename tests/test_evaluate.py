@@ -1,5 +1,6 @@
 """The judge's figures on pictures of which the truth is known, evaluate.py on folders, tables.py on a tiny budget."""
 
+import dataclasses
 import functools
 import json
 from types import SimpleNamespace
@@ -14,12 +15,11 @@ import domains
 import evaluate
 import judge
 import metrics
+import run_folder
 import tables
 import train_tan
 from conftest import call
-from options import InputError
-
-TINY = "--iterations 2 --batch-size 4 --pgd-steps 1 --classifier-iterations 2 --source-count 8 --previews 1 --no-classifier-check".split()
+from options import InputError, parse
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,11 @@ def test_folders(tmp_path, backbone, capsys):
     expected = metrics.intra_lpips(embed, *(data.load_folder(tmp_path / f, 32) for f in ("samples", "targets")))
     out = capsys.readouterr().out
     assert f"(squeeze, 32x32, 8 samples): {expected.mean:.3f} ± {expected.std:.3f}" in out and " ".join(map(str, expected.sizes)) in out
+    assert "warning" not in out
+    (tmp_path / "weights.safetensors").touch()  # as if the samples came from a run that has gone on since
+    call(evaluate.main, "--samples", tmp_path / "samples", "--target", tmp_path / "targets", "--lpips-net", "squeeze", "--lpips-backbone", backbone,
+         "--size", 32, "--device", "cpu")
+    assert "samples has pictures older than" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -92,6 +97,8 @@ def test_folders(tmp_path, backbone, capsys):
     (["runs/none"], "runs/none: not the folder of a run"),
     (["runs/x", "--target", "y"], "what to score"),
     (["x", "-n", "1"], "-n 1"),
+    (["x", "--size", "64"], "--size: is for folders of pictures"),
+    (["--samples", "x", "--target", "y", "-n", "10"], "-n: is for runs; --samples are scored as they are"),
 ])
 def test_bad_input(flags, message):
     with pytest.raises(InputError, match=message):
@@ -108,13 +115,16 @@ def trained(monkeypatch):
     """tables.py with train_tan.py called in this process, with few iterations and small batches; the calls' folders, in order."""
     folders = []
 
-    def run(command, stdout, stderr):
-        flags = command[2:] if "--resume" in command else TINY + command[2:]  # later flags win
-        folders.append(command[command.index("--output-dir") + 1])
-        call(train_tan.main, *flags)
-        return SimpleNamespace(returncode=0)
+    def call_train(arguments, log):
+        few = "--pgd-steps 1 --source-count 8 --previews 1".split()
+        folders.append(arguments[arguments.index("--output-dir") + 1])
+        call(train_tan.main, *arguments, *([] if "--resume" in arguments else few))
+        return 0
 
-    monkeypatch.setattr(tables.subprocess, "run", run)
+    monkeypatch.setattr(tables, "call_train", call_train)
+    for name in ("SMALL", "SMALL_FINETUNE"):
+        monkeypatch.setattr(train_tan, name, getattr(train_tan, name) | dict(iterations=1, batch_size=4))
+    monkeypatch.setattr(train_tan, "SMALL_GUIDED", dict(classifier_iterations=2))
     monkeypatch.setattr(tables, "STAGES", (1, 2, 11))
     monkeypatch.setattr(tables, "SHOWN", 2)
     monkeypatch.setattr(judge, "FRESH", 60)
@@ -130,44 +140,94 @@ def test_tables(trained, tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
     assert "| finetune | 100.0% | " in text and "| paper, photographs: TAN | 1.3% | 20.06 |" in text and "| paper, photographs: LMD-TAN | 1.6% | 0.613 |" in text
     assert "| source model |" in text and "| fresh pictures |" in text and "12 samples of each run" in text and "Table 3" in text
-    stages = {method: [f["run"]["iterations"] for f in results["iterations"]["runs"] if f["run"]["method"] == method] for method in ("finetune", "tan")}
+    stages = {method: [f["run"]["iterations"] for f in results["iterations"] if f["run"]["method"] == method] for method in ("finetune", "tan")}
     assert stages == {"finetune": [1, 2, 11], "tan": [1]}  # eleven iterations of the others cost one of tan
     options = json.loads((tmp_path / "sunglasses" / "tan-1-hundred" / "options.json").read_text())
     assert options["classifier_targets"].endswith("sunglasses-hundred") and len(list((tmp_path / "sunglasses-hundred").iterdir())) == 100
-    for name in ("figure1.png", "iterations.png", "samples-sunglasses.png"):
+    for name in ("figure1-sunglasses.png", "iterations-sunglasses.png", "samples-sunglasses.png"):
         assert Image.open(tmp_path / name).width > 300
     once = len(trained)
     call(tables.main, *flags, "--parts", "tables")
     assert len(trained) == once  # everything was there, and the other parts are kept
     assert json.loads((tmp_path / "results.json").read_text()) == results and (tmp_path / "tables.md").read_text() == text
+    call(tables.main, *flags, "--parts", "tables", "--methods", "finetune", "--seeds", 2, 2, 1)
+    assert len(trained) == once + 1
+    text, known = (tmp_path / "tables.md").read_text(), json.loads((tmp_path / "results.json").read_text())
+    assert len(known["tables"]) == len(results["tables"]) + 1 and "| tan | 8.3% | " in text and " (2) |" in text  # added to the tables
+    call(tables.main, *flags, "--parts", "tables", "--methods", "finetune", "-n", 13)
+    assert "13 samples of each run" in (text := (tmp_path / "tables.md").read_text()) and "| tan |" not in text  # never mixed
+    assert len(json.loads((tmp_path / "results.json").read_text())["tables"]) == len(known["tables"]) + 3
 
 
-def test_latents_of_a_domain_without_latent_source(tmp_path):
-    with pytest.raises(InputError, match="haunted-houses: has no latent source"):
-        call(tables.main, "--latent", "--targets", "haunted-houses", "--output-dir", tmp_path / "out")
+@pytest.mark.parametrize("flags, message", [
+    (["--latent", "--targets", "haunted-houses"], "haunted-houses: has no latent source"), (["--steps", 1001], "--steps 1001: the model of toyfaces has 1000")])
+def test_what_tables_refuses(flags, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        call(tables.main, *flags, "--output-dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_mean_and_standard_deviation():
-    assert tables.mean_std([0.5, 0.7]) == "0.600 ± 0.141" and tables.mean_std([0.25]) == "0.250"
+    assert tables.mean_std([0.5, 0.7]) == "0.600 ± 0.141 (2)" and tables.mean_std([0.25], 2) == "0.25"
 
 
-def test_train_starts_resumes_and_leaves_alone(monkeypatch, tmp_path):
-    commands = []
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """What tables.train would call train_tan.py with to fill tmp_path, which writes the settings as it would."""
+    found = []
 
-    def run(command, **options):
-        commands.append(command[command.index("--output-dir"):])
+    def call_train(arguments, log):
+        found.append(arguments[arguments.index("--output-dir") + 2:])
+        options, given = parse(train_tan.Options, arguments)
+        if options.resume:
+            options = run_folder.resumed(tmp_path, options, given)
+        else:
+            options = dataclasses.replace(options, **{k: v for k, v in train_tan.suited(options, SimpleNamespace(image_size=32)).items() if k not in given})
         (tmp_path / "weights.safetensors").touch()
-        iterations = int(command[command.index("--iterations") + 1]) if "--iterations" in command else 80
-        (tmp_path / "options.json").write_text(json.dumps(dict(iterations=iterations)))
-        return SimpleNamespace(returncode=0)
+        (tmp_path / "options.json").write_text(json.dumps(dataclasses.asdict(options)))
+        return 0
 
-    monkeypatch.setattr(tables.subprocess, "run", run)
-    tables.train(tmp_path, "cpu", target="babies", seed=1)
-    tables.train(tmp_path, "cpu", target="babies", seed=1)
-    tables.train(tmp_path, "cpu", target="babies", seed=1, iterations=160)
-    assert [c[4:] for c in commands] == [["--target", "babies", "--seed", "1", "--samples", "0"], ["--resume", "--iterations", "160"]]
+    monkeypatch.setattr(tables, "call_train", call_train)
+    return found
+
+
+def test_train_starts_resumes_and_leaves_alone(monkeypatch, commands, tmp_path):
+    train = functools.partial(tables.train, tmp_path, "cpu", target="babies", source="toyfaces")
+    train(seed=1)
+    train(seed=1)
+    train(seed=1, iterations=160)
+    assert commands == [["--device", "cpu", "--target", "babies", "--source", "toyfaces", "--seed", "1", "--samples", "0", "--no-classifier-check"],
+                        ["--device", "cpu", "--resume", "--iterations", "160"]]
     (tmp_path / "weights.safetensors").unlink()
-    monkeypatch.setattr(tables.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1))
-    with pytest.raises(InputError, match="train.log.*same command again"):
-        tables.train(tmp_path, "cpu", target="babies", seed=1)
+    monkeypatch.setattr(tables, "call_train", lambda arguments, log: log.write_text("50%\nerror: no memory\n"))
+    with pytest.raises(InputError, match="train.log.: error: no memory; run the same command again"):
+        train(seed=1, iterations=160)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(seed=2), "--seed 1, this table has 2"), (dict(seed=1, iterations=40), "--iterations 80, this table has 40"),
+    (dict(seed=1, method="finetune"), "--learning-rate 0.002, this table has 0.0003")])
+def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, message):
+    tables.train(tmp_path, "cpu", target="babies", source="toyfaces", seed=1)
+    with pytest.raises(InputError, match=f"was trained with {message}; remove the folder"):
+        tables.train(tmp_path, "cpu", target="babies", source="toyfaces", **flags)
+    assert len(commands) == 1
+
+
+def test_interrupted_training_is_waited_for(monkeypatch, tmp_path):
+    """Ctrl-C reaches both programs; this one leaves the other the time to save."""
+    waits = []
+
+    class Process:
+        def __init__(self, *command, **where): pass
+
+        def wait(self):
+            waits.append(1)
+            if len(waits) == 1:
+                raise KeyboardInterrupt
+            return 130
+
+    monkeypatch.setattr(tables.subprocess, "Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        tables.call_train([], tmp_path / "train.log")
+    assert len(waits) == 2

@@ -39,17 +39,16 @@ def test_loss():
     adapted, source, x0 = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1), randn(4, 3, 8, 8, seed=2)
     divergence = lambda a, b: F.kl_div(pairwise.log_similarities(b), pairwise.log_similarities(a), reduction="none", log_target=True).sum(1)
     high = pairwise.high_frequency
-    expected = 0.5 * divergence(adapted, source) + 0.5 * divergence(high(adapted), high(source))
+    expected = 0.5 * divergence(adapted, source) + 2 * divergence(high(adapted), high(source))
     expected += 0.05 * (high(adapted) - high(x0)).square().mean((1, 2, 3))
-    torch.testing.assert_close(pairwise.pairwise_loss(adapted, source, x0), expected)
-    assert pairwise.pairwise_loss(source, source, source).abs().max() < 1e-6
-    assert pairwise.pairwise_loss(adapted[:1], source[:1], adapted[:1]).abs().max() == 0  # one picture alone
+    torch.testing.assert_close(pairwise.pairwise_loss(adapted, source, x0, 0.5, 2.0, 0.05), expected)
+    assert pairwise.pairwise_loss(source, source, source, 4, 4, 1).abs().max() < 1e-6
+    assert pairwise.pairwise_loss(adapted[:1], source[:1], adapted[:1], 4, 4, 1).abs().max() == 0  # one picture alone
 
 
-def test_a_run(train, tmp_path, monkeypatch):
+def test_a_run(train, tmp_path):
     """The source network is the one from before: at first the divergences are 0, later they hold the weights back."""
-    monkeypatch.setitem(pairwise.WEIGHTS, "detail_mse", 0.0)
-    runs = {method: train(tmp_path / method, "--method", method) for method in ("pa", "finetune")}
+    runs = {method: train(tmp_path / method, "--method", method, "--pairwise-weights", 4, 4, 0) for method in ("pa", "finetune")}
     losses = {method: [line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for method, folder in runs.items()}
     assert losses["pa"][0] == pytest.approx(losses["finetune"][0], abs=1e-6) and losses["pa"][-1] != losses["finetune"][-1]
     ends = {method: run_folder.load_run(folder)[0].model.state_dict() for method, folder in runs.items()}
@@ -58,16 +57,32 @@ def test_a_run(train, tmp_path, monkeypatch):
 
 
 def test_the_noisier_the_less_it_weighs(train, tmp_path, monkeypatch):
-    """Losses of 1 in place of the pairwise ones: each comes in with its alpha_bar_t, for the t of the run's first batch."""
-    monkeypatch.setattr(train_tan, "pairwise_loss", lambda adapted, source, x0: torch.ones(len(x0)))
-    runs = {method: train(tmp_path / method, "--method", method, "--iterations", 1, "--batch-size", 8, "--seed", 3) for method in ("pa", "finetune")}
-    pa, plain = (read_metrics(runs[method] / "metrics.jsonl")[0]["loss"] for method in ("pa", "finetune"))
+    """Each picture's gradient comes with its alpha_bar_t, through its own loss and through those of the others."""
+    seen, loss = [], train_tan.pairwise_loss
+
+    def spy(adapted, *others):
+        adapted.retain_grad()
+        seen.append((adapted, *others))
+        return loss(adapted, *others)
+
+    monkeypatch.setattr(train_tan, "pairwise_loss", spy)
+    scaled = []
+    monkeypatch.setattr(train_tan, "scale_gradient", lambda x, factor: scaled.append((x.retain_grad() or x, factor)) or pairwise.scale_gradient(x, factor))
+    out = train(tmp_path / "run", "--method", "pa", "--iterations", 1, "--batch-size", 8, "--seed", 3)
+    (adapted, *_), (x, factor) = seen[0], scaled[0]
+    torch.testing.assert_close(adapted, x)
+    torch.testing.assert_close(x.grad, factor * adapted.grad)
     g = generator(3, 0, 0)
-    pictures = len(data.target_images(run_folder.load_run(runs["pa"])[1]["target"], 32))
-    torch.randint(pictures, (8,), generator=g)
-    schedule = run_folder.load_run(runs["pa"])[0].schedule
+    torch.randint(len(data.target_images(run_folder.load_run(out)[1]["target"], 32)), (8,), generator=g)
+    schedule = run_folder.load_run(out)[0].schedule
     t = torch.randint(schedule.timesteps, (8,), generator=g)
-    assert pa - plain == pytest.approx(schedule.at(t, torch.ones(8)).mean().item(), abs=1e-5)
+    torch.testing.assert_close(factor.flatten(), schedule.at(t, torch.ones(8)))
+
+
+@pytest.mark.parametrize("weights", [[1, 2], [1, 1, -1], [1, 1, "nan"]])
+def test_three_weights(train, tmp_path, weights):
+    with pytest.raises(InputError, match="--pairwise-weights.*three numbers"):
+        train(tmp_path / "run", "--method", "pa", "--pairwise-weights", *weights)
 
 
 @pytest.mark.parametrize("flags", [["--micro-batch-size", 1], ["--batch-size", 1]])

@@ -46,10 +46,10 @@ def python(*argv, cwd):
 # ---- the settings ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("target, method, size, latent, expected", [
-    ("sunglasses", "tan", 32, False, train_tan.SMALL), ("sunglasses", "adaptor", 64, True, train_tan.SMALL),
-    ("sunglasses", "finetune", 32, False, train_tan.SMALL | train_tan.SMALL_FINETUNE), ("photos", "tan", 32, False, train_tan.SMALL),
-    ("haunted-houses", "guided", 32, False, train_tan.SMALL | train_tan.CHURCHES),
-    ("haunted-houses", "pa", 32, False, train_tan.SMALL | train_tan.SMALL_FINETUNE | train_tan.CHURCHES),
+    ("sunglasses", "tan", 32, False, train_tan.SMALL | train_tan.SMALL_GUIDED), ("sunglasses", "adaptor", 64, True, train_tan.SMALL),
+    ("sunglasses", "finetune", 32, False, train_tan.SMALL_FINETUNE), ("photos", "guided", 32, False, train_tan.SMALL | train_tan.SMALL_GUIDED),
+    ("haunted-houses", "adaptor", 32, False, train_tan.SMALL | train_tan.CHURCHES),
+    ("haunted-houses", "pa", 32, False, train_tan.SMALL_FINETUNE | train_tan.SMALL_PA | train_tan.CHURCHES),
     ("photos", "tan", 256, False, {}), ("photos", "finetune", 256, True, train_tan.LATENT), ("haunted-houses", "tan", 128, False, {})])
 def test_what_stands_in_for_the_papers_settings(target, method, size, latent, expected):
     source = SimpleNamespace(image_size=size, first_stage=object() if latent else None)
