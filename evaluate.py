@@ -69,6 +69,11 @@ def _bar(text: str):
     return lambda steps: tqdm(steps, desc=text, leave=False, mininterval=1)
 
 
+def judge_of(target: str) -> str:
+    """Which judge reads the pictures of a built-in target."""
+    return fingerprint(judge.load_judge(domains.TARGETS[target]))
+
+
 def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict:
     """One run's figures (judge.score) with what it is; kept in score.json, and drawn again if the run or the number of samples has changed."""
     network, trained = run_folder.load_run(folder)
@@ -79,7 +84,7 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict:
     if steps > network.schedule.timesteps:
         raise InputError(f"--steps {steps}: this model has {network.schedule.timesteps}")
     what = {name: trained[name] for name in ("source", "target", "method", "seed", "iterations")}
-    what |= dict(n=n, steps=steps, judge=fingerprint(judge.load_judge(drawn)), weights=(folder / "weights.safetensors").stat().st_mtime)
+    what |= dict(n=n, steps=steps, paired=min(n, PAIRED), fresh=judge.FRESH, judge=judge_of(trained["target"]), weights=fingerprint(network))
     kept = folder / "score.json"
     if kept.exists() and (found := json.loads(kept.read_text()))["run"] == what:
         return found
@@ -96,7 +101,7 @@ def score_folders(options: Options, device: torch.device) -> None:
             raise InputError(f"--{name}: missing; --samples and --target go together")
     weights = Path(options.samples).parent / "weights.safetensors"
     if weights.exists() and min((file.stat().st_mtime for file in Path(options.samples).glob("*.png")), default=math.inf) < weights.stat().st_mtime:
-        print(f"warning: {options.samples} has pictures older than {weights}: the run went on after they were drawn; draw them again with sample.py")
+        print(f"warning: {options.samples} has pictures older than {weights}; if the run went on after they were drawn, draw them again with sample.py")
     embed = functools.partial(metrics.lpips_features, metrics.load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device))
     inception = metrics.load_inception(options.inception_weights, options.download).to(device) if options.reference else None
     samples, targets = data.ImageFolder(options.samples, options.size), data.ImageFolder(options.target, options.size)

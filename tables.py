@@ -5,10 +5,11 @@
   python tables.py ...                                           the same command again goes on where it stopped
 
 In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs of train_tan.py with their score.json; results.json has every run that was ever
-scored here, tables.md those with the present -n and --steps, so that a command with other targets, methods or seeds adds to the tables;
+scored here, tables.md the tables, to which a command with other targets, methods or seeds adds;
 samples-TARGET.png (Figures 3 and 4: every method from the same noises, toy FID beside each row), iterations-TARGET.png (toy FID against
 iterations and against time) and figure1-TARGET.png (two noises through the stages of finetune).  The figures are toy ones (judge.py): they
-compare with each other, at the same -n, and not with the paper's, which stand beside them.
+compare with each other, at the same -n, and not with the paper's, which stand beside them.  The tables have the runs with the present -n, --steps
+and settings, of all commands so far; the pictures have the methods of the last command.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import functools
 import itertools
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -68,13 +70,38 @@ class Options:
         return domains.TARGETS[target] + ("-latent" if self.latent else "")
 
 
+# Which methods the groups of train_tan.Options concern, where not all.
+CONCERNS = {"similarity-guided training (Eq. 6)": ("guided", "tan"), "adversarial noise (Eq. 8)": ("tan",), "pairwise losses (--method pa)": ("pa",),
+            "pictures": ()}
+UNSEEN = run_folder.MAY_CHANGE - {"iterations"} | {"overwrite", "classifier_check"}  # nothing of them shows in the result
+
+
+def settings(options: dict) -> dict:
+    """Of the options of a run, what its figures depend on: {name: value as in JSON}."""
+    found = {}
+    for field in dataclasses.fields(train_tan.Options):
+        concerned = options["method"] in CONCERNS.get(field.metadata["group"], METHODS) and field.name not in UNSEEN
+        if concerned and not (field.name == "adaptor_width" and options["method"] in run_folder.ALL_WEIGHTS):
+            found[field.name] = json.loads(json.dumps(options[field.name]))
+    if found.get("classifier_targets"):
+        found["classifier_targets"] = Path(found["classifier_targets"]).name  # the folder of runs may move
+    return found
+
+
+def settings_today(**flags) -> dict:
+    """`settings` of a run that is started now with these options of train_tan.py."""
+    options = train_tan.Options(**flags)
+    return settings({**dataclasses.asdict(options), **train_tan.suited(options, load_source(options.source)), **flags})
+
+
 def call_train(arguments: list[str], log: Path) -> int:
-    """Exit status of train_tan.py with these arguments, its output added to `log`.  On Ctrl-C it is left the time to save."""
+    """Exit status of train_tan.py with these arguments, its output added to `log`.  When this program is told to stop, so is that one, which then saves."""
     with open(log, "a") as file:
-        process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("train_tan.py")), *arguments], stdout=file, stderr=file)
+        process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("train_tan.py")), *arguments], stdout=file, stderr=file, start_new_session=True)
         try:
             return process.wait()
         except KeyboardInterrupt:
+            process.terminate()
             process.wait()
             raise
 
@@ -84,16 +111,15 @@ def train(folder: Path, device: str, **flags) -> Path:
 
     Raises InputError if the run stops, or if the one in the folder has other settings.
     """
-    wanted = train_tan.Options(**flags)
-    wanted = {**train_tan.suited(wanted, load_source(wanted.source)), **flags}
+    today = settings_today(**flags)
     known = json.loads((folder / "options.json").read_text()) if (folder / "options.json").exists() else None
     if known:
-        for name in wanted:
-            goes_on = name == "iterations" and name in flags and known[name] <= wanted[name]
-            if known.get(name) != json.loads(json.dumps(wanted[name])) and not goes_on:
-                raise InputError(f"{folder}: was trained with --{name.replace('_', '-')} {known.get(name)}, this table has {wanted[name]}; "
+        for name, value in settings(known).items():
+            goes_on = name == "iterations" and name in flags and value <= today[name]
+            if value != today[name] and not goes_on:
+                raise InputError(f"{folder}: was trained with --{name.replace('_', '-')} {value}, this table has {today[name]}; "
                                  "remove the folder, or choose another --output-dir")
-        if (folder / "weights.safetensors").exists() and known["iterations"] == wanted["iterations"]:
+        if (folder / "weights.safetensors").exists() and known["iterations"] == today["iterations"]:
             return folder
     folder.mkdir(parents=True, exist_ok=True)
     arguments = ["--output-dir", folder, "--device", device]
@@ -101,10 +127,13 @@ def train(folder: Path, device: str, **flags) -> Path:
     arguments += ["--iterations", flags["iterations"]] if "iterations" in flags else []
     if not known:
         arguments += ["--samples", 0, "--no-classifier-check"]  # pictures are drawn here, the classifier's accuracy is not asked for
-    status, log = call_train(list(map(str, arguments)), folder / "train.log"), folder / "train.log"
+    log = folder / "train.log"
+    before = log.stat().st_size if log.exists() else 0
+    status = call_train(list(map(str, arguments)), log)
     if status or not (folder / "weights.safetensors").exists():
-        said = log.read_text().strip().splitlines() if log.exists() else []
-        raise InputError(f"{folder}: training stopped (see {log}){': ' + said[-1] if said else ''}; run the same command again to continue")
+        said = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
+        raise InputError(f"{folder}: training stopped (see {log}){': ' + said[-1] if said else ''}"
+                         + ("" if status == 2 else "; run the same command again to continue"))
     return folder
 
 
@@ -121,12 +150,12 @@ def score(options: Options, folder: Path, device: torch.device) -> dict:
     network, trained = run_folder.load_run(folder)
     rate = 1.0 if trained["method"] in run_folder.ALL_WEIGHTS else adaptor.parameter_rate(network.model)
     seconds = statistics.median(line["seconds"] for line in read_metrics(folder / "metrics.jsonl"))
-    return evaluate.score_run(folder, options.n, options.steps, device) | dict(rate=rate, seconds=seconds)
+    return evaluate.score_run(folder, options.n, options.steps, device) | dict(rate=rate, seconds=seconds, settings=settings(trained))
 
 
-def mean_std(values: list[float], digits: int = 3) -> str:
+def mean_std(values: list[float]) -> str:
     """Mean, standard deviation and number of runs."""
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f} ({len(values)})" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f} ({len(values)})" if len(values) > 1 else "")
 
 
 def markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
@@ -147,7 +176,7 @@ def main_runs(options: Options, device: torch.device) -> list[dict]:
         fresh = data.to_tensor(domains.draw(target, options.n, 77, before.shape[2])[0])
         also = data.to_tensor(domains.draw(domains.TARGETS[target], options.n, 77, before.shape[2])[0])
         for method, scored in (("source model", judge.score(before, before, target)), ("fresh pictures", judge.score(fresh, also, target))):
-            found.append(dict(run=dict(method=method, target=target, n=options.n, steps=options.steps), score=scored))
+            found.append(dict(run=dict(method=method, target=target, n=options.n, steps=options.steps, judge=evaluate.judge_of(target)), score=scored))
     return found
 
 
@@ -229,7 +258,8 @@ def iterations_runs(options: Options, device: torch.device) -> list[dict]:
                 shutil.copytree(previous, part)
                 part.rename(folder)
             previous = train(folder, options.device, **flags, iterations=stage)
-            found.append(score(options, folder, device))
+            scored = score(options, folder, device)
+            found.append(scored | dict(run=scored["run"] | dict(stage=True)))
             if method == "finetune":
                 pictures.append(run_folder.load_run(folder)[0].to(device).sample(range(2), options.steps))
         if pictures and method == "finetune":
@@ -278,7 +308,7 @@ def sample_figures(options: Options, device: torch.device) -> list[dict]:
     """Figures 3 and 4: training pictures, the source's samples, and every method's from the same noises, for each target (first seed)."""
     found = []
     for target in tqdm(options.targets, desc="pictures"):
-        before = evaluate.source_samples(options.source(target), options.n, options.steps, device)[:SHOWN]
+        before = evaluate.source_samples(options.source(target), min(options.n, evaluate.PAIRED), options.steps, device)[:SHOWN]
         seeds = range(evaluate.FIRST_SEED, evaluate.FIRST_SEED + len(before))
         images, labels = [data.target_images(target, before.shape[2])[:len(before)], before], ["training", "source"]
         for method in options.methods:
@@ -298,7 +328,16 @@ PARTS = {"tables": (main_runs, main_tables), "classifier": (classifier_runs, cla
 
 def identity(found: dict) -> str:
     """What tells a run in results.json from the others."""
-    return json.dumps({name: value for name, value in found["run"].items() if name not in ("weights", "judge")}, sort_keys=True)
+    return json.dumps([{name: value for name, value in found["run"].items() if name not in ("weights", "judge")}, found.get("settings")], sort_keys=True)
+
+
+def current(found: dict, options: Options) -> bool:
+    """Whether a run in results.json was trained and scored as it would be today."""
+    run, trained = found["run"], found.get("settings")
+    if (run["n"], run["steps"]) != (options.n, options.steps) or run["judge"] != evaluate.judge_of(run["target"]):
+        return False
+    mine = ("target", "source", "method", "seed", *(("classifier_targets",) if run.get("pictures") else ()), *(("iterations",) if run.get("stage") else ()))
+    return trained is None or trained == settings_today(**{name: trained.get(name) for name in mine})
 
 
 def main() -> None:
@@ -310,17 +349,19 @@ def main() -> None:
             raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
         if options.steps > (most := load_source(options.source(target)).schedule.timesteps):
             raise InputError(f"--steps {options.steps}: the model of {options.source(target)} has {most}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     device, out = distributed.setup(options.device), Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     file = out / ("results-latent.json" if options.latent else "results.json")
-    results = json.loads(file.read_text()) if file.exists() else {}
+    read = lambda: json.loads(file.read_text()) if file.exists() else {}
     note = (f"{options.n} samples of each run, DDIM in {options.steps} steps; mean ± standard deviation over seeds (their number; one where none is given); "
             "as many iterations for every method, of which one of tan costs about eleven of the others.")
     for part in options.parts:
         measured = PARTS[part][0](options, device)
+        results = read()  # another command may have added to it meanwhile
         results[part] = list(({identity(f): f for f in results.get(part, [])} | {identity(f): f for f in measured}).values())
         write_atomic(file, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
-    texts = [text for part, (_, tables) in PARTS.items() if (alike := of(results.get(part, []), n=options.n, steps=options.steps)) for text in tables(alike)]
+    texts = [text for part, (_, tables) in PARTS.items() if (alike := [f for f in results.get(part, []) if current(f, options)]) for text in tables(alike)]
     text = "\n\n".join([*texts, note])
     write_atomic(file.with_name(file.stem.replace("results", "tables") + ".md"), lambda temporary: temporary.write_text(text + "\n"))
     print(f"{text}\n\nall in {out}/")

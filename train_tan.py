@@ -146,8 +146,11 @@ def check(options: Options, out: Path) -> None:
         raise InputError(f"--pairwise-weights {' '.join(map(str, options.pairwise_weights))}: must be three numbers of at least 0")
     if not 0 <= options.ema < 1:
         raise InputError(f"--ema {options.ema}: must be at least 0 and below 1")
-    if options.method == "pa" and min(options.micro_batch_size or 2, options.batch_size // distributed.world()) < 2:
-        raise InputError("--method pa compares pictures with each other: --batch-size and --micro-batch-size must leave each process at least 2 at once")
+    for share in {options.batch_size // distributed.world(), -(-options.batch_size // distributed.world())} if options.method == "pa" else ():
+        micro = options.micro_batch_size or share
+        if 1 in (share, micro, share % micro):
+            raise InputError("--method pa compares pictures with each other: --batch-size and --micro-batch-size must leave each process at least 2 at once, "
+                             "in the last micro-batch, too")
     own = domains.drawn_by(options.source)
     if own and options.target in domains.TARGETS and domains.TARGETS[options.target] != own:
         raise InputError(f"--target {options.target}: a target of {domains.TARGETS[options.target]}, not of {own}; leave --source out, or choose among "

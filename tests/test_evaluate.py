@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,15 +117,14 @@ def trained(monkeypatch):
     folders = []
 
     def call_train(arguments, log):
-        few = "--pgd-steps 1 --source-count 8 --previews 1".split()
         folders.append(arguments[arguments.index("--output-dir") + 1])
-        call(train_tan.main, *arguments, *([] if "--resume" in arguments else few))
+        call(train_tan.main, *arguments)
         return 0
 
     monkeypatch.setattr(tables, "call_train", call_train)
     for name in ("SMALL", "SMALL_FINETUNE"):
         monkeypatch.setattr(train_tan, name, getattr(train_tan, name) | dict(iterations=1, batch_size=4))
-    monkeypatch.setattr(train_tan, "SMALL_GUIDED", dict(classifier_iterations=2))
+    monkeypatch.setattr(train_tan, "SMALL_GUIDED", dict(classifier_iterations=2, source_count=8, pgd_steps=1))
     monkeypatch.setattr(tables, "STAGES", (1, 2, 11))
     monkeypatch.setattr(tables, "SHOWN", 2)
     monkeypatch.setattr(judge, "FRESH", 60)
@@ -168,7 +168,7 @@ def test_what_tables_refuses(flags, message, tmp_path):
 
 
 def test_mean_and_standard_deviation():
-    assert tables.mean_std([0.5, 0.7]) == "0.600 ± 0.141 (2)" and tables.mean_std([0.25], 2) == "0.25"
+    assert tables.mean_std([0.5, 0.7]) == "0.600 ± 0.141 (2)" and tables.mean_std([0.25]) == "0.250"
 
 
 @pytest.fixture
@@ -177,6 +177,7 @@ def commands(monkeypatch, tmp_path):
     found = []
 
     def call_train(arguments, log):
+        log.touch()
         found.append(arguments[arguments.index("--output-dir") + 2:])
         options, given = parse(train_tan.Options, arguments)
         if options.resume:
@@ -199,14 +200,17 @@ def test_train_starts_resumes_and_leaves_alone(monkeypatch, commands, tmp_path):
     assert commands == [["--device", "cpu", "--target", "babies", "--source", "toyfaces", "--seed", "1", "--samples", "0", "--no-classifier-check"],
                         ["--device", "cpu", "--resume", "--iterations", "160"]]
     (tmp_path / "weights.safetensors").unlink()
-    monkeypatch.setattr(tables, "call_train", lambda arguments, log: log.write_text("50%\nerror: no memory\n"))
+    monkeypatch.setattr(tables, "call_train", lambda arguments, log: log.write_text("50%\nerror: no memory\n") and 1)
     with pytest.raises(InputError, match="train.log.: error: no memory; run the same command again"):
+        train(seed=1, iterations=160)
+    monkeypatch.setattr(tables, "call_train", lambda arguments, log: 2)
+    with pytest.raises(InputError, match=r"train.log\)$"):  # nothing new in the log, and again the same would not help
         train(seed=1, iterations=160)
 
 
 @pytest.mark.parametrize("flags, message", [
     (dict(seed=2), "--seed 1, this table has 2"), (dict(seed=1, iterations=40), "--iterations 80, this table has 40"),
-    (dict(seed=1, method="finetune"), "--learning-rate 0.002, this table has 0.0003")])
+    (dict(seed=1, method="finetune"), "--method tan, this table has finetune"), (dict(seed=1, gamma=1.0), "--gamma 5.0, this table has 1.0")])
 def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, message):
     tables.train(tmp_path, "cpu", target="babies", source="toyfaces", seed=1)
     with pytest.raises(InputError, match=f"was trained with {message}; remove the folder"):
@@ -215,11 +219,14 @@ def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, messa
 
 
 def test_interrupted_training_is_waited_for(monkeypatch, tmp_path):
-    """Ctrl-C reaches both programs; this one leaves the other the time to save."""
-    waits = []
+    """On Ctrl-C or SIGTERM the other program is told to stop, too, and left the time to save."""
+    waits, told = [], []
 
     class Process:
         def __init__(self, *command, **where): pass
+
+        def terminate(self):
+            told.append(len(waits))
 
         def wait(self):
             waits.append(1)
@@ -230,4 +237,14 @@ def test_interrupted_training_is_waited_for(monkeypatch, tmp_path):
     monkeypatch.setattr(tables.subprocess, "Popen", Process)
     with pytest.raises(KeyboardInterrupt):
         tables.call_train([], tmp_path / "train.log")
-    assert len(waits) == 2
+    assert len(waits) == 2 and told == [1]
+
+
+def test_results_of_other_settings_are_kept_but_not_tabulated(trained, tmp_path, monkeypatch):
+    flags = ["--targets", "sunglasses", "--methods", "finetune", "--seeds", 1, "-n", 12, "--steps", 2, "--device", "cpu", "--parts", "tables"]
+    call(tables.main, *flags, "--output-dir", tmp_path)
+    shutil.rmtree(tmp_path / "sunglasses")
+    monkeypatch.setitem(train_tan.SMALL_FINETUNE, "learning_rate", 1e-4)
+    call(tables.main, *flags[:5], 2, *flags[6:], "--output-dir", tmp_path)
+    runs = [f for f in json.loads((tmp_path / "results.json").read_text())["tables"] if "settings" in f]
+    assert [f["settings"]["learning_rate"] for f in runs] == [3e-4, 1e-4] and " (2) |" not in (tmp_path / "tables.md").read_text()

@@ -47,7 +47,7 @@ def test_loss():
 
 
 def test_a_run(train, tmp_path):
-    """The source network is the one from before: at first the divergences are 0, later they hold the weights back."""
+    """The source network is the one from before: at first the divergences are 0, later they are not."""
     runs = {method: train(tmp_path / method, "--method", method, "--pairwise-weights", 4, 4, 0) for method in ("pa", "finetune")}
     losses = {method: [line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for method, folder in runs.items()}
     assert losses["pa"][0] == pytest.approx(losses["finetune"][0], abs=1e-6) and losses["pa"][-1] != losses["finetune"][-1]
@@ -68,8 +68,11 @@ def test_the_noisier_the_less_it_weighs(train, tmp_path, monkeypatch):
     monkeypatch.setattr(train_tan, "pairwise_loss", spy)
     scaled = []
     monkeypatch.setattr(train_tan, "scale_gradient", lambda x, factor: scaled.append((x.retain_grad() or x, factor)) or pairwise.scale_gradient(x, factor))
-    out = train(tmp_path / "run", "--method", "pa", "--iterations", 1, "--batch-size", 8, "--seed", 3)
-    (adapted, *_), (x, factor) = seen[0], scaled[0]
+    out = train(tmp_path / "run", "--method", "pa", "--iterations", 1, "--batch-size", 8, "--seed", 3, "--pairwise-weights", 4, 4, 1)
+    (adapted, source, x0, *weights), (x, factor) = seen[0], scaled[0]
+    torch.testing.assert_close(adapted, source)  # the same network still
+    shots = data.target_images(run_folder.load_run(out)[1]["target"], 16)
+    assert all(any(torch.equal(picture, shot) for shot in torch.cat([shots, shots.flip(3)])) for picture in x0) and weights == [4, 4, 1]
     torch.testing.assert_close(adapted, x)
     torch.testing.assert_close(x.grad, factor * adapted.grad)
     g = generator(3, 0, 0)
@@ -85,7 +88,7 @@ def test_three_weights(train, tmp_path, weights):
         train(tmp_path / "run", "--method", "pa", "--pairwise-weights", *weights)
 
 
-@pytest.mark.parametrize("flags", [["--micro-batch-size", 1], ["--batch-size", 1]])
+@pytest.mark.parametrize("flags", [["--micro-batch-size", 1], ["--batch-size", 1], ["--batch-size", 7, "--micro-batch-size", 3]])
 def test_pictures_need_company(train, tmp_path, flags):
     with pytest.raises(InputError, match="--method pa compares pictures"):
         train(tmp_path / "run", "--method", "pa", *flags)
