@@ -19,8 +19,6 @@ import json
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,6 +32,7 @@ import distributed
 import domains
 import evaluate
 import judge
+import launch
 import run_folder
 import train_tan
 from checkpoints import BUILT_IN, load_source
@@ -70,79 +69,12 @@ class Options:
         return domains.TARGETS[target] + ("-latent" if self.latent else "")
 
 
-# Which methods the groups of train_tan.Options concern, where not all.
-CONCERNS = {"similarity-guided training (Eq. 6)": ("guided", "tan"), "adversarial noise (Eq. 8)": ("tan",), "pairwise losses (--method pa)": ("pa",),
-            "pictures": ()}
-UNSEEN = run_folder.MAY_CHANGE - {"iterations"} | {"overwrite", "classifier_check"}  # nothing of them shows in the result
-
-
-def settings(options: dict) -> dict:
-    """Of the options of a run, what its figures depend on: {name: value as in JSON}."""
-    found = {}
-    for field in dataclasses.fields(train_tan.Options):
-        concerned = options["method"] in CONCERNS.get(field.metadata["group"], METHODS) and field.name not in UNSEEN
-        if concerned and not (field.name == "adaptor_width" and options["method"] in run_folder.ALL_WEIGHTS):
-            found[field.name] = json.loads(json.dumps(options[field.name]))
-    if found.get("classifier_targets"):
-        found["classifier_targets"] = Path(found["classifier_targets"]).name  # the folder of runs may move
-    return found
-
-
-def settings_today(**flags) -> dict:
-    """`settings` of a run that is started now with these options of train_tan.py."""
-    options = train_tan.Options(**flags)
-    return settings({**dataclasses.asdict(options), **train_tan.suited(options, load_source(options.source)), **flags})
-
-
-def call_train(arguments: list[str], log: Path) -> int:
-    """Exit status of train_tan.py with these arguments, its output added to `log`.  When this program is told to stop, so is that one, which then saves."""
-    with open(log, "a") as file:
-        process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("train_tan.py")), *arguments], stdout=file, stderr=file, start_new_session=True)
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
-
-
-def train(folder: Path, device: str, **flags) -> Path:
-    """A finished run of train_tan.py with these options in `folder`; what is there is resumed or left alone.  Returns the folder.
-
-    Raises InputError if the run stops, or if the one in the folder has other settings.
-    """
-    today = settings_today(**flags)
-    known = json.loads((folder / "options.json").read_text()) if (folder / "options.json").exists() else None
-    if known:
-        for name, value in settings(known).items():
-            goes_on = name == "iterations" and name in flags and value <= today[name]
-            if value != today[name] and not goes_on:
-                raise InputError(f"{folder}: was trained with --{name.replace('_', '-')} {value}, this table has {today[name]}; "
-                                 "remove the folder, or choose another --output-dir")
-        if (folder / "weights.safetensors").exists() and known["iterations"] == today["iterations"]:
-            return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    arguments = ["--output-dir", folder, "--device", device]
-    arguments += ["--resume"] if known else [text for name, value in flags.items() if name != "iterations" for text in (f"--{name.replace('_', '-')}", value)]
-    arguments += ["--iterations", flags["iterations"]] if "iterations" in flags else []
-    if not known:
-        arguments += ["--samples", 0, "--no-classifier-check"]  # pictures are drawn here, the classifier's accuracy is not asked for
-    log = folder / "train.log"
-    before = log.stat().st_size if log.exists() else 0
-    status = call_train(list(map(str, arguments)), log)
-    if status or not (folder / "weights.safetensors").exists():
-        said = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
-        raise InputError(f"{folder}: training stopped (see {log}){': ' + said[-1] if said else ''}"
-                         + ("" if status == 2 else "; run the same command again to continue"))
-    return folder
-
-
 def folder_of(options: Options, target: str) -> Path:
     return Path(options.output_dir) / (target + ("-latent" if options.latent else ""))
 
 
 def run_of(options: Options, target: str, method: str, seed: int) -> Path:
-    return train(folder_of(options, target) / f"{method}-{seed}", options.device, target=target, source=options.source(target), method=method, seed=seed)
+    return launch.train(folder_of(options, target) / f"{method}-{seed}", options.device, target=target, source=options.source(target), method=method, seed=seed)
 
 
 def score(options: Options, folder: Path, device: torch.device) -> dict:
@@ -150,7 +82,7 @@ def score(options: Options, folder: Path, device: torch.device) -> dict:
     network, trained = run_folder.load_run(folder)
     rate = 1.0 if trained["method"] in run_folder.ALL_WEIGHTS else adaptor.parameter_rate(network.model)
     seconds = statistics.median(line["seconds"] for line in read_metrics(folder / "metrics.jsonl"))
-    return evaluate.score_run(folder, options.n, options.steps, device) | dict(rate=rate, seconds=seconds, settings=settings(trained))
+    return evaluate.score_run(folder, options.n, options.steps, device) | dict(rate=rate, seconds=seconds, settings=launch.settings(trained))
 
 
 def mean_std(values: list[float]) -> str:
@@ -224,7 +156,7 @@ def classifier_runs(options: Options, device: torch.device) -> list[dict]:
     jobs = [(method, seed) for seed in options.seeds for method in options.methods if method in ("guided", "tan")]
     for method, seed in tqdm(jobs, desc="classifiers"):
         ten = run_of(options, target, method, seed)
-        more = train(ten.with_name(f"{ten.name}-hundred"), options.device, target=target, source=options.source(target), method=method, seed=seed,
+        more = launch.train(ten.with_name(f"{ten.name}-hundred"), options.device, target=target, source=options.source(target), method=method, seed=seed,
                      classifier_targets=str(hundred))
         for pictures, folder in (("10", ten), ("100", more)):
             scored = score(options, folder, device)
@@ -257,7 +189,7 @@ def iterations_runs(options: Options, device: torch.device) -> list[dict]:
                 shutil.rmtree(part, ignore_errors=True)
                 shutil.copytree(previous, part)
                 part.rename(folder)
-            previous = train(folder, options.device, **flags, iterations=stage)
+            previous = launch.train(folder, options.device, **flags, iterations=stage)
             scored = score(options, folder, device)
             found.append(scored | dict(run=scored["run"] | dict(stage=True)))
             if method == "finetune":
@@ -337,7 +269,7 @@ def current(found: dict, options: Options) -> bool:
     if (run["n"], run["steps"]) != (options.n, options.steps) or run["judge"] != evaluate.judge_of(run["target"]):
         return False
     mine = ("target", "source", "method", "seed", *(("classifier_targets",) if run.get("pictures") else ()), *(("iterations",) if run.get("stage") else ()))
-    return trained is None or trained == settings_today(**{name: trained.get(name) for name in mine})
+    return trained is None or trained == launch.settings_today(**{name: trained.get(name) for name in mine})
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import data
 import domains
 import evaluate
 import judge
+import launch
 import metrics
 import run_folder
 import tables
@@ -121,7 +122,7 @@ def trained(monkeypatch):
         call(train_tan.main, *arguments)
         return 0
 
-    monkeypatch.setattr(tables, "call_train", call_train)
+    monkeypatch.setattr(launch, "call_train", call_train)
     for name in ("SMALL", "SMALL_FINETUNE"):
         monkeypatch.setattr(train_tan, name, getattr(train_tan, name) | dict(iterations=1, batch_size=4))
     monkeypatch.setattr(train_tan, "SMALL_GUIDED", dict(classifier_iterations=2, source_count=8, pgd_steps=1))
@@ -173,7 +174,7 @@ def test_mean_and_standard_deviation():
 
 @pytest.fixture
 def commands(monkeypatch, tmp_path):
-    """What tables.train would call train_tan.py with to fill tmp_path, which writes the settings as it would."""
+    """What launch.train would call train_tan.py with to fill tmp_path, which writes the settings as it would."""
     found = []
 
     def call_train(arguments, log):
@@ -188,33 +189,33 @@ def commands(monkeypatch, tmp_path):
         (tmp_path / "options.json").write_text(json.dumps(dataclasses.asdict(options)))
         return 0
 
-    monkeypatch.setattr(tables, "call_train", call_train)
+    monkeypatch.setattr(launch, "call_train", call_train)
     return found
 
 
 def test_train_starts_resumes_and_leaves_alone(monkeypatch, commands, tmp_path):
-    train = functools.partial(tables.train, tmp_path, "cpu", target="babies", source="toyfaces")
+    train = functools.partial(launch.train, tmp_path, "cpu", target="babies", source="toyfaces")
     train(seed=1)
     train(seed=1)
     train(seed=1, iterations=160)
     assert commands == [["--device", "cpu", "--target", "babies", "--source", "toyfaces", "--seed", "1", "--samples", "0", "--no-classifier-check"],
                         ["--device", "cpu", "--resume", "--iterations", "160"]]
     (tmp_path / "weights.safetensors").unlink()
-    monkeypatch.setattr(tables, "call_train", lambda arguments, log: log.write_text("50%\nerror: no memory\n") and 1)
+    monkeypatch.setattr(launch, "call_train", lambda arguments, log: log.write_text("50%\nerror: no memory\n") and 1)
     with pytest.raises(InputError, match="train.log.: error: no memory; run the same command again"):
         train(seed=1, iterations=160)
-    monkeypatch.setattr(tables, "call_train", lambda arguments, log: 2)
+    monkeypatch.setattr(launch, "call_train", lambda arguments, log: 2)
     with pytest.raises(InputError, match=r"train.log\)$"):  # nothing new in the log, and again the same would not help
         train(seed=1, iterations=160)
 
 
 @pytest.mark.parametrize("flags, message", [
-    (dict(seed=2), "--seed 1, this table has 2"), (dict(seed=1, iterations=40), "--iterations 80, this table has 40"),
-    (dict(seed=1, method="finetune"), "--method tan, this table has finetune"), (dict(seed=1, gamma=1.0), "--gamma 5.0, this table has 1.0")])
+    (dict(seed=2), "--seed 1, wanted is 2"), (dict(seed=1, iterations=40), "--iterations 80, wanted is 40"),
+    (dict(seed=1, method="finetune"), "--method tan, wanted is finetune"), (dict(seed=1, gamma=1.0), "--gamma 5.0, wanted is 1.0")])
 def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, message):
-    tables.train(tmp_path, "cpu", target="babies", source="toyfaces", seed=1)
+    launch.train(tmp_path, "cpu", target="babies", source="toyfaces", seed=1)
     with pytest.raises(InputError, match=f"was trained with {message}; remove the folder"):
-        tables.train(tmp_path, "cpu", target="babies", source="toyfaces", **flags)
+        launch.train(tmp_path, "cpu", target="babies", source="toyfaces", **flags)
     assert len(commands) == 1
 
 
@@ -234,9 +235,9 @@ def test_interrupted_training_is_waited_for(monkeypatch, tmp_path):
                 raise KeyboardInterrupt
             return 130
 
-    monkeypatch.setattr(tables.subprocess, "Popen", Process)
+    monkeypatch.setattr(launch.subprocess, "Popen", Process)
     with pytest.raises(KeyboardInterrupt):
-        tables.call_train([], tmp_path / "train.log")
+        launch.call_train([], tmp_path / "train.log")
     assert len(waits) == 2 and told == [1]
 
 

@@ -19,7 +19,6 @@ from test_unet import GOLDEN, golden_case, state
 import checkpoints
 import layouts
 from checkpoints import ARCHITECTURES, build, load_network, load_source
-from ddpm import Schedule
 from options import InputError
 from published import LINEAR, describe
 
