@@ -174,7 +174,7 @@ class Autoencoder(nn.Module):
 
     def moments(self, x: Tensor) -> Tensor:
         """All that the encoder says: the latent and, in a KL, the log-variances after it.  ValueError if the images do not fit."""
-        (b, c, h, w), f = x.shape, self.factor
+        (_, c, h, w), f = x.shape, self.factor
         if c != self.arch.in_channels or h % f or w % f:
             raise ValueError(f"images of {c} channels and {h}x{w} pixels: this first stage needs {self.arch.in_channels} channels "
                              f"and sides divisible by {f}")

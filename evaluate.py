@@ -33,8 +33,8 @@ from checkpoints import fingerprint, load_source
 from options import InputError, at_least, option, parse, run
 from training import write_atomic
 
-COLUMNS = ("target", "kept", "covered", "toy FID", "toy Intra-LPIPS", "memorised")
-FIRST_SEED = 20_000  # noises that no picture of a run has shown, so that nobody has looked at them while choosing settings
+COLUMNS = ("target", "kept", "covered", "toy FID", "toy KID", "toy Intra-LPIPS", "memorised")
+FIRST_SEED = 20_000  # of the noises that every run is scored with, beyond those of its pictures
 PAIRED = 250  # at most so many of them also go through the source model, to see what of its samples is kept
 FEW = 2048  # FID on fewer samples is unreliable
 
@@ -55,7 +55,7 @@ class Options:
     lpips_backbone: str | None = option(None, "torchvision's weights for it", metavar="FILE", group="folders of pictures")
     inception_weights: str | None = option(None, "torch-fidelity's Inception weights", metavar="FILE", group="folders of pictures")
     download: bool = option(False, "fetch missing weights from their publishers", group="folders of pictures")
-    seed: int = option(0, "of the random members", group="folders of pictures")
+    seed: int = option(0, "of the random members that --cluster-size compares", group="folders of pictures")
     device: str = option("auto", "auto, cpu, cuda or mps")
 
 
@@ -69,9 +69,9 @@ def _bar(text: str):
     return lambda steps: tqdm(steps, desc=text, leave=False, mininterval=1)
 
 
-def judge_of(target: str) -> str:
-    """Which judge reads the pictures of a built-in target."""
-    return fingerprint(judge.load_judge(domains.TARGETS[target]))
+def protocol(target: str, n: int, steps: int) -> dict:
+    """How the runs to a built-in target are scored; figures compare where all of it is the same."""
+    return dict(n=n, steps=steps, paired=min(n, PAIRED), fresh=judge.FRESH, judge=fingerprint(judge.load_judge(domains.TARGETS[target])))
 
 
 def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict:
@@ -84,7 +84,7 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict:
     if steps > network.schedule.timesteps:
         raise InputError(f"--steps {steps}: this model has {network.schedule.timesteps}")
     what = {name: trained[name] for name in ("source", "target", "method", "seed", "iterations")}
-    what |= dict(n=n, steps=steps, paired=min(n, PAIRED), fresh=judge.FRESH, judge=judge_of(trained["target"]), weights=fingerprint(network))
+    what |= protocol(trained["target"], n, steps) | dict(weights=fingerprint(network))
     kept = folder / "score.json"
     if kept.exists() and (found := json.loads(kept.read_text()))["run"] == what:
         return found
@@ -99,18 +99,18 @@ def score_folders(options: Options, device: torch.device) -> None:
     for name in ("samples", "target"):
         if getattr(options, name) is None:
             raise InputError(f"--{name}: missing; --samples and --target go together")
+    samples, targets = data.ImageFolder(options.samples, options.size), data.ImageFolder(options.target, options.size)
+    reference = data.ImageFolder(options.reference, options.size) if options.reference else None
     weights = Path(options.samples).parent / "weights.safetensors"
     if weights.exists() and min((file.stat().st_mtime for file in Path(options.samples).glob("*.png")), default=math.inf) < weights.stat().st_mtime:
         print(f"warning: {options.samples} has pictures older than {weights}; if the run went on after they were drawn, draw them again with sample.py")
     embed = functools.partial(metrics.lpips_features, metrics.load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device))
-    inception = metrics.load_inception(options.inception_weights, options.download).to(device) if options.reference else None
-    samples, targets = data.ImageFolder(options.samples, options.size), data.ImageFolder(options.target, options.size)
+    inception = metrics.load_inception(options.inception_weights, options.download).to(device) if reference else None
     found = metrics.intra_lpips(embed, samples, targets, options.cluster_size, options.seed, progress=_bar("Intra-LPIPS"))
     print(f"Intra-LPIPS ({options.lpips_net}, {options.size}x{options.size}, {len(samples)} samples): {found.mean:.3f} ± {found.std:.3f} over "
           f"{len(targets) - found.dropped} clusters, {found.dropped} dropped; sizes {' '.join(map(str, found.sizes))}")
     if inception:
-        x, y = (metrics.inception_features(inception, data.ImageFolder(folder, options.size), progress=_bar("Inception"))
-                for folder in (options.samples, options.reference))
+        x, y = (metrics.inception_features(inception, pictures, progress=_bar("Inception")) for pictures in (samples, reference))
         print(f"FID {metrics.frechet_distance(x, y):.2f}, KID {metrics.kernel_distance(x, y):.5f}: {len(x)} samples against {len(y)} pictures")
         if min(len(x), len(y)) < FEW:
             print(f"warning: FID on fewer than {FEW} pictures is too high and compares only with FID on as many; KID does not have that fault")
@@ -125,7 +125,7 @@ def main() -> None:
         if field.name in given and field.metadata["group"] == other:
             flag = field.metadata["short"] or "--" + field.name.replace("_", "-")
             raise InputError(f"{flag}: is for {other}; {'--samples is not given' if options.runs else '--samples are scored as they are'}; leave it out")
-    at_least(options, n=2, steps=1, size=16, cluster_size=2)
+    at_least(options, n=2, steps=1, size=32, cluster_size=2)
     device = distributed.setup(options.device)
     if not options.runs:
         score_folders(options, device)
@@ -135,8 +135,9 @@ def main() -> None:
         found = score_run(folder, options.n, options.steps, device)["score"]
         print(f"| {folder} | " + " | ".join(f"{found[column]:.2f}" for column in COLUMNS) + " |", flush=True)
     print(f"\n{options.n} samples of each, DDIM in {options.steps} steps. target: share in the target domain; kept: share of attributes as in the\n"
-          f"source model's sample from the same noise ({min(options.n, PAIRED)} pairs); covered: share of attribute values that appear; memorised:\n"
-          "distance to the nearest training picture over that of fresh target pictures")
+          f"source model's sample from the same noise ({min(options.n, PAIRED)} pairs); covered: share of attribute values that appear; toy FID and toy\n"
+          "KID (times 1000): distance to fresh target pictures, lower is better; toy Intra-LPIPS: higher is more diverse; memorised: distance to the\n"
+          "nearest training picture or its mirror image over that of fresh target pictures, far below 1 are copies")
 
 
 if __name__ == "__main__":

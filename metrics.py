@@ -137,11 +137,10 @@ def squared_distances(a: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 @dataclasses.dataclass
 class IntraLPIPS:
-    """Per cluster, in the order of the targets, and per sample, in the order of the samples."""
+    """Per cluster, in the order of the targets."""
     clusters: list[float | None]  # mean distance over the pairs of each cluster; None: dropped, fewer than two samples
     sizes: list[int]              # samples assigned to each target
-    assigned: list[int]           # each sample's target
-    nearest: list[float]          # each sample's distance to it
+    assigned: list[int]           # each sample's target, in the order of the samples
 
     @property
     def mean(self) -> float:
@@ -175,13 +174,12 @@ def intra_lpips(embed: Callable[[Tensor], Tensor], samples: Images, targets: Ima
     # The mean over pairs of |f_i - f_j|^2 is 2 / (n - 1) times the sum of |f_i - mean|^2, which is kept up to date one f at a
     # time (Welford 1962): exact without a loop over pairs, and nothing cancels where the members are nearly equal.
     means, spreads, counted = [torch.zeros_like(c) for c in centres], [0.0] * len(centres), [0] * len(centres)
-    sizes, assigned, nearest = [0] * len(centres), [0] * len(samples), [0.0] * len(samples)
+    sizes, assigned = [0] * len(centres), [0] * len(samples)
     # In a random order the first members of a cluster are a random subset of it.
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     for rows in progress(order.split(batch_size)):
         for i, f in zip(rows.tolist(), embed(_stack(samples, rows))):
-            distance, k = (value.item() for value in squared_distances(f, centres).min(0))
-            assigned[i], nearest[i] = k, distance
+            k = assigned[i] = squared_distances(f, centres).argmin().item()
             sizes[k] += 1
             if cluster_size is None or counted[k] < cluster_size:
                 counted[k] += 1
@@ -191,7 +189,7 @@ def intra_lpips(embed: Callable[[Tensor], Tensor], samples: Images, targets: Ima
     clusters = [2 * spread / (n - 1) if n > 1 else None for spread, n in zip(spreads, counted)]
     if clusters.count(None) == len(clusters):
         raise InputError(f"Intra-LPIPS of {len(samples)} samples: no target has two of them; give more samples")
-    return IntraLPIPS(clusters, sizes, assigned, nearest)
+    return IntraLPIPS(clusters, sizes, assigned)
 
 
 # ---- distances between sets of features ------------------------------------------------------------------------------

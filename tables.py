@@ -2,7 +2,8 @@
 
   python tables.py                                               everything, from three seeds; many hours on a laptop
   python tables.py --targets sunglasses --seeds 1 --parts tables figures
-  python tables.py ...                                           the same command again goes on where it stopped
+  python tables.py ...                                           the same command again goes on where it stopped; two at once
+                                                                 may share --output-dir, but not runs
 
 In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs of train_tan.py with their score.json; results.json has every run that was ever
 scored here, tables.md the tables, to which a command with other targets, methods or seeds adds;
@@ -19,6 +20,7 @@ import json
 import shutil
 import signal
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -99,17 +101,17 @@ def of(found: list[dict], **what) -> list[dict]:
     return [f for f in found if all(f["run"].get(name) == value for name, value in what.items())]
 
 
-def main_runs(options: Options, device: torch.device) -> list[dict]:
+def main_runs(options: Options, device: torch.device) -> Iterator[dict]:
     """The runs of Tables 1 and 2; with the two ends of the scale for each target: where adapting starts, and what it should come to."""
     jobs = [(target, method, seed) for seed in options.seeds for target in options.targets for method in options.methods]
-    found = [score(options, run_of(options, *job), device) for job in tqdm(jobs, desc="runs")]
+    for job in tqdm(jobs, desc="runs"):
+        yield score(options, run_of(options, *job), device)
     for target in options.targets:
         before = evaluate.source_samples(options.source(target), options.n, options.steps, device)
         fresh = data.to_tensor(domains.draw(target, options.n, 77, before.shape[2])[0])
         also = data.to_tensor(domains.draw(domains.TARGETS[target], options.n, 77, before.shape[2])[0])
         for method, scored in (("source model", judge.score(before, before, target)), ("fresh pictures", judge.score(fresh, also, target))):
-            found.append(dict(run=dict(method=method, target=target, n=options.n, steps=options.steps, judge=evaluate.judge_of(target)), score=scored))
-    return found
+            yield dict(run=dict(method=method, target=target) | evaluate.protocol(target, options.n, options.steps), score=scored)
 
 
 def main_tables(found: list[dict]) -> list[str]:
@@ -134,16 +136,17 @@ def main_tables(found: list[dict]) -> list[str]:
     iterations = ["iterations", *(" / ".join(map(str, sorted({f["run"]["iterations"] for f in of(found, target=target) if "seed" in f["run"]}))) for target in targets)]
     return [table("toy Intra-LPIPS", "Table 1, toy Intra-LPIPS (higher is more diverse)", 3, PAPER_INTRA),
             table("toy FID", "Table 2, toy FID (lower is better)", 2, PAPER_FID),
+            table("toy KID", "Toy KID, times 1000 (lower is better; unlike FID not too high for few samples)"),
             table("target", "Share of samples in the target domain"),
             table("kept", "Share of attributes as in the source model's sample from the same noise (two independent pictures: about a quarter)"),
             table("covered", "Share of attribute values that appear"),
-            table("memorised", "Distance to the nearest training picture over that of fresh pictures"),
+            table("memorised", "Distance to the nearest training picture or its mirror image over that of fresh pictures"),
             markdown("Seconds an iteration (median of a run)", ["method", *targets], [*seconds, iterations])]
 
 
-def classifier_runs(options: Options, device: torch.device) -> list[dict]:
+def classifier_runs(options: Options, device: torch.device) -> Iterator[dict]:
     """The runs of Table 3: guided and tan with the classifier from the ten pictures and from a hundred, on the first target."""
-    target, found = options.targets[0], []
+    target = options.targets[0]
     place = folder_of(options, target)
     hundred = place.with_name(f"{place.name}-hundred")
     if not hundred.is_dir():
@@ -160,21 +163,20 @@ def classifier_runs(options: Options, device: torch.device) -> list[dict]:
                      classifier_targets=str(hundred))
         for pictures, folder in (("10", ten), ("100", more)):
             scored = score(options, folder, device)
-            found.append(scored | dict(run=scored["run"] | dict(pictures=pictures)))
-    return found
+            yield scored | dict(run=scored["run"] | dict(pictures=pictures))
 
 
 def classifier_table(found: list[dict]) -> list[str]:
     """Table 3."""
-    names, rows = ("toy Intra-LPIPS", "toy FID", "target", "kept"), []
+    names, rows = ("toy Intra-LPIPS", "toy FID", "toy KID", "target", "kept"), []
     for target, method, pictures in itertools.product(domains.TARGETS, METHODS, PAPER_CLASSIFIER):
         if mine := of(found, target=target, method=method, pictures=pictures):
             rows.append([target, method, pictures, *(mean_std([f["score"][name] for f in mine]) for name in names)])
-    rows += [["paper, photographs", "TAN", pictures, f"{intra:.3f}", f"{fid:.2f}", "", ""] for pictures, (intra, fid) in PAPER_CLASSIFIER.items()]
+    rows += [["paper, photographs", "TAN", pictures, f"{intra:.3f}", f"{fid:.2f}", "", "", ""] for pictures, (intra, fid) in PAPER_CLASSIFIER.items()]
     return [markdown("Table 3, classifier from 10 and from 100 pictures", ["target", "method", "pictures", *names], rows)]
 
 
-def iterations_runs(options: Options, device: torch.device) -> list[dict]:
+def iterations_runs(options: Options, device: torch.device) -> Iterator[dict]:
     """The runs of the curves of toy FID on the first target, which are drawn; Figure 1 from `finetune` with the first seed."""
     target, found, pictures = options.targets[0], [], []
     place, source = folder_of(options, target), load_source(options.source(target)).to(device)
@@ -192,12 +194,12 @@ def iterations_runs(options: Options, device: torch.device) -> list[dict]:
             previous = launch.train(folder, options.device, **flags, iterations=stage)
             scored = score(options, folder, device)
             found.append(scored | dict(run=scored["run"] | dict(stage=True)))
+            yield found[-1]
             if method == "finetune" and seed == options.seeds[0]:
                 pictures.append(run_folder.load_run(folder)[0].to(device).sample(range(2), options.steps))
         if method == "finetune" and seed == options.seeds[0]:
             draw_figure1(place.with_name(f"figure1-{place.name}.png"), target, [source.sample(range(2), options.steps), *pictures], [0, *stages])
     draw_iterations(place.with_name(f"iterations-{place.name}.png"), target, found)
-    return found
 
 
 def draw_iterations(path: Path, target: str, found: list[dict]) -> None:
@@ -223,7 +225,7 @@ def draw_iterations(path: Path, target: str, found: list[dict]) -> None:
 
 def iterations_table(found: list[dict]) -> list[str]:
     """The points of the curves."""
-    names, rows = ("toy FID", "toy Intra-LPIPS", "target", "kept", "memorised"), []
+    names, rows = ("toy FID", "toy KID", "toy Intra-LPIPS", "target", "kept", "memorised"), []
     for target, method, count in itertools.product(domains.TARGETS, METHODS, sorted({f["run"]["iterations"] for f in found})):
         if mine := of(found, target=target, method=method, iterations=count):
             seconds = statistics.median(f["seconds"] for f in mine) * count
@@ -247,25 +249,27 @@ def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations
 
 
 def sample_figures(options: Options, device: torch.device) -> list[dict]:
-    """Figures 3 and 4: training pictures, the source's samples, and every method's from the same noises, for each target (first seed)."""
-    found = []
+    """Figures 3 and 4: training pictures, the source's samples, and every method's from the same noises, for each target (first seed).
+
+    Returns no rows: these runs are those of main_runs.
+    """
     for target in tqdm(options.targets, desc="pictures"):
         before = evaluate.source_samples(options.source(target), min(options.n, evaluate.PAIRED), options.steps, device)[:SHOWN]
         seeds = range(evaluate.FIRST_SEED, evaluate.FIRST_SEED + len(before))
         images, labels = [data.target_images(target, before.shape[2])[:len(before)], before], ["training", "source"]
         for method in options.methods:
             folder = run_of(options, target, method, options.seeds[0])
-            found.append(score(options, folder, device))
+            scored = score(options, folder, device)
             images.append(run_folder.load_run(folder)[0].to(device).sample(seeds, options.steps))
-            labels.append(f"{method} {found[-1]['score']['toy FID']:.2f}")
+            labels.append(f"{method} {scored['score']['toy FID']:.2f}")
         place = folder_of(options, target)
         save_grid(place.with_name(f"samples-{place.name}.png"), torch.cat(images), columns=len(before), labels=labels)
-    return found
+    return []
 
 
-# What each part trains, scores and draws, and the tables that come of it.
+# What each part trains, scores and draws, run by run, and the tables that come of it.
 PARTS = {"tables": (main_runs, main_tables), "classifier": (classifier_runs, classifier_table),
-         "iterations": (iterations_runs, iterations_table), "figures": (sample_figures, lambda found: [])}
+         "iterations": (iterations_runs, iterations_table), "figures": (sample_figures, None)}
 
 
 def identity(found: dict) -> str:
@@ -276,10 +280,12 @@ def identity(found: dict) -> str:
 def current(found: dict, options: Options) -> bool:
     """Whether a run in results.json was trained and scored as it would be today."""
     run, trained = found["run"], found.get("settings")
-    if (run["n"], run["steps"]) != (options.n, options.steps) or run["judge"] != evaluate.judge_of(run["target"]):
+    if not evaluate.protocol(run["target"], options.n, options.steps).items() <= run.items():
         return False
+    if trained is None:
+        return "seed" not in run  # the ends of the scale
     mine = ("target", "source", "method", "seed", *(("classifier_targets",) if run.get("pictures") else ()), *(("iterations",) if run.get("stage") else ()))
-    return trained is None or trained == launch.settings_today(**{name: trained.get(name) for name in mine})
+    return trained == launch.settings_today(**{name: trained.get(name) for name in mine})
 
 
 def main() -> None:
@@ -291,7 +297,9 @@ def main() -> None:
             raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
         if options.steps > (most := load_source(options.source(target)).schedule.timesteps):
             raise InputError(f"--steps {options.steps}: the model of {options.source(target)} has {most}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # a closed terminal, too, lets training save
+        if signal.getsignal(name) != signal.SIG_IGN:
+            signal.signal(name, signal.default_int_handler)
     device, out = distributed.setup(options.device), Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     file = out / ("results-latent.json" if options.latent else "results.json")
@@ -299,10 +307,11 @@ def main() -> None:
     note = (f"{options.n} samples of each run, DDIM in {options.steps} steps; mean ± standard deviation over seeds (their number; one where none is given); "
             "as many iterations for every method, of which one of tan costs about eleven of the others.")
     for part in options.parts:
-        measured = PARTS[part][0](options, device)
-        results = read()  # another command may have added to it meanwhile
-        results[part] = list(({identity(f): f for f in results.get(part, [])} | {identity(f): f for f in measured}).values())
-        write_atomic(file, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
+        for found in PARTS[part][0](options, device):
+            results = read()  # another command may have added to it meanwhile
+            results[part] = list(({identity(f): f for f in results.get(part, [])} | {identity(found): found}).values())
+            write_atomic(file, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
+    results = read()
     texts = [text for part, (_, tables) in PARTS.items() if (alike := [f for f in results.get(part, []) if current(f, options)]) for text in tables(alike)]
     text = "\n\n".join([*texts, note])
     write_atomic(file.with_name(file.stem.replace("results", "tables") + ".md"), lambda temporary: temporary.write_text(text + "\n"))

@@ -80,7 +80,6 @@ def test_intra_lpips_is_the_naive_double_loop(squeeze, clustered):
     kept = clusters[::2]
     assert result.clusters[::2] == pytest.approx(kept, rel=1e-9)
     assert result.mean == pytest.approx(sum(kept) / 2) and result.std == pytest.approx(statistics.stdev(kept))
-    torch.testing.assert_close(torch.tensor(result.nearest, dtype=torch.float64), squeeze(samples, targets[assigned]).flatten())
     assert sum(passes) == len(samples) + len(targets)
 
 

@@ -1,0 +1,188 @@
+"""tables.py on a tiny budget, and the runs that launch.py starts for it."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import evaluate
+import judge
+import launch
+import run_folder
+import tables
+import train_tan
+from conftest import call
+from options import InputError, parse
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """tables.py with train_tan.py called in this process, with few iterations and small batches; the calls' folders, in order."""
+    folders = []
+
+    def call_train(arguments, log):
+        folders.append(arguments[arguments.index("--output-dir") + 1])
+        call(train_tan.main, *arguments)
+        return 0
+
+    monkeypatch.setattr(launch, "call_train", call_train)
+    for name in ("SMALL", "SMALL_FINETUNE"):
+        monkeypatch.setattr(train_tan, name, getattr(train_tan, name) | dict(iterations=1, batch_size=4))
+    monkeypatch.setattr(train_tan, "SMALL_GUIDED", dict(classifier_iterations=2, source_count=8, pgd_steps=1))
+    monkeypatch.setattr(tables, "STAGES", (1, 2, 11))
+    monkeypatch.setattr(tables, "SHOWN", 2)
+    monkeypatch.setattr(judge, "FRESH", 60)
+    judge.reference.cache_clear()
+    yield folders
+    judge.reference.cache_clear()
+
+
+def test_tables(trained, tmp_path, capsys):
+    flags = ["--targets", "sunglasses", "--methods", "finetune", "tan", "--seeds", 1, "-n", 12, "--steps", 2, "--output-dir", tmp_path, "--device", "cpu"]
+    call(tables.main, *flags)
+    text, results = (tmp_path / "tables.md").read_text(), json.loads((tmp_path / "results.json").read_text())
+    assert text.strip() in capsys.readouterr().out
+    assert "| finetune | 100.0% | " in text and "| paper, photographs: TAN | 1.3% | 20.06 |" in text and "| paper, photographs: LMD-TAN | 1.6% | 0.613 |" in text
+    assert "| source model |" in text and "| fresh pictures |" in text and "12 samples of each run" in text and "Table 3" in text
+    stages = {method: [f["run"]["iterations"] for f in results["iterations"] if f["run"]["method"] == method] for method in ("finetune", "tan")}
+    assert stages == {"finetune": [1, 2, 11], "tan": [1]}  # eleven iterations of the others cost one of tan
+    options = json.loads((tmp_path / "sunglasses" / "tan-1-hundred" / "options.json").read_text())
+    assert options["classifier_targets"].endswith("sunglasses-hundred") and len(list((tmp_path / "sunglasses-hundred").iterdir())) == 100
+    for name in ("figure1-sunglasses.png", "iterations-sunglasses.png", "samples-sunglasses.png"):
+        assert Image.open(tmp_path / name).width > 300
+    once = len(trained)
+    call(tables.main, *flags, "--parts", "tables")
+    assert len(trained) == once  # everything was there, and the other parts are kept
+    assert json.loads((tmp_path / "results.json").read_text()) == results and (tmp_path / "tables.md").read_text() == text
+    call(tables.main, *flags, "--parts", "tables", "--methods", "finetune", "--seeds", 2, 2, 1)
+    assert len(trained) == once + 1
+    text, known = (tmp_path / "tables.md").read_text(), json.loads((tmp_path / "results.json").read_text())
+    assert len(known["tables"]) == len(results["tables"]) + 1 and "| tan | 8.3% | " in text and " (2) |" in text  # added to the tables
+    call(tables.main, *flags, "--parts", "tables", "--methods", "finetune", "-n", 13)
+    assert "13 samples of each run" in (text := (tmp_path / "tables.md").read_text()) and "| tan |" not in text  # never mixed
+    assert len(json.loads((tmp_path / "results.json").read_text())["tables"]) == len(known["tables"]) + 3
+
+
+def test_each_run_is_kept_as_it_is_scored(trained, tmp_path, monkeypatch):
+    flags = ["--targets", "sunglasses", "--methods", "adaptor", "finetune", "--seeds", 1, "-n", 12, "--steps", 2, "--device", "cpu", "--parts", "tables"]
+    whole = launch.call_train
+
+    def call_train(arguments, log):
+        if "finetune" in arguments:
+            raise KeyboardInterrupt
+        return whole(arguments, log)
+
+    monkeypatch.setattr(launch, "call_train", call_train)
+    with pytest.raises(KeyboardInterrupt):
+        call(tables.main, *flags, "--output-dir", tmp_path)
+    assert [f["run"]["method"] for f in json.loads((tmp_path / "results.json").read_text())["tables"]] == ["adaptor"]
+
+
+def test_runs_scored_otherwise_are_not_tabulated():
+    options, same = tables.Options(n=12, steps=2), dict(method="source model", target="babies") | evaluate.protocol("babies", 12, 2)
+    assert tables.current(dict(run=same), options)
+    for other in (same | dict(n=13), same | dict(fresh=1), {name: same[name] for name in ("method", "target", "n", "steps")}, same | dict(seed=1)):
+        assert not tables.current(dict(run=other), options)  # the last: a run that does not say how it was trained
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--latent", "--targets", "haunted-houses"], "haunted-houses: has no latent source"), (["--steps", 1001], "--steps 1001: the model of toyfaces has 1000")])
+def test_what_tables_refuses(flags, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        call(tables.main, *flags, "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mean_and_standard_deviation():
+    assert tables.mean_std([0.5, 0.7]) == "0.600 ± 0.141 (2)" and tables.mean_std([0.25]) == "0.250"
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """What launch.train would call train_tan.py with to fill tmp_path, which writes the settings as it would."""
+    found = []
+
+    def call_train(arguments, log):
+        log.touch()
+        found.append(arguments[arguments.index("--output-dir") + 2:])
+        options, given = parse(train_tan.Options, arguments)
+        if options.resume:
+            options = run_folder.resumed(tmp_path, options, given)
+        else:
+            options = dataclasses.replace(options, **{k: v for k, v in train_tan.suited(options, SimpleNamespace(image_size=32)).items() if k not in given})
+        (tmp_path / "weights.safetensors").touch()
+        (tmp_path / "options.json").write_text(json.dumps(dataclasses.asdict(options)))
+        return 0
+
+    monkeypatch.setattr(launch, "call_train", call_train)
+    return found
+
+
+def test_train_starts_resumes_and_leaves_alone(monkeypatch, commands, tmp_path):
+    train = functools.partial(launch.train, tmp_path, "cpu", target="babies", source="toyfaces")
+    train(seed=1)
+    train(seed=1)
+    train(seed=1, iterations=160)
+    assert commands == [["--device", "cpu", "--target", "babies", "--source", "toyfaces", "--seed", "1", "--samples", "0", "--no-classifier-check"],
+                        ["--device", "cpu", "--resume", "--iterations", "160"]]
+    (tmp_path / "weights.safetensors").unlink()
+    monkeypatch.setattr(launch, "call_train", lambda arguments, log: log.write_text("50%\nerror: no memory\n") and 1)
+    with pytest.raises(InputError, match="train.log.: error: no memory; run the same command again"):
+        train(seed=1, iterations=160)
+    monkeypatch.setattr(launch, "call_train", lambda arguments, log: 2)
+    with pytest.raises(InputError, match=r"train.log\)$"):  # nothing new in the log, and again the same would not help
+        train(seed=1, iterations=160)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(seed=2), "--seed 1, wanted is 2"), (dict(seed=1, iterations=40), "--iterations 80, wanted is 40"),
+    (dict(seed=1, method="finetune"), "--method tan, wanted is finetune"), (dict(seed=1, gamma=1.0), "--gamma 5.0, wanted is 1.0")])
+def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, message):
+    launch.train(tmp_path, "cpu", target="babies", source="toyfaces", seed=1)
+    with pytest.raises(InputError, match=f"was trained with {message}; remove the folder"):
+        launch.train(tmp_path, "cpu", target="babies", source="toyfaces", **flags)
+    assert len(commands) == 1
+
+
+def test_settings_are_those_that_concern_the_method():
+    groups = {field.metadata["group"] for field in dataclasses.fields(train_tan.Options)}
+    assert set(launch.CONCERNS) <= groups
+    flags = dict(target="babies", source="toyfaces")
+    same = {method: launch.settings_today(**flags, method=method) == launch.settings_today(**flags, method=method, gamma=1.0) for method in train_tan.METHODS}
+    assert same == {"tan": False, "guided": False, "adaptor": True, "finetune": True, "pa": True}
+
+
+def test_interrupted_training_is_waited_for(monkeypatch, tmp_path):
+    """On Ctrl-C or SIGTERM the other program is told to stop, too, and left the time to save."""
+    waits, told = [], []
+
+    class Process:
+        def __init__(self, *command, **where): pass
+
+        def terminate(self):
+            told.append(len(waits))
+
+        def wait(self):
+            waits.append(1)
+            if len(waits) == 1:
+                raise KeyboardInterrupt
+            return 130
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        launch.call_train([], tmp_path / "train.log")
+    assert len(waits) == 2 and told == [1]
+
+
+def test_results_of_other_settings_are_kept_but_not_tabulated(trained, tmp_path, monkeypatch):
+    flags = ["--targets", "sunglasses", "--methods", "finetune", "--seeds", 1, "-n", 12, "--steps", 2, "--device", "cpu", "--parts", "tables"]
+    call(tables.main, *flags, "--output-dir", tmp_path)
+    shutil.rmtree(tmp_path / "sunglasses")
+    monkeypatch.setitem(train_tan.SMALL_FINETUNE, "learning_rate", 1e-4)
+    call(tables.main, *flags[:5], 2, *flags[6:], "--output-dir", tmp_path)
+    runs = [f for f in json.loads((tmp_path / "results.json").read_text())["tables"] if "settings" in f]
+    assert [f["settings"]["learning_rate"] for f in runs] == [3e-4, 1e-4] and " (2) |" not in (tmp_path / "tables.md").read_text()
