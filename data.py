@@ -120,18 +120,12 @@ def list_images(folder):
     return paths
 
 
-def load_folder(folder, size, limit=None, at_least=1):
-    """All images of `folder`, or the first `limit` by name -> float32 (N, 3, size, size), all in memory.
-
-    Raises InputError as list_images and load_image do, and when there are fewer than `at_least`.
-    """
-    paths = list_images(folder)[:limit]
-    if len(paths) < at_least:
-        raise InputError(f"{folder}: too few images, {len(paths)} where {at_least} are needed")
-    return torch.stack([load_image(path, size) for path in paths])
+def load_folder(folder, size):
+    """All images of `folder` by name -> float32 (N, 3, size, size), all in memory.  Raises InputError as list_images and load_image do."""
+    return torch.stack([load_image(path, size) for path in list_images(folder)])
 
 
-class ImageFolder(torch.utils.data.Dataset):
+class ImageFolder:
     """A folder of any size, read as needed: `folder[i]` is float32 (3, size, size), `folder.batch(indices)` stacks them.
 
     Decoded images stay in memory if all of them fit in CACHE_BYTES. Raises InputError as list_images and load_image do.

@@ -1,18 +1,18 @@
 """The built-in image domains: which there are, and reproducible pictures of each with labels.
 
-    python domains.py            # writes a contact sheet per domain to runs/domains/
+  python domains.py            32 pictures of each, in runs/domains/
 """
 
-import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import churches
 import faces
 import paintings
+from options import at_least, option, parse, run
 
 SOURCES = {"toyfaces": faces.sample_face, "toychurches": churches.sample_church}  # source -> what samples its scenes
 ATTRIBUTES = {"toyfaces": faces.ATTRIBUTES, "toychurches": churches.ATTRIBUTES}   # source -> {attribute: its values}, the labels
@@ -67,25 +67,25 @@ def drawn_by(source: str) -> str | None:
     return domain if domain in SOURCES else None
 
 
-def contact_sheet(pictures, columns=8, enlarge=1):
-    """Tiles pictures (n, s, s, 3) row by row, each enlarged by an integer; n must be a multiple of `columns`."""
-    n, size = pictures.shape[:2]
-    tiles = pictures.reshape(n // columns, columns, size, size, 3).transpose(0, 2, 1, 3, 4)
-    return Image.fromarray(tiles.reshape(n // columns * size, columns * size, 3).repeat(enlarge, 0).repeat(enlarge, 1))
+@dataclasses.dataclass
+class Options:
+    size: int = option(32, "pixels per side")
+    seed: int = option(0, "of the scenes")
+    output_dir: str = option("runs/domains", "where they go")
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Writes a contact sheet of each built-in domain.")
-    parser.add_argument("--size", type=int, default=32, help="pixels per side")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/domains"))
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+def main() -> None:
+    from data import to_tensor  # which imports this file
+    from pictures import save_grid
+    options, _ = parse(Options, description=__doc__)
+    at_least(options, size=8, seed=0)
+    out = Path(options.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
     for domain in PAINTERS:
-        path = args.output_dir / f"{domain}_{args.size}.png"
-        contact_sheet(draw(domain, 32, args.seed, args.size)[0], enlarge=max(1, 128 // args.size)).save(path)
+        path = out / f"{domain}_{options.size}.png"
+        save_grid(path, to_tensor(draw(domain, 32, options.seed, options.size)[0]), columns=8)
         print(path)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,10 +23,7 @@ class InputError(Exception):
 
 def option(default, help, choices=None, metavar=None, positional=False, group=None, short=None):
     """Dataclass field that knows its command line: `--name` (`short` instead, or a positional), under `group` in --help."""
-    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional, group=group, short=short)
-    if isinstance(default, list):  # dataclasses refuse a shared mutable default
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, metavar=metavar, positional=positional, group=group, short=short))
 
 
 def parse(cls, argv=None, description=None):
@@ -49,7 +46,7 @@ def parse(cls, argv=None, description=None):
     # What was not typed is None or [], for argparse is told no defaults: the dataclass has them.
     values = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None and value != []}
     for name, value in values.items():
-        if isinstance(value, list) and typing.get_origin(hints[name]) is not list:  # argparse collects into lists
+        if isinstance(value, list):  # argparse collects into lists
             values[name] = tuple(value)
     return cls(**values), frozenset(values)
 
@@ -72,11 +69,17 @@ def positive(options, *names):
 
 
 def run(main):
-    """Call `main()`; an InputError becomes one line on stderr and exit status 2, Ctrl-C one and 130, without a traceback."""
+    """Call `main()`; an InputError, or a file that cannot be read or written, becomes one line on stderr and exit status 2, Ctrl-C one
+    and 130, without a traceback."""
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -85,25 +88,22 @@ def run(main):
 
 def _positionals(fields):
     """How the positional fields look in the usage line."""
-    names = [(f.metadata["metavar"] or f.name, _default(f)) for f in fields if f.metadata.get("positional")]
-    return [name if default is REQUIRED else f"[{name}]" for name, default in names]
-
-
-def _default(field):
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    found = [f for f in fields if f.metadata.get("positional")]
+    names = [(f.metadata["metavar"] or f.name) + (" ..." if isinstance(f.default, tuple) else "") for f in found]
+    return [name if f.default is REQUIRED else f"[{name}]" for name, f in zip(names, found)]
 
 
 def _add(group, field, kind):
     """Add one dataclass field to an argparse parser or group."""
-    metadata, default = field.metadata, _default(field)
+    metadata, default = field.metadata, field.default
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:  # `float | None` reads a float
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    several = typing.get_origin(kind) in (tuple, list)
+    several = typing.get_origin(kind) is tuple
     kind = typing.get_args(kind)[0] if several else kind
 
     if default is REQUIRED:
         note = " (required)"
-    elif default in (None, "", (), []):  # the help text says what that means
+    elif default in (None, "", ()):  # the help text says what that means
         note = ""
     elif kind is bool and not several:
         note = " (default: on)" if default else " (default: off)"
@@ -119,6 +119,9 @@ def _add(group, field, kind):
         nargs = {(False, False): "?", (False, True): None, (True, False): "*", (True, True): "+"}
         group.add_argument(field.name, nargs=nargs[several, default is REQUIRED], **how)
         return
+    if several and how["choices"]:  # argparse would print the choices twice
+        how["metavar"] = "NAME"
+        how["help"] += f"; of {' '.join(how['choices'])}" if how["choices"] != list(default or ()) else ""
     if how["metavar"] is None and how["choices"] is None and kind in (int, float):
         how["metavar"] = "N" if kind is int else "X"
     group.add_argument(flag, dest=field.name, nargs="+" if several else None, required=default is REQUIRED, **how)

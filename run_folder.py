@@ -150,5 +150,5 @@ class Report:
             save_grid(self.out / "samples.png", torch.cat(pairs), columns, gap_after=2)
         self.ema.swap()
         save_curve(self.out / "loss.png", [line["loss"] for line in read_metrics(self.out / "metrics.jsonl")], LOSSES[options.method])
-        print(f"done: {self.out}/samples.png (same noise: source above, adapted below), progress.png, loss.png; "
-              f"more with: python sample.py {self.out} -n 64")
+        pictures = "samples.png (same noise: source above, adapted below), progress.png, " if options.samples else ""
+        print(f"done: {self.out}/{pictures}loss.png; more with: python sample.py {self.out} -n 64")

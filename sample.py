@@ -10,6 +10,7 @@ processes and the batch size change nothing.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -53,6 +54,10 @@ def main() -> None:
     at_least(options, n=1, batch_size=1, steps=1)
     folder = Path(options.model)
     is_run = (folder / "options.json").exists()
+    if is_run and options.arch:
+        raise InputError(f"--arch {options.arch}: a run has the network it was trained with; leave it out")
+    if not math.isfinite(options.guidance):
+        raise InputError(f"--guidance {options.guidance}: must be a number")
     if is_run:
         network, _ = run_folder.load_run(folder)
     else:
@@ -70,11 +75,12 @@ def main() -> None:
 
     mine = range(options.n)[distributed.share(options.n)]
     progress = lambda steps: tqdm(steps, leave=False, disable=distributed.rank() != 0)
-    images = network.sample([options.seed + i for i in mine], options.steps, eta=eta, gradient=gradient, gamma=options.guidance,
-                            batch_size=options.batch_size, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
-    for i, pixels in zip(mine, data.to_uint8(images)):
-        write_atomic(out / f"{options.seed + i:06d}.png", lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
+    for part in (mine[i:i + options.batch_size] for i in range(0, len(mine), options.batch_size)):  # each batch is kept as soon as it is drawn
+        images = network.sample([options.seed + i for i in part], options.steps, eta=eta, gradient=gradient, gamma=options.guidance,
+                                batch_size=options.batch_size, progress=progress)
+        for i, pixels in zip(part, data.to_uint8(images)):
+            write_atomic(out / f"{options.seed + i:06d}.png", lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
     distributed.barrier()
     if distributed.rank() == 0:
         shown = [data.read_array(out / f"{options.seed + i:06d}.png") for i in range(min(options.n, 256))]

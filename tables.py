@@ -56,10 +56,10 @@ SHOWN = 10  # samples a row
 @dataclasses.dataclass
 class Options:
     targets: tuple[str, ...] = option(tuple(domains.TARGETS), "built-in targets; the first is that of Table 3, Figure 1 and the curves", choices=list(domains.TARGETS))
-    methods: tuple[str, ...] = option(tuple(METHODS), "methods", choices=list(METHODS))
+    methods: tuple[str, ...] = option(tuple(METHODS), "; ".join(f"{name}: {text}" for name, text in METHODS.items()), choices=list(METHODS))
     seeds: tuple[int, ...] = option((1, 2, 3), "seeds of the runs")
-    parts: tuple[str, ...] = option(("tables", "classifier", "iterations", "figures"), "tables: 1 and 2 and what the judge reads; classifier: Table 3; "
-                                    "iterations: FID against iterations, and Figure 1 from the first seed; figures: 3 and 4",
+    parts: tuple[str, ...] = option(("tables", "classifier", "iterations", "figures"), "tables: 1 and 2 and what the judge reads; classifier: Table 3, of guided "
+                                    "and tan; iterations: FID against iterations, and Figure 1 of finetune; figures: 3 and 4, first seed",
                                     choices=["tables", "classifier", "iterations", "figures"])
     latent: bool = option(False, "adapt the latent source of each domain instead of the pixel one")
     n: int = option(100, "samples scored of each run; toy FID falls with their number, so tables compare at the same one", short="-n")

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, call
 from PIL import Image
 
+import data
 import distributed
 import sample
 from options import InputError
@@ -87,6 +88,8 @@ def test_guidance_uses_the_classifier_of_the_run(finished, tmp_path, monkeypatch
     (["-n", "0"], "-n 0: must be at least 1"),
     (["--eta", "2"], "--eta 2: give a number from 0 to 1, or 'large'"),
     (["--eta", "nan"], "--eta nan: give a number"),
+    (["--guidance", "nan"], "--guidance nan: must be a number"),
+    (["--arch", "ffhq_p2"], "--arch ffhq_p2: a run has the network it was trained with"),
     (["--eta", "ddpm"], "--eta ddpm: give a number"),
     (["--steps", "0"], "--steps 0: must be at least 1"),
     (["--steps", "1001"], "--steps 1001: this model has 1000"),
@@ -107,6 +110,21 @@ def test_models_that_do_not_do(train, tiny, tmp_path):
         draw("nosuch", tmp_path / "out", "-n", "1")
     with pytest.raises(InputError, match="neither the folder of a run"):
         draw(tiny.targets, tmp_path / "out", "-n", "1")
+
+
+def test_pictures_drawn_before_an_interruption_are_kept(finished, tmp_path, monkeypatch):
+    drawn = []
+
+    def interrupted(image, uint8=data.to_uint8):
+        drawn.append(len(image))
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return uint8(image)
+
+    monkeypatch.setattr(data, "to_uint8", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw(finished, tmp_path / "out", "-n", "4", "--batch-size", "2")
+    assert drawn == [2, 2] and len(list((tmp_path / "out").iterdir())) == 2
 
 
 def test_fewer_pictures_than_processes(finished, tmp_path, monkeypatch):
