@@ -131,6 +131,12 @@ def main_tables(found: list[dict]) -> list[str]:
                 rows.append([f"paper, photographs: {method}", rate, *("" if x is None else f"{x:.{digits}f}" for x in numbers)])
         return markdown(title, ["method", "parameter rate", *targets], rows)
 
+    def wins(name: str, title: str, sign: int) -> str:
+        values = {(f["run"]["method"], f["run"]["target"], f["run"]["seed"]): sign * f["score"][name] for f in found if "seed" in f["run"]}
+        trained = [method for method in METHODS if method in methods]
+        won = lambda a, b: [value > values[b, *run] for (method, *run), value in values.items() if method == a and (b, *run) in values]
+        return markdown(title, ["", *trained], [[a, *(f"{sum(won(a, b))} of {len(won(a, b))}" if a != b else "" for b in trained)] for a in trained])
+
     seconds = [[method, *(f"{statistics.mean(values):.2f}" if (values := [f["seconds"] for f in of(found, method=method, target=target)]) else ""
                           for target in targets)] for method in methods[1:-1]]
     iterations = ["iterations", *(" / ".join(map(str, sorted({f["run"]["iterations"] for f in of(found, target=target) if "seed" in f["run"]}))) for target in targets)]
@@ -141,6 +147,8 @@ def main_tables(found: list[dict]) -> list[str]:
             table("kept", "Share of attributes as in the source model's sample from the same noise (two independent pictures: about a quarter)"),
             table("covered", "Share of attribute values that appear"),
             table("memorised", "Distance to the nearest training picture or its mirror image over that of fresh pictures"),
+            wins("toy FID", "In how many pairs of runs with the same target and seed the method of the row has the lower toy FID than that of the column", -1),
+            wins("toy Intra-LPIPS", "The same, higher toy Intra-LPIPS", 1),
             markdown("Seconds an iteration (median of a run)", ["method", *targets], [*seconds, iterations])]
 
 

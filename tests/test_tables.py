@@ -97,6 +97,16 @@ def test_what_tables_refuses(flags, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_pairs_are_of_the_same_target_and_seed():
+    fids = {("tan", "babies", 1): 0.3, ("tan", "babies", 2): 0.2, ("tan", "sketches", 1): 0.1, ("adaptor", "babies", 1): 0.4, ("adaptor", "babies", 2): 0.4}
+    names = ("toy FID", "toy KID", "toy Intra-LPIPS", "target", "kept", "covered", "memorised")
+    found = [dict(run=dict(method=method, target=target, seed=seed, iterations=80), score=dict.fromkeys(names, fid), rate=1.0, seconds=1.0)
+             for (method, target, seed), fid in fids.items()]
+    fid, intra = tables.main_tables(found)[-3:-1]
+    assert fid.splitlines()[4:] == ["| tan |  | 2 of 2 |", "| adaptor | 0 of 2 |  |"] and "lower toy FID" in fid
+    assert intra.splitlines()[4:] == ["| tan |  | 0 of 2 |", "| adaptor | 2 of 2 |  |"]
+
+
 def test_mean_and_standard_deviation():
     assert tables.mean_std([0.5, 0.7]) == "0.600 ± 0.141 (2)" and tables.mean_std([0.25]) == "0.250"
 
