@@ -174,6 +174,8 @@ def main() -> None:
         raise InputError(f"{options.folder}: is there already; choose a folder that does not exist yet")
     run_options = None
     if (folder / "options.json").exists():
+        if options.arch:
+            raise InputError(f"--arch {options.arch}: a run has the network it was trained with; leave it out")
         network, run_options = run_folder.load_run(folder)
     else:
         network = load_source(options.model, options.arch)

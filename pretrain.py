@@ -32,7 +32,7 @@ import domains
 from autoencoder import LOSS_WEIGHTS, first_stage_loss
 from checkpoints import FIRST_STAGES, Network, build, load_network, save_network
 from ddpm import predict_eps
-from options import REQUIRED, InputError, at_least, option, parse, run
+from options import REQUIRED, InputError, at_least, option, parse, positive, run
 from pictures import save_curve, save_grid
 from published import LINEAR
 from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_checkpoint, read_metrics, save_checkpoint, warmup)
@@ -136,6 +136,9 @@ def attribute_loss(logits: Tensor, labels: Tensor, attributes: dict) -> Tensor:
     return torch.stack([F.cross_entropy(g, l, reduction="none") for g, l in zip(groups, labels.T)]).mean(0)
 
 
+MAY_CHANGE = {"output_dir", "resume", "overwrite", "iterations", "learning_rate", "device", "threads", "save_every"}  # on --resume
+
+
 def main() -> None:
     options, _ = parse(Options, description=__doc__)
     kind = "-latent" if options.first_stage else "" if options.network == "unet" else f"-{options.network}"
@@ -144,9 +147,19 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = distributed.setup(options.device)
-    if (out / "checkpoint.pt").exists() and not (options.resume or options.overwrite):
+    files = [out / "checkpoint.pt", out / "model.safetensors"]
+    if any(file.exists() for file in files) and not (options.resume or options.overwrite):
         raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with --overwrite, or choose --output-dir")
-    at_least(options, size=8, latent_channels=1, codes=1, images=1, iterations=1, batch_size=distributed.world(), warmup=0, seed=0, save_every=1)
+    at_least(options, size=8, latent_channels=1, codes=1, images=len(family(options.source)) if options.network == "judge" else 1, channels=1, res_blocks=1,
+             head_channels=1, norm_groups=1, iterations=1, batch_size=distributed.world(), warmup=0, seed=0, save_every=1)
+    positive(options, "learning_rate")
+    if options.flip and options.network in ("classifier", "judge"):
+        raise InputError(f"--flip: a mirrored picture has other attributes, which --network {options.network} learns; leave it out")
+    state = load_checkpoint(out / "checkpoint.pt") if options.resume else None
+    for name_, value in state["options"].items() if state else ():
+        if name_ not in MAY_CHANGE and value != (wanted := getattr(options, name_)):
+            raise InputError(f"{name_ if name_ == 'source' else '--' + name_.replace('_', '-')} {wanted}: the run in {out} has {value}; "
+                             "--resume takes the same flags")
     torch.manual_seed(options.seed)
     first_stage = options.network.upper() in FIRST_STAGES
     stage = load_network(Path(options.first_stage)) if options.first_stage else None
@@ -164,12 +177,13 @@ def main() -> None:
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
     ema, start = EMA(parameters, options.ema), 0
-    if options.resume:
-        state = load_checkpoint(out / "checkpoint.pt")
+    if state:
         model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"]), ema.load_state_dict(state["ema"])
         start = state["iteration"]
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
+        for file in () if state else files:
+            file.unlink(missing_ok=True)
         print(f"{n_pictures} pictures of {options.source} at {options.size}x{options.size}; {sum(p.numel() for p in parameters) / 1e6:.2f} M "
               f"parameters; {device}, {options.precision}; iterations {start} to {options.iterations}; {out}/")
     distributed.barrier()
@@ -191,7 +205,7 @@ def main() -> None:
         ema.swap()
         # Last: a run killed on the way here does this save again when it is resumed.
         save_checkpoint(out / "checkpoint.pt", dict(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(),
-                                                    iteration=iteration))
+                                                    iteration=iteration, options=dataclasses.asdict(options)))
         save_curve(out / "loss.png", [line["loss"] for line in read_metrics(out / "metrics.jsonl")], "loss", smooth=100)
 
     mine = distributed.share(options.batch_size)

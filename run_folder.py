@@ -42,7 +42,7 @@ def resumed(out: Path, options, given: frozenset[str]):
     for name in sorted(given - may_change):
         if json.loads(json.dumps(getattr(options, name))) != saved[name]:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: the run in {out} has {saved[name]}; "
-                             "leave the flag out, or start another run with --output-dir")
+                             f"leave the flag out (--output-dir {out} --resume), or start another run with another --output-dir")
     kept = {name: getattr(options, name) for name in (given & may_change) | {"device"}}
     return dataclasses.replace(options, **{**saved, **kept, "resume": True})
 

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adversarial_noise import norm, worst_case_noise
-from classifier import SOURCE, TARGET, log_prob_gradient
+from classifier import SOURCE, TARGET
 from ddpm import Schedule, predict_eps, sample
 from options import InputError, at_least, option, parse, positive, run
 from pictures import save_figure
 from toy2d_report import draw_gradients, draw_measured, draw_trajectories, summarise, tables
-from train_tan import guided_loss
+from train_tan import guided_loss, similarity_guidance
 from training import generator, write_atomic
 from unet import timestep_embedding
 
@@ -161,19 +161,12 @@ def class_logits(model: MLP) -> Callable:
     return lambda xt, t: model(xt, t).transpose(1, 2)
 
 
-def guidance(classifier: Callable | None, schedule: Schedule, xt: Tensor, t: Tensor, gamma: float) -> Tensor | float:
-    """sigma_hat_t^2 gamma grad log p(y = T | x_t) of Eq. 6, or 0 without a classifier."""
-    if classifier is None:
-        return 0.0
-    return schedule.sigma_hat(t, xt) ** 2 * gamma * log_prob_gradient(classifier, xt, t, TARGET)
-
-
 def output_gradient(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, classifier: Callable | None = None,
                     gamma: float = 5.0) -> Tensor:
     """Gradient (E, 2) of the loss (Eqs. 1, 6, 9) by the bias of the model's output layer."""
     xt = schedule.add_noise(x0, t, eps)
     bias = torch.zeros(x0.shape[1:], requires_grad=True)
-    losses = guided_loss(eps, predict_eps(model, xt, t) + bias, guidance(classifier, schedule, xt, t, gamma))
+    losses = guided_loss(eps, predict_eps(model, xt, t) + bias, similarity_guidance(classifier, schedule, xt, t, gamma))
     return torch.autograd.grad(losses.mean() * bias.numel(), bias)[0]  # guided_loss is a mean over E and coordinates; ||.||^2 is a sum
 
 
@@ -231,7 +224,7 @@ def adapt(model: MLP, method: str, classifier: Callable | None, shots: Tensor, s
         if method in ("adversarial", "TAN"):
             eps, _ = worst_case_noise(model, schedule, x0, t, eps, options.pgd_steps, options.omega, dims=(0,))
         xt = schedule.add_noise(x0, t, eps)
-        losses = guided_loss(eps, predict_eps(model, xt, t), guidance(classifier, schedule, xt, t, options.gamma))
+        losses = guided_loss(eps, predict_eps(model, xt, t), similarity_guidance(classifier, schedule, xt, t, options.gamma))
         optimizer.zero_grad()
         (experiments * losses.mean()).backward()
         optimizer.step()

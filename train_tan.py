@@ -18,9 +18,11 @@ More pictures from it: python sample.py runs/TARGET -n 64
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ import run_folder
 from adversarial_noise import worst_case_noise
 from checkpoints import BUILT_IN, Network, fingerprint, load_source, save_network, start_classifier
 from classifier import AUGMENTATIONS, TARGET, log_prob_gradient
-from ddpm import predict_eps
+from ddpm import Schedule, predict_eps
 from guidance import make_classifier
 from options import InputError, at_least, option, parse, positive, run
 from pairwise import pairwise_loss, scale_gradient
@@ -128,6 +130,18 @@ def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) ->
     return (eps - eps_predicted - guidance).square().flatten(1).mean(1)
 
 
+def similarity_guidance(classifier: Callable | None, schedule: Schedule, xt: Tensor, t: Tensor, gamma: float, power: int = 2,
+                        below: int | None = None) -> Tensor | float:
+    """sigma_hat_t^2 gamma grad log p(y = T | x_t) of Eq. 6, shaped like xt; 0 without a classifier, and from timestep `below` on.
+
+    power    of sigma_hat: 2 as printed, 1 as Eqs. 2-3 give with the posterior variance
+    """
+    if classifier is None:
+        return 0.0
+    guidance = schedule.sigma_hat(t, xt) ** power * gamma * log_prob_gradient(classifier, xt, t, TARGET)
+    return guidance if below is None else guidance * (t < below).view(-1, *[1] * (xt.dim() - 1))
+
+
 def suited(options: Options, source: Network) -> dict:
     """What stands in for the paper's settings with this source, target and method: {option: value}."""
     if source.image_size > 64:
@@ -187,14 +201,19 @@ def main() -> None:
     if not options.resume:
         options = dataclasses.replace(options, **{k: v for k, v in suits.items() if k not in given})
     check(options, out)
+    if options.samples and options.sample_steps > source.schedule.timesteps:
+        raise InputError(f"--sample-steps {options.sample_steps}: this model has {source.schedule.timesteps}")
     size, theta = source.image_size, fingerprint(source)
     targets = data.target_images(options.target, size)
     shown = data.target_images(options.classifier_targets, size) if options.classifier_targets else targets
     if options.source_images:
         data.source_images(options.source_images, 1, size, 0)  # a wrong folder is found out now
+    pictures = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
     state = load_checkpoint(out / "checkpoint.pt") if options.resume and (out / "checkpoint.pt").exists() else None
     if state and state["source"] != theta:
         raise InputError(f"{out}: belongs to another source than the present {options.source}")
+    if state and state["pictures"] != pictures:
+        raise InputError(f"{options.target}: the pictures have changed since the run in {out} began; start anew with --overwrite or another --output-dir")
     if state and state["iteration"] > options.iterations:
         raise InputError(f"--iterations {options.iterations}: the run in {out} has done {state['iteration']} already")
     if options.method in ("guided", "tan"):
@@ -211,7 +230,7 @@ def main() -> None:
     form = f", as latents {'x'.join(map(str, source.shape))}" if source.first_stage else ""
     say(f"source {options.source}: {size}x{size}{form}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
         f"{options.method} on {len(targets)} pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
-    if suits:
+    if suits := [name for name in suits if name not in given]:
         say(f"settings for a {'small' if size <= 64 else 'latent'} source: " + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in suits))
 
     classifier = None
@@ -243,7 +262,7 @@ def main() -> None:
 
     def save(done: int) -> None:
         save_checkpoint(out / "checkpoint.pt", dict(parameters=[p.detach() for p in parameters], optimizer=optimizer.state_dict(),
-                                                    ema=ema.state_dict(), iteration=done, source=theta))
+                                                    ema=ema.state_dict(), iteration=done, source=theta, pictures=pictures))
 
     latents, mirrored = (source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3)))  # pixel models: the pictures
     bound = latents.abs().max().item() if source.first_stage else 1.0
@@ -267,24 +286,16 @@ def main() -> None:
 
             optimizer.zero_grad()
             stats = Stats(schedule.timesteps, device)
-            pgd_seconds = 0.0
             for part in range(0, len(x0), micro):
                 x0_, t_, eps_ = x0[part:part + micro], t[part:part + micro], eps[part:part + micro]
-                ascent, guidance = [], 0.0
+                ascent = []
                 if options.method == "tan":                                         # lines 5-7
-                    since = time.time()
                     network = adaptor.detached(model) if options.pgd_network == "source" else contextlib.nullcontext()
                     with network, autocast():
                         eps_, ascent = worst_case_noise(model, schedule, x0_, t_, eps_, options.pgd_steps, options.omega)
-                    pgd_seconds += time.time() - since
                 xt = schedule.add_noise(x0_, t_, eps_)
-                if classifier is not None:
-                    with autocast():
-                        score = log_prob_gradient(classifier, xt, t_, TARGET)
-                    guidance = schedule.sigma_hat(t_, xt) ** options.guidance_power * options.gamma * score   # Eq. 6
-                    if options.guidance_below is not None:
-                        guidance = guidance * (t_ < options.guidance_below).view(-1, 1, 1, 1)
                 with autocast():
+                    guidance = similarity_guidance(classifier, schedule, xt, t_, options.gamma, options.guidance_power, options.guidance_below)
                     eps_predicted = predict_eps(model, xt, t_)
                 losses = guided_loss(eps_, eps_predicted, guidance)                 # line 8, Eq. 9
                 if options.method == "pa":
@@ -307,8 +318,7 @@ def main() -> None:
             ema.update()
 
             done, seconds = iteration + 1, time.time() - started
-            metrics.write(iteration=iteration, **line, gradient_norm=gradient_norm, seconds=seconds, pgd_share=pgd_seconds / seconds,
-                          images_per_second=b / seconds)
+            metrics.write(iteration=iteration, **line, gradient_norm=gradient_norm, seconds=seconds, images_per_second=b / seconds)
             bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
             swamped = [q + 1 for q, r in enumerate(line.get("guidance_rms", [])) if r is not None and r > 0.5]
             if swamped and not warned and main_rank:

@@ -55,7 +55,7 @@ def load_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no checkpoint to resume from; leave out --resume to start anew") from None
     except Exception as error:  # on damaged bytes torch's unpickler raises nearly every type there is
-        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}); leave out --resume to start anew") from None
+        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}); start anew with --overwrite") from None
 
 
 class EMA:

@@ -186,7 +186,11 @@ class Encoder(nn.Module):
     def heads(self, channels: int) -> int:
         """Attention heads at this many channels."""
         width = self.config["num_head_channels"]
-        return channels // width if width not in (None, -1) else self.config["num_heads"]
+        if width in (None, -1):
+            return self.config["num_heads"]
+        if channels % width:
+            raise ValueError(f"{channels} channels where there is attention: not a multiple of the {width} of a head")
+        return channels // width
 
     def run(self, stage: Stage, h: Tensor, emb: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():

@@ -232,6 +232,37 @@ def test_two_processes(tiny, train, tmp_path):
     assert_same_run(run, alone)
 
 
+# ---- what the loop feeds the loss ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [(), ("--guidance-power", "1"), ("--guidance-below", "500"), ("--pgd-network", "source")])
+def test_an_iteration_is_algorithm_1(flags, train, finished, tmp_path, monkeypatch):
+    """Lines 2-8 from what the parts of the loop were called with: eps^* noises the same x_0 at the same t, and Eq. 6 corrects it."""
+    calls = {name: [] for name in ("worst_case_noise", "log_prob_gradient", "guided_loss")}
+    detached = []
+
+    def spy(name, original):
+        def called(*a):
+            result = original(*a)
+            calls[name].append((a, result))
+            return result
+        monkeypatch.setattr(train_tan, name, called)
+
+    for name in calls:
+        spy(name, getattr(train_tan, name))
+    source_alone = train_tan.adaptor.detached
+    monkeypatch.setattr(train_tan.adaptor, "detached", lambda model: detached.append(1) or source_alone(model))
+    train(tmp_path / "run", "--iterations", "1", "--batch-size", "16", *flags)
+    ((_, schedule, x0, t, eps, steps, omega), (worst, ascent)), ((_, xt, t_scored, label), score), ((eps_in_loss, _, guidance), _) = (
+        calls[name][-1] for name in calls)
+    power, below = (float(dict(zip(flags[::2], flags[1::2])).get(flag, default)) for flag, default in (("--guidance-power", 2), ("--guidance-below", 1000)))
+    assert (steps, omega, label) == (2, 0.02, 1) and len(ascent) == 2 and not torch.equal(worst, eps)
+    assert torch.equal(eps_in_loss, worst) and torch.equal(xt, schedule.add_noise(x0, t, worst)) and torch.equal(t_scored, t)
+    expected = 5 * schedule.sigma_hat(t, xt) ** power * score * (t < below).view(-1, 1, 1, 1)
+    torch.testing.assert_close(guidance, expected)
+    assert expected.abs().max() > 0 and (t >= 500).any()
+    assert bool(detached) == ("source" in flags)
+
+
 # ---- what goes wrong, and what is said -------------------------------------------------------------------------------
 
 def test_a_loss_that_is_not_finite(train, finished, tmp_path, monkeypatch):
@@ -270,7 +301,7 @@ def test_a_folder_that_holds_a_run(train, tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--gamma", "2"], "--gamma 2.0: the run in .* has 5.0; leave the flag out"),
+    (["--gamma", "2"], "--gamma 2.0: the run in .* has 5.0; leave the flag out .--output-dir .* --resume."),
     (["--method", "guided"], "--method guided: the run in .* has tan"),
     (["--seed", "1"], "--seed 1: the run in .* has 0"),
 ])
@@ -289,6 +320,20 @@ def test_resume_of_nothing(tmp_path):
     with pytest.raises(InputError, match="nothing: no run to resume"):
         resume(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_pictures_that_changed(train, tiny, tmp_path):
+    shutil.copytree(tiny.targets, tmp_path / "targets")
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1", "--target", tmp_path / "targets")
+    (tmp_path / "targets" / "0.png").unlink()
+    with pytest.raises(InputError, match="targets: the pictures have changed since the run"):
+        resume(run, "--iterations", "2")
+
+
+def test_more_sampling_steps_than_timesteps(train, tmp_path):
+    with pytest.raises(InputError, match="--sample-steps 1001: this model has 1000"):
+        train(tmp_path / "run", "--samples", "1", "--sample-steps", "1001")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_checkpoint(train, tmp_path):
