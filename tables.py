@@ -242,17 +242,18 @@ def iterations_table(found: list[dict]) -> list[str]:
 
 
 def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations: list[int]) -> None:
-    """Each picture of two noises (2, 3, H, W) at each stage, with its distance to the nearest training picture, as in the paper's Figure 1."""
+    """Each picture of two noises (2, 3, H, W) at each stage, with its distance to the nearest training picture or its mirror image, as in the paper's Figure 1."""
     network = judge.load_judge(domains.TARGETS[target])
     embed = functools.partial(judge.perceptual_features, network)
-    centres = list(embed(judge.reference(target, stages[0].shape[2]).shots))
+    shots = judge.reference(target, stages[0].shape[2]).shots
+    centres = list(embed(torch.cat([shots, shots.flip(3)])))
     figure, axes = plt.subplots(2, len(iterations), figsize=(1.35 * len(iterations), 3.2), layout="constrained")
     for column, (pictures, i) in enumerate(zip(stages, iterations)):
         for ax, pixels, feature in zip(axes[:, column], data.to_uint8(pictures), embed(pictures)):
             ax.imshow(pixels.numpy())
             ax.set(xticks=[], yticks=[], xlabel=f"{squared_distances(feature, centres).min():.2f}")
         axes[0, column].set_title(f"{i}", fontsize=10)
-    figure.suptitle("iterations of finetune; below each picture its toy LPIPS to the nearest training picture", fontsize=10)
+    figure.suptitle("iterations of finetune; below each picture its toy LPIPS to the nearest training picture or its mirror image", fontsize=10)
     save_figure(path, figure)
 
 
