@@ -30,7 +30,7 @@ import judge
 import metrics
 import run_folder
 from checkpoints import fingerprint, load_source
-from options import InputError, at_least, option, parse, run
+from options import InputError, at_least, flag, option, parse, run
 from training import write_atomic
 
 COLUMNS = ("target", "kept", "covered", "toy FID", "toy KID", "toy Intra-LPIPS", "memorised")
@@ -123,8 +123,7 @@ def main() -> None:
     other = "folders of pictures" if options.runs else "runs"
     for field in dataclasses.fields(Options):
         if field.name in given and field.metadata["group"] == other:
-            flag = field.metadata["short"] or "--" + field.name.replace("_", "-")
-            raise InputError(f"{flag}: is for {other}; {'--samples is not given' if options.runs else '--samples are scored as they are'}; leave it out")
+            raise InputError(f"{flag(field)}: is for {other}; {'--samples is not given' if options.runs else '--samples are scored as they are'}; leave it out")
     at_least(options, n=2, steps=1, size=32, cluster_size=2)
     device = distributed.setup(options.device)
     if not options.runs:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import adaptor
 import run_folder
-from checkpoints import Network, load_source
+from checkpoints import Network
 from layouts import diffusers_config, diffusers_names
 from options import REQUIRED, InputError, option, parse, run
 from published import BETA_SCHEDULES
@@ -172,13 +172,7 @@ def main() -> None:
     pairs = folder / "samples.png"
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{options.folder}: is there already; choose a folder that does not exist yet")
-    run_options = None
-    if (folder / "options.json").exists():
-        if options.arch:
-            raise InputError(f"--arch {options.arch}: a run has the network it was trained with; leave it out")
-        network, run_options = run_folder.load_run(folder)
-    else:
-        network = load_source(options.model, options.arch)
+    network, run_options = run_folder.load_model(options.model, options.arch)
     card = model_card(network, options.model, run_options, pairs.exists(), LOAD.format(folder=out.name))
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

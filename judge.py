@@ -62,10 +62,10 @@ def intra(judge: Network, pictures: Tensor, shots: Tensor) -> IntraLPIPS:
     return intra_lpips(functools.partial(perceptual_features, judge), fit(judge, pictures), fit(judge, shots), batch_size=64)
 
 
-def to_nearest(judge: Network, pictures: Tensor, shots: Tensor) -> float:
-    """Median toy LPIPS from a picture (N, 3, H, W) to the nearest training picture (K, 3, H, W) or its mirror image, which training shows as often."""
+def nearest(judge: Network, pictures: Tensor, shots: Tensor) -> list[float]:
+    """Toy LPIPS from each picture (N, 3, H, W) to the nearest training picture (K, 3, H, W) or its mirror image, which training shows as often."""
     centres = list(perceptual_features(judge, torch.cat([shots, shots.flip(3)])))
-    return float(np.median([squared_distances(f, centres).min().item() for rows in pictures.split(64) for f in perceptual_features(judge, rows)]))
+    return [squared_distances(f, centres).min().item() for rows in pictures.split(64) for f in perceptual_features(judge, rows)]
 
 
 @dataclasses.dataclass
@@ -75,7 +75,7 @@ class Reference:
     features: Tensor                 # of the fresh pictures, for toy FID and KID
     visible: list[str]               # attributes that can be read in the target's pictures
     shares: dict[str, np.ndarray]    # of each value of a visible attribute, among the fresh pictures
-    nearest: float                   # to_nearest of the fresh pictures
+    nearest: float                   # median of what `nearest` gives for the fresh pictures
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def reference(target: str, size: int) -> Reference:
     seen, truth = attributes(judge, fresh), dict(zip(known, labels.T))  # the labels lack the last, "domain"
     visible = [name for name in truth if (seen[name].numpy() == truth[name]).mean() >= VISIBLE]
     shares = {name: np.bincount(truth[name], minlength=len(known[name])) / FRESH for name in visible}
-    return Reference(shots, features(judge, fresh), visible, shares, to_nearest(judge, fresh, shots))
+    return Reference(shots, features(judge, fresh), visible, shares, float(np.median(nearest(judge, fresh, shots))))
 
 
 def score(samples: Tensor, of_source: Tensor, target: str) -> dict[str, float]:
@@ -112,4 +112,4 @@ def score(samples: Tensor, of_source: Tensor, target: str) -> dict[str, float]:
             "covered": float(np.concatenate(covered).mean()),
             "toy FID": frechet_distance(seen, fresh.features), "toy KID": 1000 * kernel_distance(seen, fresh.features),
             "toy Intra-LPIPS": diversity.mean, "toy Intra-LPIPS std": diversity.std,
-            "memorised": to_nearest(judge, samples, fresh.shots) / fresh.nearest}
+            "memorised": float(np.median(nearest(judge, samples, fresh.shots))) / fresh.nearest}

@@ -26,6 +26,11 @@ def option(default, help, choices=None, metavar=None, positional=False, group=No
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, metavar=metavar, positional=positional, group=group, short=short))
 
 
+def flag(field):
+    """How a field stands on the command line: `--name`, its short form, or a positional's bare name."""
+    return field.name if field.metadata.get("positional") else field.metadata.get("short") or "--" + field.name.replace("_", "-")
+
+
 def parse(cls, argv=None, description=None):
     """Read `argv` (default: this program's) into the dataclass `cls`.
 
@@ -57,8 +62,7 @@ def at_least(options, **bounds):
     for name, low in bounds.items():
         value = getattr(options, name)
         if value is not None and not value >= low:  # nan is not, either
-            flag = fields[name].metadata.get("short") or "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {value}: must be at least {low}")
+            raise InputError(f"{flag(fields[name])} {value}: must be at least {low}")
 
 
 def positive(options, *names):
@@ -110,9 +114,8 @@ def _add(group, field, kind):
     else:
         note = f" (default: {' '.join(map(str, default)) if several else default})"
     how = dict(help=(metadata.get("help", "") + note).replace("%", "%%"))
-    flag = metadata.get("short") or "--" + field.name.replace("_", "-")
     if kind is bool and not several:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, required=default is REQUIRED, **how)
+        group.add_argument(flag(field), action=argparse.BooleanOptionalAction, required=default is REQUIRED, **how)
         return
     how.update(type=kind, choices=metadata.get("choices"), metavar=metadata.get("metavar"))
     if metadata.get("positional"):
@@ -124,4 +127,4 @@ def _add(group, field, kind):
         how["help"] += f"; of {' '.join(how['choices'])}" if how["choices"] != list(default or ()) else ""
     if how["metavar"] is None and how["choices"] is None and kind in (int, float):
         how["metavar"] = "N" if kind is int else "X"
-    group.add_argument(flag, dest=field.name, nargs="+" if several else None, required=default is REQUIRED, **how)
+    group.add_argument(flag(field), dest=field.name, nargs="+" if several else None, required=default is REQUIRED, **how)

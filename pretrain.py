@@ -32,7 +32,7 @@ import domains
 from autoencoder import LOSS_WEIGHTS, first_stage_loss
 from checkpoints import FIRST_STAGES, Network, build, load_network, save_network
 from ddpm import predict_eps
-from options import REQUIRED, InputError, at_least, option, parse, positive, run
+from options import REQUIRED, InputError, at_least, flag, option, parse, positive, run
 from pictures import save_curve, save_grid
 from published import LINEAR
 from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_checkpoint, read_metrics, save_checkpoint, warmup)
@@ -72,6 +72,9 @@ class Options:
     threads: int | None = option(None, "CPU threads (default: all)", group="training")
     seed: int = option(0, "seed of everything random", group="training")
     save_every: int = option(500, "iterations between checkpoints and sample grids", group="training")
+
+
+MAY_CHANGE = {"output_dir", "resume", "overwrite", "iterations", "learning_rate", "device", "threads", "save_every"}  # on --resume
 
 
 def describe(options: Options, stage: Network | None) -> dict:
@@ -136,9 +139,6 @@ def attribute_loss(logits: Tensor, labels: Tensor, attributes: dict) -> Tensor:
     return torch.stack([F.cross_entropy(g, l, reduction="none") for g, l in zip(groups, labels.T)]).mean(0)
 
 
-MAY_CHANGE = {"output_dir", "resume", "overwrite", "iterations", "learning_rate", "device", "threads", "save_every"}  # on --resume
-
-
 def main() -> None:
     options, _ = parse(Options, description=__doc__)
     kind = "-latent" if options.first_stage else "" if options.network == "unet" else f"-{options.network}"
@@ -156,10 +156,10 @@ def main() -> None:
     if options.flip and options.network in ("classifier", "judge"):
         raise InputError(f"--flip: a mirrored picture has other attributes, which --network {options.network} learns; leave it out")
     state = load_checkpoint(out / "checkpoint.pt") if options.resume else None
-    for name_, value in state["options"].items() if state else ():
-        if name_ not in MAY_CHANGE and value != (wanted := getattr(options, name_)):
-            raise InputError(f"{name_ if name_ == 'source' else '--' + name_.replace('_', '-')} {wanted}: the run in {out} has {value}; "
-                             "--resume takes the same flags")
+    for field in dataclasses.fields(options) if state else ():
+        wanted, known = getattr(options, field.name), state["options"][field.name]
+        if field.name not in MAY_CHANGE and wanted != known:
+            raise InputError(f"{flag(field)} {wanted}: the run in {out} has {known}; --resume takes the same flags")
     torch.manual_seed(options.seed)
     first_stage = options.network.upper() in FIRST_STAGES
     stage = load_network(Path(options.first_stage)) if options.first_stage else None

@@ -94,6 +94,18 @@ def load_run(folder: Path) -> tuple[Network, dict]:
     return network, options
 
 
+def load_model(name: str, arch: str | None) -> tuple[Network, dict | None]:
+    """The network of what a user names: of a run's folder, with the run's options, or of a source (checkpoints.load_source), with None.
+
+    Raises InputError as these do, and for an `arch` beside a run.
+    """
+    if not (Path(name) / "options.json").exists():
+        return load_source(name, arch), None
+    if arch:
+        raise InputError(f"--arch {arch}: a run has the network it was trained with; leave it out")
+    return load_run(Path(name))
+
+
 def load_classifier(folder: Path) -> Network:
     """The fine-tuned p_phi of a run with guidance."""
     path = Path(folder) / "classifier.safetensors"

@@ -20,7 +20,6 @@ from tqdm import tqdm
 import data
 import distributed
 import run_folder
-from checkpoints import load_source
 from classifier import TARGET, log_prob_gradient
 from options import REQUIRED, InputError, at_least, option, parse, run
 from pictures import save_grid
@@ -53,16 +52,10 @@ def main() -> None:
         raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'")
     at_least(options, n=1, batch_size=1, steps=1)
     folder = Path(options.model)
-    is_run = (folder / "options.json").exists()
-    if is_run and options.arch:
-        raise InputError(f"--arch {options.arch}: a run has the network it was trained with; leave it out")
     if not math.isfinite(options.guidance):
         raise InputError(f"--guidance {options.guidance}: must be a number")
-    if is_run:
-        network, _ = run_folder.load_run(folder)
-    else:
-        network = load_source(options.model, options.arch)
-    out = Path(options.output_dir or (folder / "drawn" if is_run else f"runs/{folder.stem}-samples")).resolve()
+    network, of_run = run_folder.load_model(options.model, options.arch)
+    out = Path(options.output_dir or (folder / "drawn" if of_run else f"runs/{folder.stem}-samples")).resolve()
     network.to(device)
     if options.steps > network.schedule.timesteps:
         raise InputError(f"--steps {options.steps}: this model has {network.schedule.timesteps}")

@@ -230,8 +230,8 @@ def main() -> None:
     form = f", as latents {'x'.join(map(str, source.shape))}" if source.first_stage else ""
     say(f"source {options.source}: {size}x{size}{form}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
         f"{options.method} on {len(targets)} pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
-    if suits := [name for name in suits if name not in given]:
-        say(f"settings for a {'small' if size <= 64 else 'latent'} source: " + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in suits))
+    if replaced := [name for name in suits if name not in given]:
+        say(f"settings for a {'small' if size <= 64 else 'latent'} source: " + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in replaced))
 
     classifier = None
     if options.method in ("guided", "tan"):

@@ -14,6 +14,7 @@ import judge
 import launch
 import run_folder
 import tables
+import tables_report
 import train_tan
 from conftest import call
 from options import InputError, parse
@@ -102,13 +103,13 @@ def test_pairs_are_of_the_same_target_and_seed():
     names = ("toy FID", "toy KID", "toy Intra-LPIPS", "target", "kept", "covered", "memorised")
     found = [dict(run=dict(method=method, target=target, seed=seed, iterations=80), score=dict.fromkeys(names, fid), rate=1.0, seconds=1.0)
              for (method, target, seed), fid in fids.items()]
-    fid, intra = tables.main_tables(found)[-3:-1]
+    fid, intra = tables_report.main_tables(found)[-3:-1]
     assert fid.splitlines()[4:] == ["| tan |  | 2 of 2 |", "| adaptor | 0 of 2 |  |"] and "lower toy FID" in fid
     assert intra.splitlines()[4:] == ["| tan |  | 0 of 2 |", "| adaptor | 2 of 2 |  |"]
 
 
 def test_mean_and_standard_deviation():
-    assert tables.mean_std([0.5, 0.7]) == "0.600 ± 0.141 (2)" and tables.mean_std([0.25]) == "0.250"
+    assert tables_report.mean_std([0.5, 0.7]) == "0.600 ± 0.141 (2)" and tables_report.mean_std([0.25]) == "0.250"
 
 
 @pytest.fixture
