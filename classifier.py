@@ -143,3 +143,23 @@ def accuracy_by_quartile(model: Classifier, schedule: Schedule, source: Tensor, 
             right.append(sum(hits) / len(hits))
         result.append(sum(right) / 2)
     return result
+
+
+def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) -> Tensor:
+    """|| eps - eps_theta(x_t, t) - guidance ||^2 of Eqs. 6 and 9, as a mean over each image: (B, ...) -> (B,).
+
+    guidance = sigma_hat_t^2 gamma grad log p(y = T | x_t); with 0 it is Eq. 1.
+    """
+    return (eps - eps_predicted - guidance).square().flatten(1).mean(1)
+
+
+def similarity_guidance(classifier: Callable | None, schedule: Schedule, xt: Tensor, t: Tensor, gamma: float, power: int = 2,
+                        below: int | None = None) -> Tensor | float:
+    """sigma_hat_t^2 gamma grad log p(y = T | x_t) of Eq. 6, shaped like xt; 0 without a classifier, and from timestep `below` on.
+
+    power    of sigma_hat: 2 as printed, 1 as Eqs. 2-3 give with the posterior variance
+    """
+    if classifier is None:
+        return 0.0
+    guidance = schedule.sigma_hat(t, xt) ** power * gamma * log_prob_gradient(classifier, xt, t, TARGET)
+    return guidance if below is None else guidance * (t < below).view(-1, *[1] * (xt.dim() - 1))

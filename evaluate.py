@@ -23,15 +23,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
-import distributed
 import domains
-import judge
 import metrics
-import run_folder
-from checkpoints import fingerprint, load_source
-from options import InputError, at_least, flag, option, parse, run
-from training import write_atomic
+from checkpoints import run_folder
+from checkpoints.load import load_source
+from checkpoints.network import fingerprint
+from checkpoints.perceptual import BACKBONES, load_inception, load_lpips
+from domains import judge
+from plumbing import distributed
+from plumbing.files import write_atomic
+from plumbing.options import InputError, at_least, flag, option, parse, run
+from plumbing.pictures import ImageFolder
 
 COLUMNS = ("target", "kept", "covered", "toy FID", "toy KID", "toy Intra-LPIPS", "memorised")
 FIRST_SEED = 20_000  # of the noises that every run is scored with, beyond those of its pictures
@@ -51,7 +53,7 @@ class Options:
     size: int = option(256, "pixels per side at which pictures are compared, for all three figures; they are cropped to a square and scaled", group="folders of pictures")
     cluster_size: int | None = option(None, "compare at most so many random members of a cluster; 50 is the protocol of Ojha et al. 2021 "
                                       "(default: all)", group="folders of pictures")
-    lpips_net: str = option("vgg", "backbone of LPIPS", choices=list(metrics.BACKBONES), group="folders of pictures")
+    lpips_net: str = option("vgg", "backbone of LPIPS", choices=list(BACKBONES), group="folders of pictures")
     lpips_backbone: str | None = option(None, "torchvision's weights for it", metavar="FILE", group="folders of pictures")
     inception_weights: str | None = option(None, "torch-fidelity's Inception weights", metavar="FILE", group="folders of pictures")
     download: bool = option(False, "fetch missing weights from their publishers", group="folders of pictures")
@@ -99,13 +101,13 @@ def score_folders(options: Options, device: torch.device) -> None:
     for name in ("samples", "target"):
         if getattr(options, name) is None:
             raise InputError(f"--{name}: missing; --samples and --target go together")
-    samples, targets = data.ImageFolder(options.samples, options.size), data.ImageFolder(options.target, options.size)
-    reference = data.ImageFolder(options.reference, options.size) if options.reference else None
+    samples, targets = ImageFolder(options.samples, options.size), ImageFolder(options.target, options.size)
+    reference = ImageFolder(options.reference, options.size) if options.reference else None
     weights = Path(options.samples).parent / "weights.safetensors"
     if weights.exists() and min((file.stat().st_mtime for file in Path(options.samples).glob("*.png")), default=math.inf) < weights.stat().st_mtime:
         print(f"warning: {options.samples} has pictures older than {weights}; if the run went on after they were drawn, draw them again with sample.py")
-    embed = functools.partial(metrics.lpips_features, metrics.load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device))
-    inception = metrics.load_inception(options.inception_weights, options.download).to(device) if reference else None
+    embed = functools.partial(metrics.lpips_features, load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device))
+    inception = load_inception(options.inception_weights, options.download).to(device) if reference else None
     found = metrics.intra_lpips(embed, samples, targets, options.cluster_size, options.seed, progress=_bar("Intra-LPIPS"))
     print(f"Intra-LPIPS ({options.lpips_net}, {options.size}x{options.size}, {len(samples)} samples): {found.mean:.3f} ± {found.std:.3f} over "
           f"{len(targets) - found.dropped} clusters, {found.dropped} dropped; sizes {' '.join(map(str, found.sizes))}")

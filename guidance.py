@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import domains
-from checkpoints import Network, start_classifier
+from checkpoints.load import start_classifier
+from checkpoints.network import Network
 from classifier import accuracy_by_quartile, augment, fine_tune
-from training import generator
+from plumbing.seeds import generator
 
 
 def make_classifier(options, source: Network, targets: Tensor, device: torch.device, say: Callable) -> tuple[Network, list[float] | None]:
@@ -26,13 +26,13 @@ def make_classifier(options, source: Network, targets: Tensor, device: torch.dev
     progress = lambda text: lambda steps: tqdm(steps, desc=text, leave=False)
     name = options.source_images or domains.drawn_by(options.source)
     if name:
-        pictures = data.source_images(name, count, source.image_size, options.seed)
+        pictures = domains.source_images(name, count, source.image_size, options.seed)
     else:
         say(f"sampling {count} source pictures for the classifier (--source-images FOLDER would save this)")
         pictures = source.sample(range(10**6, 10**6 + count), 25, batch_size=options.micro_batch_size or 64,
                                  progress=progress("source pictures"))  # psi, still zero, changes nothing
     pictures, targets = pictures.to(device), targets.to(device)
-    kinds = options.augment or data.AUGMENT.get(options.target, ("flip", "shift"))
+    kinds = options.augment or domains.AUGMENT.get(options.target, ("flip", "shift"))
 
     def x0(images: Tensor, versions: int) -> Tensor:
         """What the classifier sees.  Latents cannot be mirrored or coloured: of each picture, several changed versions are encoded."""

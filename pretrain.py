@@ -26,16 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import data
-import distributed
 import domains
 from autoencoder import LOSS_WEIGHTS, first_stage_loss
-from checkpoints import FIRST_STAGES, Network, build, load_network, save_network
+from checkpoints.load import load_network
+from checkpoints.network import FIRST_STAGES, Network, build, save_network
+from checkpoints.published import LINEAR
 from ddpm import predict_eps
-from options import REQUIRED, InputError, at_least, flag, option, parse, positive, run
-from pictures import save_curve, save_grid
-from published import LINEAR
-from training import (EMA, Metrics, StopSignal, cosine_decay, generator, load_checkpoint, read_metrics, save_checkpoint, warmup)
+from plumbing import distributed
+from plumbing.figures import save_curve
+from plumbing.files import Metrics, load_checkpoint, read_metrics, save_checkpoint
+from plumbing.options import REQUIRED, InputError, at_least, flag, option, parse, positive, run
+from plumbing.pictures import ImageFolder, save_grid, to_tensor
+from plumbing.seeds import generator
+from plumbing.training import EMA, StopSignal, cosine_decay, warmup
 
 
 @dataclasses.dataclass
@@ -115,10 +118,10 @@ def load_pictures(options: Options):
             pixels, labels = domains.draw(domain, options.images // len(names), options.seed, options.size, progress=distributed.rank() == 0)
             drawn.append((pixels, np.column_stack([labels, np.full(len(labels), i)]) if options.network == "judge" else labels))
         pixels, labels = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*drawn))
-        return (lambda indices: (data.to_tensor(pixels[indices]), labels[indices])), len(pixels)
+        return (lambda indices: (to_tensor(pixels[indices]), labels[indices])), len(pixels)
     if options.network in ("classifier", "judge"):
         raise InputError(f"--network {options.network} learns attributes, which only built-in sources have: {', '.join(domains.SOURCES)}")
-    folder = data.ImageFolder(options.source, options.size)
+    folder = ImageFolder(options.source, options.size)
     return (lambda indices: (folder.batch(indices), torch.empty(len(indices), 0))), len(folder)
 
 

@@ -17,20 +17,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import data
-import distributed
-import run_folder
+from checkpoints import run_folder
 from classifier import TARGET, log_prob_gradient
-from options import REQUIRED, InputError, at_least, option, parse, run
-from pictures import save_grid
-from training import write_atomic
+from plumbing import distributed
+from plumbing.files import write_atomic
+from plumbing.options import REQUIRED, InputError, at_least, option, parse, run
+from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
 
 
 @dataclasses.dataclass
 class Options:
     model: str = option(REQUIRED, "folder of a run, built-in source, file of weights or folder of diffusers", positional=True)
     n: int = option(64, "number of pictures", short="-n")
-    arch: str | None = option(None, "network of a published file whose shapes do not show it (python checkpoints.py lists them), or a JSON file",
+    arch: str | None = option(None, "network of a published file whose shapes do not show it (python -m checkpoints lists them), or a JSON file",
                               metavar="NAME")
     steps: int = option(50, "sampling steps")
     eta: str = option("0", "0: DDIM, 1: DDPM, any number between, or 'large': DDPM with variance beta_t", metavar="X")
@@ -72,12 +71,12 @@ def main() -> None:
     for part in (mine[i:i + options.batch_size] for i in range(0, len(mine), options.batch_size)):  # each batch is kept as soon as it is drawn
         images = network.sample([options.seed + i for i in part], options.steps, eta=eta, gradient=gradient, gamma=options.guidance,
                                 batch_size=options.batch_size, progress=progress)
-        for i, pixels in zip(part, data.to_uint8(images)):
+        for i, pixels in zip(part, to_uint8(images)):
             write_atomic(out / f"{options.seed + i:06d}.png", lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
     distributed.barrier()
     if distributed.rank() == 0:
-        shown = [data.read_array(out / f"{options.seed + i:06d}.png") for i in range(min(options.n, 256))]
-        save_grid(out.with_name(out.name + ".png"), data.to_tensor(torch.stack(shown)), columns=min(16, options.n))
+        shown = [read_array(out / f"{options.seed + i:06d}.png") for i in range(min(options.n, 256))]
+        save_grid(out.with_name(out.name + ".png"), to_tensor(torch.stack(shown)), columns=min(16, options.n))
         print(f"{options.n} pictures in {out}/, a grid in {out}.png")
     distributed.cleanup()
 

@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adversarial_noise import norm, worst_case_noise
-from classifier import SOURCE, TARGET
+from classifier import SOURCE, TARGET, guided_loss, similarity_guidance
 from ddpm import Schedule, predict_eps, sample
-from options import InputError, at_least, option, parse, positive, run
-from pictures import save_figure
-from toy2d_report import draw_gradients, draw_measured, draw_trajectories, summarise, tables
-from train_tan import guided_loss, similarity_guidance
-from training import generator, write_atomic
+from experiments.toy2d_report import draw_gradients, draw_measured, draw_trajectories, summarise, tables
+from plumbing.figures import save_figure
+from plumbing.files import write_atomic
+from plumbing.options import InputError, at_least, option, parse, positive, run
+from plumbing.seeds import generator
 from unet import timestep_embedding
 
 MEANS = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])  # of SOURCE and TARGET; both covariances are I

@@ -12,9 +12,9 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoints  # noqa: E402
-import train_tan  # noqa: E402
-from published import LINEAR  # noqa: E402
+import train_tan
+from checkpoints.network import Network, build, save_network
+from checkpoints.published import LINEAR
 
 TINY = dict(image_size=16, in_channels=3, model_channels=16, out_channels=3, num_res_blocks=1, attention_resolutions=[2],
             channel_mult=[1, 2], num_head_channels=16, use_scale_shift_norm=True, norm_groups=8)
@@ -27,10 +27,10 @@ def call(main, *argv) -> None:
         main()
 
 
-def tiny_network(seed: int = 0, **options) -> checkpoints.Network:
+def tiny_network(seed: int = 0, **options) -> Network:
     """An untrained source of which every layer does something (a new one ends in zeros)."""
     torch.manual_seed(seed)
-    network = checkpoints.build(dict(network="UNet", config=dict(TINY, **options), schedule=LINEAR), "tiny")
+    network = build(dict(network="UNet", config=dict(TINY, **options), schedule=LINEAR), "tiny")
     for p in network.model.parameters():
         p.data += 0.05 * torch.randn(p.shape)
     return network
@@ -40,7 +40,7 @@ def tiny_network(seed: int = 0, **options) -> checkpoints.Network:
 def tiny(tmp_path_factory):
     """Paths: `source` (a file of weights), `targets` (five dark pictures), `sources` (eight bright ones); `flags` of a tiny run."""
     folder = tmp_path_factory.mktemp("tiny")
-    checkpoints.save_network(folder / "source.safetensors", tiny_network())
+    save_network(folder / "source.safetensors", tiny_network())
     rng = np.random.default_rng(0)
     for name, n, low in (("targets", 5, 0), ("sources", 8, 128)):
         (folder / name).mkdir()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import adaptor
-from checkpoints import ARCHITECTURES
+from checkpoints.published import ARCHITECTURES
 from unet import UNet
 
 SMALL = dict(image_size=16, in_channels=3, model_channels=8, out_channels=3, num_res_blocks=1, attention_resolutions=[2],

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-import data
 import domains
-import judge
-from checkpoints import ASSETS, load_network, load_source
+from checkpoints.load import ASSETS, load_network, load_source
 from classifier import from_unet
 from ddpm import predict_eps
+from domains import judge
+from plumbing.pictures import to_tensor
 
 
 @pytest.mark.parametrize("source, limit", [("toyfaces", 0.02), ("toychurches", 0.02), ("toyfaces-latent", 0.06)])
 def test_the_built_in_sources_denoise_fresh_pictures(source, limit):
     network = load_source(source)
-    x0 = network.encode(data.to_tensor(domains.evaluation_pictures(domains.drawn_by(source), 64, network.image_size)[0]))
+    x0 = network.encode(to_tensor(domains.evaluation_pictures(domains.drawn_by(source), 64, network.image_size)[0]))
     g = torch.Generator().manual_seed(0)
     t, eps = torch.randint(1000, (64,), generator=g), torch.randn(x0.shape, generator=g)
     with torch.no_grad():
@@ -24,7 +24,7 @@ def test_the_built_in_sources_denoise_fresh_pictures(source, limit):
 
 def test_the_latent_source_decodes_what_it_encodes():
     network = load_source("toyfaces-latent")
-    pictures = data.to_tensor(domains.evaluation_pictures("toyfaces", 16, 64)[0])
+    pictures = to_tensor(domains.evaluation_pictures("toyfaces", 16, 64)[0])
     assert network.shape == (4, 16, 16) and (network.decode(network.encode(pictures)) - pictures).abs().mean() < 0.04
     assert network.encode(pictures).std() == pytest.approx(1, abs=0.1)
 
@@ -34,7 +34,7 @@ def test_the_judge_knows_domains_and_attributes(domain):
     source = domains.TARGETS.get(domain, domain)
     network = judge.load_judge(source)
     pixels, labels = domains.evaluation_pictures(domain, 100)
-    seen = judge.attributes(network, data.to_tensor(pixels))
+    seen = judge.attributes(network, to_tensor(pixels))
     share = lambda name, truth: (seen[name] == truth).float().mean()
     assert share("domain", network.description["attributes"]["domain"].index(domain)) > 0.97
     if domain in ("toyfaces", "sunglasses"):  # others leave out hair or colour

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, Vect
 from test_unet import GOLDEN, filled
 
 from autoencoder import KL, KL_F8, VQ, VQ_F4, first_stage_loss
-from layouts import diffusers_config, diffusers_names
+from checkpoints.layouts import diffusers_config, diffusers_names
 
 
 def small(kind: str, seed: int = 0, **options):

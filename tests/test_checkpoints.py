@@ -10,13 +10,13 @@ from conftest import TINY, tiny_network
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import run_folder
-from checkpoints import (build, fingerprint, load_network, load_source, read_tensors, save_network,
-                         start_classifier)
+from checkpoints import run_folder
+from checkpoints.load import load_network, load_source, read_tensors, start_classifier
+from checkpoints.network import build, fingerprint, save_network
+from checkpoints.published import LINEAR
 from classifier import from_unet
 from ddpm import Schedule
-from options import InputError
-from published import LINEAR
+from plumbing.options import InputError
 from unet import UNet
 
 X, T = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 800])

@@ -6,7 +6,17 @@ import torch.nn.functional as F
 from conftest import TINY, tiny_network
 from torch import nn
 
-from classifier import SOURCE, TARGET, Classifier, accuracy_by_quartile, augment, fine_tune, from_unet, log_prob_gradient, replace_head
+from classifier import (
+    SOURCE,
+    TARGET,
+    Classifier,
+    accuracy_by_quartile,
+    augment,
+    fine_tune,
+    from_unet,
+    log_prob_gradient,
+    replace_head,
+)
 from ddpm import Schedule
 
 T = torch.tensor([3, 800])

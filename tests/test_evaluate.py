@@ -5,13 +5,14 @@ import functools
 import numpy as np
 import pytest
 import torch
+from conftest import call
 from PIL import Image
 
-import data
 import evaluate
 import metrics
-from conftest import call
-from options import InputError
+from checkpoints.perceptual import load_lpips
+from plumbing.options import InputError
+from plumbing.pictures import load_folder
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def test_folders(tmp_path, backbone, capsys):
             Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / folder / f"{i}.png")
     call(evaluate.main, "--samples", tmp_path / "samples", "--target", tmp_path / "targets", "--lpips-net", "squeeze", "--lpips-backbone", backbone,
          "--size", 32, "--device", "cpu")
-    embed = functools.partial(metrics.lpips_features, metrics.load_lpips("squeeze", backbone))
-    expected = metrics.intra_lpips(embed, *(data.load_folder(tmp_path / f, 32) for f in ("samples", "targets")))
+    embed = functools.partial(metrics.lpips_features, load_lpips("squeeze", backbone))
+    expected = metrics.intra_lpips(embed, *(load_folder(tmp_path / f, 32) for f in ("samples", "targets")))
     out = capsys.readouterr().out
     assert f"(squeeze, 32x32, 8 samples): {expected.mean:.3f} ± {expected.std:.3f}" in out and " ".join(map(str, expected.sizes)) in out
     assert "warning" not in out
@@ -48,10 +49,10 @@ def test_folders(tmp_path, backbone, capsys):
 @pytest.mark.parametrize("flags, message", [
     ([], "what to score"),
     (["--samples", "x"], "--target: missing"),
-    (["--samples", "docs", "--target", "no-such"], "no-such: no such folder"),  # before any weights are looked for
-    (["--samples", "docs", "--target", "docs", "--reference", "no-such"], "no-such: no such folder"),
-    (["--samples", "docs", "--target", "docs", "--lpips-backbone", "none.pth"], "none.pth: no such file"),
-    (["--samples", "docs", "--target", "docs", "--size", "16"], "--size 16: must be at least 32"),
+    (["--samples", "docs/images", "--target", "no-such"], "no-such: no such folder"),  # before any weights are looked for
+    (["--samples", "docs/images", "--target", "docs/images", "--reference", "no-such"], "no-such: no such folder"),
+    (["--samples", "docs/images", "--target", "docs/images", "--lpips-backbone", "none.pth"], "none.pth: no such file"),
+    (["--samples", "docs/images", "--target", "docs/images", "--size", "16"], "--size 16: must be at least 32"),
     (["runs/none"], "runs/none: not the folder of a run"),
     (["runs/x", "--target", "y"], "what to score"),
     (["x", "-n", "1"], "-n 1"),

@@ -10,11 +10,12 @@ import torch
 from conftest import TINY, call
 from safetensors.torch import load_file, save_file
 
-import checkpoints
-import data
-import export
-from options import InputError
-from run_folder import load_run
+from checkpoints import export
+from checkpoints.load import load_source
+from checkpoints.network import build, save_network
+from checkpoints.run_folder import load_run
+from plumbing.options import InputError
+from plumbing.pictures import to_uint8
 
 STAGE = dict(z_channels=3, resolution=16, ch=8, ch_mult=[1, 2], num_res_blocks=1, norm_groups=4)
 FIRST_STAGES = {"vq": dict(network="VQ", config=dict(ddconfig=dict(STAGE, double_z=False, attn_resolutions=[8]), embed_dim=3, n_embed=16)),
@@ -59,17 +60,17 @@ def networks(train, finished, tmp_path_factory):
     for name, schedule in schedules.items():
         latent = dict(first_stage=FIRST_STAGES[name], scale_factor=0.7) if name != "source" else {}
         out_channels = 6 if name == "source" else 3  # a learned variance
-        network = checkpoints.build(dict(network="UNet", config=dict(TINY, image_size=8 if latent else 16, out_channels=out_channels),
+        network = build(dict(network="UNet", config=dict(TINY, image_size=8 if latent else 16, out_channels=out_channels),
                                          schedule=schedule, **latent), name)
         for p in [*network.model.parameters(), *(network.first_stage.parameters() if latent else ())]:
             p.data += 0.05 * torch.randn(p.shape)
         if name == "vq":
             network.first_stage.quantize.embedding.weight.data.normal_()  # spread, so that which entry is nearest matters
         paths[name] = folder / f"{name}.safetensors"
-        checkpoints.save_network(paths[name], network)
+        save_network(paths[name], network)
     paths["finetuned"] = train(folder / "finetuned", "--method", "finetune", "--iterations", "2")
     paths["kl-adapted"] = train(folder / "kl-run", "--source", paths["kl"], "--method", "adaptor", "--iterations", "4", "--learning-rate", "0.01")
-    return {name: (path, load_run(path)[0] if path.is_dir() else checkpoints.load_source(str(path))) for name, path in paths.items()}
+    return {name: (path, load_run(path)[0] if path.is_dir() else load_source(str(path))) for name, path in paths.items()}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_same_noise_same_picture(networks, exported, name):
     assert ours.std() > 0.1 and (ours[0] - ours[1]).abs().max() > 0.1
     close(drawn["noise"], as_pt(ours))
     close(drawn["seeds"], as_pt(network.sample([5, 6], 4, eta=1.0)))
-    assert (torch.tensor(drawn["pil"]) - data.to_uint8(ours).flatten(1, 2)).abs().max() <= 1  # rounding may tip a grey level
+    assert (torch.tensor(drawn["pil"]) - to_uint8(ours).flatten(1, 2)).abs().max() <= 1  # rounding may tip a grey level
 
 
 @pytest.mark.parametrize("name", ["source", "vq"])
@@ -118,7 +119,7 @@ def test_the_schedule_is_what_diffusers_makes_of_its_options(exported, name):
 
 def test_adaptors_are_in_it(networks, exported, tiny):
     for name, source in (("adapted", tiny.source), ("kl-adapted", networks["kl"][0])):
-        network = checkpoints.load_source(str(source))
+        network = load_source(str(source))
         assert (as_pt(network.sample(range(2), 4, noise=noise(network))) - exported[1][name]["noise"]).abs().max() > 0.01
     assert "missing_keys" in exported[1]["damaged"] and "middle_block.0.adaptor.up.weight" in exported[1]["damaged"]
 
@@ -156,8 +157,8 @@ def test_pictures_of_the_run_go_along(finished, tmp_path, monkeypatch):
 def test_bad_input(finished, tiny, tmp_path):
     out = tmp_path / "out"
     config = dict(FIRST_STAGES["kl"]["config"], ddconfig=dict(STAGE, double_z=True, ch_mult=[2, 2]))
-    odd = checkpoints.build(dict(network="UNet", config=dict(TINY, image_size=8), first_stage=dict(network="KL", config=config)), "odd")
-    checkpoints.save_network(tmp_path / "odd.safetensors", odd)
+    odd = build(dict(network="UNet", config=dict(TINY, image_size=8), first_stage=dict(network="KL", config=config)), "odd")
+    save_network(tmp_path / "odd.safetensors", odd)
     for model, says in (("nosuch", "nosuch: no such file"), (tiny.targets, "neither the folder of a run"),
                         (tmp_path / "odd.safetensors", "odd.safetensors: this first stage cannot be exported .*ch_mult")):
         with pytest.raises(InputError, match=says):

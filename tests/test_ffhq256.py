@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import train_tan
-from checkpoints import ARCHITECTURES
+from checkpoints.published import ARCHITECTURES
 from unet import UNet
 
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import domains
-import judge
+from domains import judge
+from plumbing.pictures import to_tensor
 
 
 @pytest.fixture(scope="module")
 def scores():
     """judge.score of fresh sunglasses, of the source's own faces, of slightly noised copies of the ten shots, and of those mirrored."""
-    fresh, source = (data.to_tensor(domains.draw(domain, 200, seed=5)[0]) for domain in ("sunglasses", "toyfaces"))
-    shots = data.to_tensor(domains.ten_shots("sunglasses")[0]).repeat(20, 1, 1, 1)
+    fresh, source = (to_tensor(domains.draw(domain, 200, seed=5)[0]) for domain in ("sunglasses", "toyfaces"))
+    shots = to_tensor(domains.ten_shots("sunglasses")[0]).repeat(20, 1, 1, 1)
     copies = shots + 0.02 * torch.randn(shots.shape, generator=torch.Generator().manual_seed(0))
     return {name: judge.score(pictures, source, "sunglasses") for name, pictures in (("fresh", fresh), ("source", source), ("copies", copies), ("mirrored", copies.flip(3)))}
 
@@ -29,14 +29,14 @@ def test_score_of_known_pictures(scores):
 
 
 def test_kernel_distance_is_near_zero_for_fresh_pictures_however_few(scores):
-    pictures, source = (data.to_tensor(domains.draw(domain, 200, seed=6)[0]) for domain in ("sunglasses", "toyfaces"))
+    pictures, source = (to_tensor(domains.draw(domain, 200, seed=6)[0]) for domain in ("sunglasses", "toyfaces"))
     few = [judge.score(part, part, "sunglasses") for part in pictures.split(25)]
     assert abs(np.mean([s["toy KID"] for s in few])) < 0.5 < 5 < scores["source"]["toy KID"] and min(s["toy FID"] for s in few) > 0.2
 
 
 def test_fewer_source_samples_than_samples():
     """Attributes kept are counted on the pairs that there are."""
-    fresh, source = (data.to_tensor(domains.draw(domain, 40, seed=5)[0]) for domain in ("sunglasses", "toyfaces"))
+    fresh, source = (to_tensor(domains.draw(domain, 40, seed=5)[0]) for domain in ("sunglasses", "toyfaces"))
     assert judge.score(fresh, source[:15], "sunglasses")["kept"] == judge.score(fresh[:15], source[:15], "sunglasses")["kept"] > 0.9
 
 
@@ -45,7 +45,7 @@ def test_eyes_cannot_be_seen_behind_sunglasses():
 
 
 def test_larger_pictures_are_reduced(scores):
-    small, large = (data.to_tensor(domains.draw("sunglasses", 50, seed=5, size=size)[0]) for size in (32, 64))
+    small, large = (to_tensor(domains.draw("sunglasses", 50, seed=5, size=size)[0]) for size in (32, 64))
     network = judge.load_judge("toyfaces")
     agree = [torch.equal(a, b) for a, b in zip(judge.attributes(network, small).values(), judge.attributes(network, large).values())]
     assert np.mean(agree) > 0.5

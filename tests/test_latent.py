@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from conftest import call
 from PIL import Image
 
-import checkpoints
-import data
 import ddpm
+import domains
 import pretrain
-import run_folder
 import sample
 import train_tan
-from conftest import call
-from options import InputError
+from checkpoints import run_folder
+from checkpoints.load import load_network, load_source, read_tensors
+from plumbing.options import InputError
 
 STAGE = "--size 16 --channels 8 --channel-mult 1 2 --norm-groups 4 --images 32 --iterations 3 --batch-size 4 --device cpu".split()
 UNET = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --images 32 --iterations 3 --batch-size 4 --device cpu".split()
@@ -30,14 +30,14 @@ def source(request, tmp_path_factory):
 
 
 def test_what_pretraining_leaves(source):
-    network, stage = checkpoints.load_source(str(source)), checkpoints.load_network(source.parents[1] / "stage" / "model.safetensors")
+    network, stage = load_source(str(source)), load_network(source.parents[1] / "stage" / "model.safetensors")
     assert network.shape == (4, 8, 8) and network.image_size == 16
     assert all(torch.equal(value, stage.model.state_dict()[key]) for key, value in network.first_stage.state_dict().items())
     images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(network.encode(images), stage.model.encode(images) * network.scale_factor)
     torch.testing.assert_close(network.decode(network.encode(images)), stage.model.decode(stage.model.encode(images)).clamp(-1, 1))
     # the scale factor gives the latents of the training pictures unit variance
-    pictures = data.source_images("toyfaces", 32, 16, 0)
+    pictures = domains.source_images("toyfaces", 32, 16, 0)
     assert network.encode(pictures).std() == pytest.approx(1, abs=0.02)
     assert (source.parent / "samples.png").exists() and Image.open(source.parents[1] / "stage" / "samples.png").height > 200
 
@@ -48,7 +48,7 @@ def test_tan_on_latents(source, tmp_path, method):
     network, options = run_folder.load_run(tmp_path)
     assert network.shape == (4, 8, 8)
     latents = lambda n: ddpm.sample(n.model, n.schedule, n.shape, [0, 1], 3, clip=False)
-    assert not torch.equal(latents(network), latents(checkpoints.load_source(str(source))))
+    assert not torch.equal(latents(network), latents(load_source(str(source))))
     torch.testing.assert_close(network.sample([0, 1], 3), network.decode(latents(network)))
     assert network.sample([0, 1], 3).shape == (2, 3, 16, 16)
     assert Image.open(tmp_path / "targets.png").width >= 10 * 128  # pictures, not latents
@@ -63,7 +63,7 @@ def test_training_sees_scaled_latents_of_the_pictures_and_their_mirror_images(so
     original = train_tan.worst_case_noise
     monkeypatch.setattr(train_tan, "worst_case_noise", lambda model, schedule, x0, *rest: seen.append(x0) or original(model, schedule, x0, *rest))
     call(train_tan.main, "--source", source, *RUN, "--samples", 0, "--batch-size", 8, "--output-dir", tmp_path)
-    targets, network = data.target_images("sunglasses", 16), checkpoints.load_source(str(source))
+    targets, network = domains.target_images("sunglasses", 16), load_source(str(source))
     both = network.encode(torch.cat([targets, targets.flip(3)]))
     nearest = torch.cdist(torch.cat(seen).flatten(1), both.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").min(1)
     assert nearest.values.max() < 1e-4 and (nearest.indices < 10).any() and (nearest.indices >= 10).any()
@@ -75,7 +75,7 @@ def test_resume_on_latents_is_exact(source, tmp_path):
         for part in parts:
             flags = [] if "--resume" in part else ["--source", source, *RUN]
             call(train_tan.main, *flags, *part, "--output-dir", tmp_path / name)
-        ends.append(checkpoints.read_tensors(tmp_path / name / "weights.safetensors")[0])
+        ends.append(read_tensors(tmp_path / name / "weights.safetensors")[0])
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
 
@@ -87,7 +87,7 @@ def test_pretraining_on_latents_resumes_exactly(source, tmp_path):
         with pytest.raises(SystemExit):
             call(pretrain.main, "toyfaces", *flags, "--output-dir", tmp_path / "parts")
     call(pretrain.main, "toyfaces", *flags, "--resume", "--output-dir", tmp_path / "parts")
-    ends = [checkpoints.read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("whole", "parts")]
+    ends = [read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("whole", "parts")]
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
 
@@ -102,4 +102,4 @@ def test_first_stage_that_does_not_do(source, tmp_path, flags, message):
 
 def test_a_first_stage_is_no_source(source):
     with pytest.raises(InputError, match="not a diffusion model"):
-        checkpoints.load_source(str(source.parents[1] / "stage" / "model.safetensors"))
+        load_source(str(source.parents[1] / "stage" / "model.safetensors"))

@@ -16,9 +16,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-import data
 import metrics
-from options import InputError
+from checkpoints.perceptual import load_inception, load_lpips, published_weights
+from plumbing.options import InputError
+from plumbing.pictures import to_tensor
 
 
 def randn(*shape, seed=0):
@@ -212,24 +213,24 @@ def test_backbone_from_a_file_and_from_torch_hub(squeeze, hub, tmp_path):
     hub.mkdir(parents=True)
     torch.save({**weights, "classifier.1.weight": torch.zeros(1000, 512, 1, 1)}, hub / "squeezenet1_1-b8a52dc0.pth")
     a, b = randn(1, 3, 32, 32).float(), randn(1, 3, 32, 32, seed=1).float()
-    for model in metrics.load_lpips("squeeze", tmp_path / "features.pth"), metrics.load_lpips("squeeze"):
+    for model in load_lpips("squeeze", tmp_path / "features.pth"), load_lpips("squeeze"):
         assert not model.training
         torch.testing.assert_close(model(a, b), squeeze(a.double(), b.double()).float())
 
 
 def test_missing_weights_say_which_file_goes_where(hub):
     with pytest.raises(InputError) as error:
-        metrics.load_lpips("vgg")
+        load_lpips("vgg")
     message = str(error.value)
     assert message.startswith(str(hub / "vgg16-397923af.pth")) and "\n" not in message
     assert "fetch https://download.pytorch.org/models/vgg16-397923af.pth" in message and "--lpips-backbone FILE" in message
     with pytest.raises(InputError, match="weights-inception-2015-12-05-6726825d.pth: not there.*--inception-weights FILE"):
-        metrics.load_inception()
+        load_inception()
 
 
 def test_download_is_checked_and_fails_clearly(hub, tmp_path):
     origin = tmp_path / f"net-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
-    fetch = lambda: metrics.published_weights(origin.as_uri(), "--flag", download=True)
+    fetch = lambda: published_weights(origin.as_uri(), "--flag", download=True)
     with pytest.raises(InputError, match="could not be downloaded.*put it there, or give it with --flag FILE"):
         fetch()
     origin.write_bytes(b"something else")
@@ -243,11 +244,11 @@ def test_download_is_checked_and_fails_clearly(hub, tmp_path):
 def test_weights_of_another_network_and_unsafe_files(squeeze, tmp_path):
     torch.save(torchvision_names(squeeze), tmp_path / "squeeze.pth")
     with pytest.raises(InputError, match="squeeze.pth: not torchvision's weights for alex"):
-        metrics.load_lpips("alex", tmp_path / "squeeze.pth")
+        load_lpips("alex", tmp_path / "squeeze.pth")
     with pytest.raises(InputError, match="squeeze.pth: not the Inception weights"):
-        metrics.load_inception(tmp_path / "squeeze.pth")
+        load_inception(tmp_path / "squeeze.pth")
     torch.save(squeeze, tmp_path / "code.pth")
-    for load in functools.partial(metrics.load_lpips, "squeeze"), metrics.load_inception:
+    for load in functools.partial(load_lpips, "squeeze"), load_inception:
         with pytest.raises(InputError, match="code.pth: not a file of weights that can be read safely"):
             load(tmp_path / "code.pth")
         with pytest.raises(InputError, match="none.pth: no such file"):
@@ -263,8 +264,8 @@ def test_inception_features_are_the_package_s(tmp_path, monkeypatch):
     package = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=empty)
     monkeypatch.undo()
     torch.save(package.state_dict(), tmp_path / "inception.pth")
-    model = metrics.load_inception(tmp_path / "inception.pth")
+    model = load_inception(tmp_path / "inception.pth")
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features = metrics.inception_features(model, data.to_tensor(pixels.permute(0, 2, 3, 1)), batch_size=2)
+    features = metrics.inception_features(model, to_tensor(pixels.permute(0, 2, 3, 1)), batch_size=2)
     assert features.shape == (3, 2048) and features.std(0).max() > 0
     torch.testing.assert_close(features, package(pixels)[0])

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from options import REQUIRED, InputError, option, parse, run
+from plumbing.options import REQUIRED, InputError, option, parse, run
 
 
 @dataclasses.dataclass

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-import pairwise
-import run_folder
+import domains
 import train_tan
-from options import InputError
-from training import generator, read_metrics
+from baselines import pairwise
+from checkpoints import run_folder
+from plumbing.files import read_metrics
+from plumbing.options import InputError
+from plumbing.seeds import generator
 
 
 def randn(*shape, seed=0):
@@ -71,12 +72,12 @@ def test_the_noisier_the_less_it_weighs(train, tmp_path, monkeypatch):
     out = train(tmp_path / "run", "--method", "pa", "--iterations", 1, "--batch-size", 8, "--seed", 3, "--pairwise-weights", 4, 4, 1)
     (adapted, source, x0, *weights), (x, factor) = seen[0], scaled[0]
     torch.testing.assert_close(adapted, source)  # the same network still
-    shots = data.target_images(run_folder.load_run(out)[1]["target"], 16)
+    shots = domains.target_images(run_folder.load_run(out)[1]["target"], 16)
     assert all(any(torch.equal(picture, shot) for shot in torch.cat([shots, shots.flip(3)])) for picture in x0) and weights == [4, 4, 1]
     torch.testing.assert_close(adapted, x)
     torch.testing.assert_close(x.grad, factor * adapted.grad)
     g = generator(3, 0, 0)
-    torch.randint(len(data.target_images(run_folder.load_run(out)[1]["target"], 32)), (8,), generator=g)
+    torch.randint(len(domains.target_images(run_folder.load_run(out)[1]["target"], 32)), (8,), generator=g)
     schedule = run_folder.load_run(out)[0].schedule
     t = torch.randint(schedule.timesteps, (8,), generator=g)
     torch.testing.assert_close(factor.flatten(), schedule.at(t, torch.ones(8)))

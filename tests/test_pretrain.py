@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-
-import checkpoints
-import pretrain
 from conftest import call
-from options import InputError
+
+import pretrain
+from checkpoints.load import read_tensors
+from plumbing.options import InputError
 
 TINY = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --images 16 --batch-size 4 --device cpu".split()
 
 
 def weights(run):
-    return checkpoints.read_tensors(run / "model.safetensors")[0]
+    return read_tensors(run / "model.safetensors")[0]
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):

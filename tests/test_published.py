@@ -16,11 +16,12 @@ from conftest import call, tiny_network
 from safetensors.torch import load_file, save_file
 from test_unet import GOLDEN, golden_case, state
 
-import checkpoints
-import layouts
-from checkpoints import ARCHITECTURES, build, load_network, load_source
-from options import InputError
-from published import LINEAR, describe
+from checkpoints import layouts
+from checkpoints.__main__ import main
+from checkpoints.load import CALLBACKS, load_network, load_source
+from checkpoints.network import build
+from checkpoints.published import ARCHITECTURES, LINEAR, describe
+from plumbing.options import InputError, run
 
 T = torch.tensor([17, 803])
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
@@ -230,19 +231,19 @@ def test_latent_kl_and_conversion(tmp_path, capsys, half):
     assert (latent - 0.25 * torch.tensor(golden["latent"]).view(golden["latent_shape"])).abs().max() < 1e-4
     assert (network.first_stage.decode(latent / network.scale_factor) - torch.tensor(golden["output"]).view(golden["output_shape"])).abs().max() < 1e-4
 
-    call(checkpoints.main, path, "--arch", flag, "--convert", tmp_path / "new" / "ldm.safetensors")
+    call(main, path, "--arch", flag, "--convert", tmp_path / "new" / "ldm.safetensors")
     printed = capsys.readouterr().out
     for text in ("latent-diffusion", "averaged weights (EMA)", "scaled-linear, 1000 steps, beta 0.0015 to 0.0155",
                  "16x16, as latents 4x8x8, scaled by 0.25", "KL, ", "yes, all", "written to"):
         assert text in printed
-    call(checkpoints.main, tmp_path / "new" / "ldm.safetensors")
+    call(main, tmp_path / "new" / "ldm.safetensors")
     assert "this project's own, converted from model.ckpt (latent-diffusion, arch.json" in capsys.readouterr().out
     again = load_source(str(tmp_path / "new" / "ldm.safetensors"))
     assert again.decode(latent).equal(network.decode(latent)) and again.scale_factor == 0.25
     assert again.model(randn(2, 4, 8, 8), T).equal(unet(randn(2, 4, 8, 8), T))
     assert again.description["converted_from"].startswith("model.ckpt (latent-diffusion")
     with pytest.raises(SystemExit):
-        checkpoints.run(lambda: call(checkpoints.main, path, "--arch", flag, "--convert", tmp_path / "new" / "ldm.safetensors"))
+        run(lambda: call(main, path, "--arch", flag, "--convert", tmp_path / "new" / "ldm.safetensors"))
     assert "is there already" in capsys.readouterr().err
 
     tensors = load_file(tmp_path / "new" / "ldm.safetensors")
@@ -254,7 +255,7 @@ def test_latent_kl_and_conversion(tmp_path, capsys, half):
 
 def rewrite(path, change):
     """Change the state_dict of a Lightning file."""
-    with torch.serialization.safe_globals(checkpoints.CALLBACKS):
+    with torch.serialization.safe_globals(CALLBACKS):
         tensors = torch.load(path, weights_only=True)["state_dict"]
     change(tensors)
     torch.save({"state_dict": tensors}, path)
@@ -393,6 +394,6 @@ def test_full_size_keys_are_those_of_diffusers(name, config):
 
 
 def test_the_list_of_known_networks(capsys):
-    call(checkpoints.main)
+    call(main)
     printed = capsys.readouterr().out
     assert all(name in printed and known["listed"] in printed for name, known in ARCHITECTURES.items())

@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT, call
 from PIL import Image
 
-import data
-import distributed
 import sample
-from options import InputError
+from plumbing import distributed
+from plumbing.options import InputError
+from plumbing.pictures import to_uint8
 
 FAST = "--steps", "3", "--device", "cpu"
 
@@ -115,13 +115,13 @@ def test_models_that_do_not_do(train, tiny, tmp_path):
 def test_pictures_drawn_before_an_interruption_are_kept(finished, tmp_path, monkeypatch):
     drawn = []
 
-    def interrupted(image, uint8=data.to_uint8):
+    def interrupted(image, uint8=to_uint8):
         drawn.append(len(image))
         if len(drawn) == 2:
             raise KeyboardInterrupt
         return uint8(image)
 
-    monkeypatch.setattr(data, "to_uint8", interrupted)
+    monkeypatch.setattr(sample, "to_uint8", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw(finished, tmp_path / "out", "-n", "4", "--batch-size", "2")
     assert drawn == [2, 2] and len(list((tmp_path / "out").iterdir())) == 2

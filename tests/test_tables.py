@@ -7,17 +7,17 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from conftest import call
 from PIL import Image
 
 import evaluate
-import judge
-import launch
-import run_folder
-import tables
-import tables_report
+import settings
 import train_tan
-from conftest import call
-from options import InputError, parse
+from checkpoints import run_folder
+from domains import judge
+from experiments import launch, tables, tables_report
+from plumbing.options import InputError, parse
+from settings import METHODS, SMALL_FINETUNE, Options, suited
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(launch, "call_train", call_train)
     for name in ("SMALL", "SMALL_FINETUNE"):
-        monkeypatch.setattr(train_tan, name, getattr(train_tan, name) | dict(iterations=1, batch_size=4))
-    monkeypatch.setattr(train_tan, "SMALL_GUIDED", dict(classifier_iterations=2, source_count=8, pgd_steps=1))
+        monkeypatch.setattr(settings, name, getattr(settings, name) | dict(iterations=1, batch_size=4))
+    monkeypatch.setattr(settings, "SMALL_GUIDED", dict(classifier_iterations=2, source_count=8, pgd_steps=1))
     monkeypatch.setattr(tables, "STAGES", (1, 2, 11))
     monkeypatch.setattr(tables, "SHOWN", 2)
     monkeypatch.setattr(judge, "FRESH", 60)
@@ -120,11 +120,11 @@ def commands(monkeypatch, tmp_path):
     def call_train(arguments, log):
         log.touch()
         found.append(arguments[arguments.index("--output-dir") + 2:])
-        options, given = parse(train_tan.Options, arguments)
+        options, given = parse(Options, arguments)
         if options.resume:
             options = run_folder.resumed(tmp_path, options, given)
         else:
-            options = dataclasses.replace(options, **{k: v for k, v in train_tan.suited(options, SimpleNamespace(image_size=32)).items() if k not in given})
+            options = dataclasses.replace(options, **{k: v for k, v in suited(options, SimpleNamespace(image_size=32)).items() if k not in given})
         (tmp_path / "weights.safetensors").touch()
         (tmp_path / "options.json").write_text(json.dumps(dataclasses.asdict(options)))
         return 0
@@ -160,10 +160,10 @@ def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, messa
 
 
 def test_settings_are_those_that_concern_the_method():
-    groups = {field.metadata["group"] for field in dataclasses.fields(train_tan.Options)}
+    groups = {field.metadata["group"] for field in dataclasses.fields(Options)}
     assert set(launch.CONCERNS) <= groups
     flags = dict(target="babies", source="toyfaces")
-    same = {method: launch.settings_today(**flags, method=method) == launch.settings_today(**flags, method=method, gamma=1.0) for method in train_tan.METHODS}
+    same = {method: launch.settings_today(**flags, method=method) == launch.settings_today(**flags, method=method, gamma=1.0) for method in METHODS}
     assert same == {"tan": False, "guided": False, "adaptor": True, "finetune": True, "pa": True}
 
 
@@ -193,7 +193,7 @@ def test_results_of_other_settings_are_kept_but_not_tabulated(trained, tmp_path,
     flags = ["--targets", "sunglasses", "--methods", "finetune", "--seeds", 1, "-n", 12, "--steps", 2, "--device", "cpu", "--parts", "tables"]
     call(tables.main, *flags, "--output-dir", tmp_path)
     shutil.rmtree(tmp_path / "sunglasses")
-    monkeypatch.setitem(train_tan.SMALL_FINETUNE, "learning_rate", 1e-4)
+    monkeypatch.setitem(SMALL_FINETUNE, "learning_rate", 1e-4)
     call(tables.main, *flags[:5], 2, *flags[6:], "--output-dir", tmp_path)
     runs = [f for f in json.loads((tmp_path / "results.json").read_text())["tables"] if "settings" in f]
     assert [f["settings"]["learning_rate"] for f in runs] == [3e-4, 1e-4] and " (2) |" not in (tmp_path / "tables.md").read_text()

@@ -5,13 +5,13 @@ import json
 import pytest
 import scipy.linalg
 import torch
+from conftest import call
 
 import toy2d
 from adversarial_noise import norm, worst_case_noise
 from classifier import SOURCE, TARGET, log_prob_gradient
-from conftest import call
 from ddpm import Schedule, sample
-from training import generator
+from plumbing.seeds import generator
 
 SCHEDULE = Schedule()
 MU_S, MU_T = toy2d.MEANS.double()

@@ -13,12 +13,15 @@ import torch
 from conftest import ROOT, call, tiny_network
 from safetensors.torch import load_file
 
-import run_folder
+import classifier
 import train_tan
-import training
-from checkpoints import load_network, load_source, save_network
-from options import InputError
-from train_tan import METHODS, guided_loss
+from checkpoints import run_folder
+from checkpoints.load import load_network, load_source
+from checkpoints.network import save_network
+from classifier import guided_loss
+from plumbing.files import load_checkpoint
+from plumbing.options import InputError
+from settings import CHURCHES, LATENT, METHODS, SMALL, SMALL_FINETUNE, SMALL_GUIDED, SMALL_PA, Options, suited
 
 
 def weights(run):
@@ -46,14 +49,14 @@ def python(*argv, cwd):
 # ---- the settings ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("target, method, size, latent, expected", [
-    ("sunglasses", "tan", 32, False, train_tan.SMALL | train_tan.SMALL_GUIDED), ("sunglasses", "adaptor", 64, True, train_tan.SMALL),
-    ("sunglasses", "finetune", 32, False, train_tan.SMALL_FINETUNE), ("photos", "guided", 32, False, train_tan.SMALL | train_tan.SMALL_GUIDED),
-    ("haunted-houses", "adaptor", 32, False, train_tan.SMALL | train_tan.CHURCHES),
-    ("haunted-houses", "pa", 32, False, train_tan.SMALL_FINETUNE | train_tan.SMALL_PA | train_tan.CHURCHES),
-    ("photos", "tan", 256, False, {}), ("photos", "finetune", 256, True, train_tan.LATENT), ("haunted-houses", "tan", 128, False, {})])
+    ("sunglasses", "tan", 32, False, SMALL | SMALL_GUIDED), ("sunglasses", "adaptor", 64, True, SMALL),
+    ("sunglasses", "finetune", 32, False, SMALL_FINETUNE), ("photos", "guided", 32, False, SMALL | SMALL_GUIDED),
+    ("haunted-houses", "adaptor", 32, False, SMALL | CHURCHES),
+    ("haunted-houses", "pa", 32, False, SMALL_FINETUNE | SMALL_PA | CHURCHES),
+    ("photos", "tan", 256, False, {}), ("photos", "finetune", 256, True, LATENT), ("haunted-houses", "tan", 128, False, {})])
 def test_what_stands_in_for_the_papers_settings(target, method, size, latent, expected):
     source = SimpleNamespace(image_size=size, first_stage=object() if latent else None)
-    assert train_tan.suited(train_tan.Options(target=target, method=method), source) == expected
+    assert suited(Options(target=target, method=method), source) == expected
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -114,7 +117,7 @@ def test_before_training_the_run_is_the_source(tiny, train, tmp_path):
 
 def test_the_weights_are_the_running_average(train, tmp_path):
     run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "2")
-    state = training.load_checkpoint(run / "checkpoint.pt")
+    state = load_checkpoint(run / "checkpoint.pt")
     saved = load_file(run / "weights.safetensors")
     adapted = run_folder.load_run(run)[0].model
     names = [k for k, _ in adapted.named_parameters() if ".adaptor." in k]
@@ -137,15 +140,16 @@ def test_every_iteration_draws_its_own_batch(train, tmp_path, monkeypatch):
 
 # train_tan.py that sends itself a signal right after it has written so many lines of metrics
 KILLED = """
-import os, sys, train_tan, training
+import os, sys, train_tan
+from plumbing.files import Metrics
 signal, lines = map(int, sys.argv[1:3])
 del sys.argv[1:3]
-write = training.Metrics.write
+write = Metrics.write
 def write_and_kill(self, **line):
     write(self, **line)
     if line["iteration"] + 1 == lines:
         os.kill(os.getpid(), signal)
-training.Metrics.write = write_and_kill
+Metrics.write = write_and_kill
 train_tan.main()
 """
 
@@ -187,7 +191,7 @@ def interrupted(train, run, monkeypatch, at, *flags):
 def test_killed_while_saving(method, train, tmp_path, monkeypatch):
     whole, run = train(tmp_path / "whole", "--method", method, "--iterations", "3"), tmp_path / "run"
     interrupted(train, run, monkeypatch, 3, "--method", method, "--iterations", "3", "--save-every", "1")
-    assert training.load_checkpoint(run / "checkpoint.pt")["iteration"] == 2
+    assert load_checkpoint(run / "checkpoint.pt")["iteration"] == 2
     resume(run)
     assert losses(run) == losses(whole) and weights(run) == weights(whole)
 
@@ -240,15 +244,18 @@ def test_an_iteration_is_algorithm_1(flags, train, finished, tmp_path, monkeypat
     calls = {name: [] for name in ("worst_case_noise", "log_prob_gradient", "guided_loss")}
     detached = []
 
-    def spy(name, original):
+    def spy(name, home):
+        original = getattr(home, name)
+
         def called(*a):
             result = original(*a)
             calls[name].append((a, result))
             return result
-        monkeypatch.setattr(train_tan, name, called)
+        monkeypatch.setattr(home, name, called)
 
-    for name in calls:
-        spy(name, getattr(train_tan, name))
+    homes = dict(worst_case_noise=train_tan, log_prob_gradient=classifier, guided_loss=train_tan)
+    for name, home in homes.items():
+        spy(name, home)
     source_alone = train_tan.adaptor.detached
     monkeypatch.setattr(train_tan.adaptor, "detached", lambda model: detached.append(1) or source_alone(model))
     train(tmp_path / "run", "--iterations", "1", "--batch-size", "16", *flags)
@@ -274,7 +281,7 @@ def test_a_loss_that_is_not_finite(train, finished, tmp_path, monkeypatch):
         patch.setattr(train_tan, "guided_loss", broken)
         train(run)
     assert "\n" not in str(error.value)
-    state = training.load_checkpoint(run / "checkpoint.pt")
+    state = load_checkpoint(run / "checkpoint.pt")
     assert state["iteration"] == 2 and all(p.isfinite().all() for p in state["parameters"])
     resume(run)
     assert weights(run) == weights(finished) and losses(run) == losses(finished)
@@ -284,7 +291,7 @@ def test_a_learning_rate_far_too_high(train, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(InputError, match="loss nan, gradient nan at iteration 1; the state before it"):
         train(run, "--learning-rate", "1e30")
-    assert all(p.isfinite().all() for p in training.load_checkpoint(run / "checkpoint.pt")["parameters"])
+    assert all(p.isfinite().all() for p in load_checkpoint(run / "checkpoint.pt")["parameters"])
 
 
 def test_a_folder_that_holds_a_run(train, tmp_path):

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
-from options import InputError
-from training import EMA, Metrics, Stats, cosine_decay, generator, load_checkpoint, read_metrics, warmup, write_atomic
+from plumbing.files import Metrics, load_checkpoint, read_metrics, write_atomic
+from plumbing.options import InputError
+from plumbing.seeds import generator
+from plumbing.training import EMA, Stats, cosine_decay, warmup
 
 
 def follow(decay, updates):

@@ -1,18 +1,15 @@
 """The built-in image domains: which there are, and reproducible pictures of each with labels.
-
-  python domains.py            32 pictures of each, in runs/domains/
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
-import churches
-import faces
-import paintings
-from options import at_least, option, parse, run
+from domains import churches, faces, paintings
+from plumbing.options import InputError
+from plumbing.pictures import ImageFolder, load_folder, to_tensor
 
 SOURCES = {"toyfaces": faces.sample_face, "toychurches": churches.sample_church}  # source -> what samples its scenes
 ATTRIBUTES = {"toyfaces": faces.ATTRIBUTES, "toychurches": churches.ATTRIBUTES}   # source -> {attribute: its values}, the labels
@@ -67,25 +64,34 @@ def drawn_by(source: str) -> str | None:
     return domain if domain in SOURCES else None
 
 
-@dataclasses.dataclass
-class Options:
-    size: int = option(32, "pixels per side")
-    seed: int = option(0, "of the scenes")
-    output_dir: str = option("runs/domains", "where they go")
+# Built-in targets that stay what they are when their colours change; others are flipped and shifted only.
+AUGMENT = {"sunglasses": ("flip", "shift", "colour"), "babies": ("flip", "shift", "colour")}
 
 
-def main() -> None:
-    from data import to_tensor  # which imports this file
-    from pictures import save_grid
-    options, _ = parse(Options, description=__doc__)
-    at_least(options, size=8, seed=0)
-    out = Path(options.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    for domain in PAINTERS:
-        path = out / f"{domain}_{options.size}.png"
-        save_grid(path, to_tensor(draw(domain, 32, options.seed, options.size)[0]), columns=8)
-        print(path)
+def target_images(name_or_folder, size):
+    """The pictures to adapt to: the ten of a built-in target, or all of a folder -> float32 (N, 3, size, size).
+
+    A built-in name wins over a folder of that name; `./sunglasses` means the folder. Raises InputError for neither.
+    """
+    if name_or_folder in TARGETS:
+        return to_tensor(ten_shots(name_or_folder, size=size)[0])
+    _need_folder(name_or_folder, "target", TARGETS)
+    return load_folder(name_or_folder, size)
 
 
-if __name__ == "__main__":
-    run(main)
+def source_images(name_or_folder, n, size, seed):
+    """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else picked from a folder.
+
+    From a folder they are distinct, and all there are if fewer than n. The same seed gives the same pictures.
+    """
+    if name_or_folder in SOURCES:
+        return to_tensor(draw(name_or_folder, n, seed, size=size)[0])
+    _need_folder(name_or_folder, "source", SOURCES)
+    folder = ImageFolder(name_or_folder, size)
+    return folder.batch(torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed))[:n])
+
+
+def _need_folder(name, role, built_in):
+    if not Path(name).exists():
+        raise InputError(f"{name}: neither a folder nor a built-in {role}; "
+                         f"give a folder of images or one of: {', '.join(sorted(built_in))}")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from autoencoder import KL_F8, VQ_F4
+from checkpoints.layouts import has_ema, infer, layout_of
 from ddpm import Schedule
-from layouts import has_ema, infer, layout_of
-from options import InputError
+from plumbing.options import InputError
 
 LINEAR = dict(name="linear", timesteps=1000, beta_start=1e-4, beta_end=0.02)
 HO = dict(num_heads=1, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, downsample_padding=0)

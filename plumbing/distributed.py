@@ -10,7 +10,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from options import InputError
+from plumbing.options import InputError
 
 
 def setup(device: str = "auto") -> torch.device:

@@ -1,8 +1,8 @@
 """All tables and figures of section 5 on the built-in domains: trains what is missing, scores it, writes Markdown, JSON and PNG.
 
-  python tables.py                                               everything, from three seeds; many hours on a laptop
-  python tables.py --targets sunglasses --seeds 1 --parts tables figures
-  python tables.py ...                                           the same command again goes on where it stopped; two at once
+  python -m experiments.tables                                               everything, from three seeds; many hours on a laptop
+  python -m experiments.tables --targets sunglasses --seeds 1 --parts tables figures
+  python -m experiments.tables ...                                           the same command again goes on where it stopped; two at once
                                                                  may share --output-dir, but not runs
 
 In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs of train_tan.py with their score.json; results.json has every run that was ever
@@ -27,20 +27,25 @@ from PIL import Image
 from tqdm import tqdm
 
 import adaptor
-import data
-import distributed
 import domains
 import evaluate
-import judge
-import launch
-import run_folder
-import train_tan
-from checkpoints import BUILT_IN, load_source
-from options import InputError, at_least, option, parse, run
-from pictures import save_grid
-from tables_report import classifier_table, draw_figure1, draw_iterations, iterations_table, main_tables
-from train_tan import METHODS
-from training import read_metrics, write_atomic
+import settings
+from checkpoints import run_folder
+from checkpoints.load import BUILT_IN, load_source
+from domains import judge
+from experiments import launch
+from experiments.tables_report import (
+    classifier_table,
+    draw_figure1,
+    draw_iterations,
+    iterations_table,
+    main_tables,
+)
+from plumbing import distributed
+from plumbing.files import read_metrics, write_atomic
+from plumbing.options import InputError, at_least, option, parse, run
+from plumbing.pictures import save_grid, to_tensor
+from settings import METHODS, suited
 
 STAGES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 11)  # of the usual iterations; a TAN iteration takes eleven times the others' passes
 SHOWN = 10  # samples a row
@@ -87,8 +92,8 @@ def main_runs(options: Options, device: torch.device) -> Iterator[dict]:
         yield score(options, run_of(options, *job), device)
     for target in options.targets:
         before = evaluate.source_samples(options.source(target), options.n, options.steps, device)
-        fresh = data.to_tensor(domains.draw(target, options.n, 77, before.shape[2])[0])
-        also = data.to_tensor(domains.draw(domains.TARGETS[target], options.n, 77, before.shape[2])[0])
+        fresh = to_tensor(domains.draw(target, options.n, 77, before.shape[2])[0])
+        also = to_tensor(domains.draw(domains.TARGETS[target], options.n, 77, before.shape[2])[0])
         for method, scored in (("source model", judge.score(before, before, target)), ("fresh pictures", judge.score(fresh, also, target))):
             yield dict(run=dict(method=method, target=target) | evaluate.protocol(target, options.n, options.steps), score=scored)
 
@@ -121,7 +126,7 @@ def iterations_runs(options: Options, device: torch.device) -> Iterator[dict]:
     place, source = folder_of(options, target), load_source(options.source(target)).to(device)
     for seed, method in tqdm(list(itertools.product(options.seeds, options.methods)), desc="curves"):
         folders, flags = [], dict(target=target, source=options.source(target), method=method, seed=seed)
-        usual = train_tan.suited(train_tan.Options(**flags), source)["iterations"]
+        usual = suited(settings.Options(**flags), source)["iterations"]
         stages = [round(usual * stage) for stage in STAGES if method != "tan" or stage <= 1]
         for stage in stages:
             folder = place.with_name(f"{target}-iterations{'-latent' if options.latent else ''}") / f"{method}-{seed}-at-{stage}"
@@ -148,7 +153,7 @@ def sample_figures(options: Options, device: torch.device) -> list[dict]:
     for target in tqdm(options.targets, desc="pictures"):
         before = evaluate.source_samples(options.source(target), min(options.n, evaluate.PAIRED), options.steps, device)[:SHOWN]
         seeds = range(evaluate.FIRST_SEED, evaluate.FIRST_SEED + len(before))
-        images, labels = [data.target_images(target, before.shape[2])[:len(before)], before], ["training", "source"]
+        images, labels = [domains.target_images(target, before.shape[2])[:len(before)], before], ["training", "source"]
         for method in options.methods:
             folder = run_of(options, target, method, options.seeds[0])
             scored = score(options, folder, device)

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import domains
-from checkpoints import ASSETS, Network, load_network
-from data import to_tensor
+from checkpoints.load import ASSETS, load_network
+from checkpoints.network import Network
 from metrics import IntraLPIPS, frechet_distance, intra_lpips, kernel_distance, squared_distances
+from plumbing.pictures import to_tensor
 
 FRESH = 1000  # newly drawn target pictures to compare with
 VISIBLE = 0.8  # an attribute counts in a target if the judge reads it there at least so often; sunglasses hide the eyes

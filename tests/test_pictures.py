@@ -6,9 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import domains
-from options import InputError
+from plumbing import pictures
+from plumbing.options import InputError
+from plumbing.pictures import (
+    ImageFolder,
+    list_images,
+    load_folder,
+    load_image,
+    read_pixels,
+    to_tensor,
+    to_uint8,
+)
 
 
 def grey_value(image):
@@ -20,7 +29,7 @@ def grey_value(image):
 
 def colour(image):
     """The uint8 colour of an even picture (3, H, W)."""
-    return data.to_uint8(image[None])[0].float().mean((0, 1)).round().int().tolist()
+    return to_uint8(image[None])[0].float().mean((0, 1)).round().int().tolist()
 
 
 def fails(call, *names):
@@ -48,7 +57,7 @@ def png(tmp_path):
 # Kinds of picture
 
 def test_rgb_and_range(png):
-    image = data.load_image(png(), 8)
+    image = load_image(png(), 8)
     assert image.dtype == torch.float32 and image.shape == (3, 8, 8)
     assert (image[0] == 1).all() and (image[1:] == -1).all()
 
@@ -66,7 +75,7 @@ def test_rgb_and_range(png):
     ("rgb.bmp", "RGB", (1, 2, 3), (1, 2, 3)),
 ])
 def test_modes(png, name, mode, value, expected):
-    got = colour(data.load_image(png(name, value, mode=mode), 8))
+    got = colour(load_image(png(name, value, mode=mode), 8))
     assert np.abs(np.subtract(got, expected)).max() <= (3 if name.endswith(("jpg", "webp")) else 1)
 
 
@@ -75,14 +84,14 @@ def test_palette_with_and_without_transparency(tmp_path, name):
     image = Image.new("P", (8, 8), 1)
     image.putpalette([0, 0, 0, 0, 200, 0])
     image.save(tmp_path / name)
-    assert colour(data.load_image(tmp_path / name, 8)) == [0, 200, 0]
+    assert colour(load_image(tmp_path / name, 8)) == [0, 200, 0]
     image.save(tmp_path / name, transparency=1)
-    assert colour(data.load_image(tmp_path / name, 8)) == [255, 255, 255]
+    assert colour(load_image(tmp_path / name, 8)) == [255, 255, 255]
 
 
 def test_rgb_png_with_a_transparent_colour(tmp_path):
     Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "t.png", transparency=(9, 9, 9))
-    assert colour(data.load_image(tmp_path / "t.png", 8)) == [255, 255, 255]
+    assert colour(load_image(tmp_path / "t.png", 8)) == [255, 255, 255]
 
 
 @pytest.mark.parametrize("name, dtype, white", [
@@ -93,7 +102,7 @@ def test_wide_grey_is_scaled_not_clipped(tmp_path, name, dtype, white):
         values = np.full((8, 8), share * white, dtype)
         values[0, 0] = white  # F tells 0..1 from 0..255 by its brightest pixel
         Image.fromarray(values).save(tmp_path / name)
-        image = data.load_image(tmp_path / name, 8)
+        image = load_image(tmp_path / name, 8)
         assert image[:, 0, 0].tolist() == [1, 1, 1]
         assert abs(grey_value(image[:, 1:]) - (2 * share - 1)) < 0.01
 
@@ -103,7 +112,7 @@ def test_float_without_a_known_white(tmp_path, value):
     values = np.full((8, 8), 0.5, np.float32)
     values[3, 3] = value
     Image.fromarray(values).save(tmp_path / "f.tif")
-    fails(lambda: data.load_image(tmp_path / "f.tif", 8), tmp_path / "f.tif", "grey values")
+    fails(lambda: load_image(tmp_path / "f.tif", 8), tmp_path / "f.tif", "grey values")
 
 
 def test_exif_orientation_6_turns_clockwise(tmp_path):
@@ -113,7 +122,7 @@ def test_exif_orientation_6_turns_clockwise(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "plain.jpg", quality=100)
     image.save(tmp_path / "turned.jpg", quality=100, exif=exif)
-    plain, turned = (data.load_image(tmp_path / name, 16) for name in ("plain.jpg", "turned.jpg"))
+    plain, turned = (load_image(tmp_path / name, 16) for name in ("plain.jpg", "turned.jpg"))
     assert plain[:, :8].min() > 0.9 and plain[:, 8:].max() < -0.9
     assert turned[:, :, 8:].min() > 0.9 and turned[:, :, :8].max() < -0.9  # shown: right half
     assert torch.equal(turned, plain.rot90(-1, (1, 2)))
@@ -126,24 +135,24 @@ def test_centre_crop(tmp_path, wide):
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = 255
     Image.fromarray(pixels if wide else pixels.transpose(1, 0, 2)).save(tmp_path / "a.png")
-    assert (data.load_image(tmp_path / "a.png", 8) == 1).all()
+    assert (load_image(tmp_path / "a.png", 8) == 1).all()
 
 
 def test_reducing_is_antialiased(tmp_path):
     checks = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(checks).save(tmp_path / "a.png")
-    assert abs(grey_value(data.load_image(tmp_path / "a.png", 16)[:, 1:-1, 1:-1])) < 0.02
+    assert abs(grey_value(load_image(tmp_path / "a.png", 16)[:, 1:-1, 1:-1])) < 0.02
 
 
 def test_same_size_is_exact(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert np.array_equal(data.to_uint8(data.load_image(tmp_path / "a.png", 8)[None])[0].numpy(), pixels)
+    assert np.array_equal(to_uint8(load_image(tmp_path / "a.png", 8)[None])[0].numpy(), pixels)
 
 
 def test_small_pictures(png):
-    assert data.load_image(png(size=(4, 9)), 8).shape == (3, 8, 8)  # half the size: enlarged
-    fails(lambda: data.load_image(png(size=(3, 9)), 8), "a.png", "too small", "3x9")
+    assert load_image(png(size=(4, 9)), 8).shape == (3, 8, 8)  # half the size: enlarged
+    fails(lambda: load_image(png(size=(3, 9)), 8), "a.png", "too small", "3x9")
 
 
 # Wrong files
@@ -152,9 +161,9 @@ def test_small_pictures(png):
 def test_truncated_file(tmp_path, name):
     path = tmp_path / name
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
-    data.load_image(path, 8)
+    load_image(path, 8)
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    fails(lambda: data.load_image(path, 8), path)
+    fails(lambda: load_image(path, 8), path)
 
 
 def test_damaged_file(tmp_path):
@@ -162,36 +171,36 @@ def test_damaged_file(tmp_path):
     content = bytearray((tmp_path / "a.png").read_bytes())
     content[200:2000] = bytes(1800)
     (tmp_path / "a.png").write_bytes(content)
-    fails(lambda: data.load_image(tmp_path / "a.png", 8), tmp_path / "a.png", "broken")
+    fails(lambda: load_image(tmp_path / "a.png", 8), tmp_path / "a.png", "broken")
 
 
 @pytest.mark.parametrize("content", [b"", b"just text\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"])
 def test_not_an_image(tmp_path, content):  # the last would run Ghostscript
     (tmp_path / "a.png").write_bytes(content)
-    fails(lambda: data.load_image(tmp_path / "a.png", 8), tmp_path / "a.png", "not an image")
-    fails(lambda: data.load_folder(tmp_path, 8), tmp_path / "a.png", "not an image")
+    fails(lambda: load_image(tmp_path / "a.png", 8), tmp_path / "a.png", "not an image")
+    fails(lambda: load_folder(tmp_path, 8), tmp_path / "a.png", "not an image")
 
 
 @pytest.mark.parametrize("limit", [40, 20])  # 64 pixels: Pillow warns above the limit, refuses above twice the limit
 def test_decompression_bomb(png, monkeypatch, limit):
     path = png()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    fails(lambda: data.load_image(path, 8), path, f"more than {limit} pixels")
+    fails(lambda: load_image(path, 8), path, f"more than {limit} pixels")
 
 
 def test_missing_and_folder_and_permissions(tmp_path, png, monkeypatch):
-    fails(lambda: data.load_image(tmp_path / "none.png", 8), tmp_path / "none.png", "no such file")
-    fails(lambda: data.load_image(tmp_path, 8), tmp_path, "is a folder")
+    fails(lambda: load_image(tmp_path / "none.png", 8), tmp_path / "none.png", "no such file")
+    fails(lambda: load_image(tmp_path, 8), tmp_path, "is a folder")
     path = png()
     path.chmod(0)
     if os.access(path, os.R_OK):  # root reads everything
         def refuse(*_, **__):
             raise PermissionError(13, "Permission denied")
         monkeypatch.setattr(Image, "open", refuse)
-        monkeypatch.setattr(data.Path, "iterdir", refuse)
+        monkeypatch.setattr(pictures.Path, "iterdir", refuse)
     tmp_path.chmod(0o300)
-    fails(lambda: data.load_image(path, 8), path, "permission denied")
-    fails(lambda: data.list_images(tmp_path), tmp_path, "permission denied")
+    fails(lambda: load_image(path, 8), path, "permission denied")
+    fails(lambda: list_images(tmp_path), tmp_path, "permission denied")
     tmp_path.chmod(0o700)
 
 
@@ -203,24 +212,24 @@ def test_list_images(tmp_path, png):
     (tmp_path / "folder.png").mkdir()
     for name in ("notes.txt", "weights.h5", "figure.eps", "README"):
         (tmp_path / name).write_text("x")
-    assert data.list_images(tmp_path) == [tmp_path / "a.jpg", tmp_path / "b.PNG", tmp_path / "c.webp"]
-    assert data.list_images(str(tmp_path)) == data.list_images(tmp_path)
+    assert list_images(tmp_path) == [tmp_path / "a.jpg", tmp_path / "b.PNG", tmp_path / "c.webp"]
+    assert list_images(str(tmp_path)) == list_images(tmp_path)
 
 
 def test_wrong_folders(tmp_path, png):
-    fails(lambda: data.list_images(tmp_path / "none"), tmp_path / "none", "no such folder")
+    fails(lambda: list_images(tmp_path / "none"), tmp_path / "none", "no such folder")
     (tmp_path / "empty").mkdir()
-    fails(lambda: data.list_images(tmp_path / "empty"), tmp_path / "empty", "no images")
-    fails(lambda: data.list_images(png()), tmp_path / "a.png", "is a file")
+    fails(lambda: list_images(tmp_path / "empty"), tmp_path / "empty", "no images")
+    fails(lambda: list_images(png()), tmp_path / "a.png", "is a file")
     png("sub/d.png")
     (tmp_path / "a.png").unlink()
-    fails(lambda: data.list_images(tmp_path), tmp_path, "subfolders", tmp_path / "sub")
+    fails(lambda: list_images(tmp_path), tmp_path, "subfolders", tmp_path / "sub")
 
 
 def test_load_folder(tmp_path, png):
     for i, value in enumerate((0, 128, 255)):
         png(f"{i}.png", (value,) * 3)
-    images = data.load_folder(tmp_path, 8)
+    images = load_folder(tmp_path, 8)
     assert images.shape == (3, 3, 8, 8) and images.dtype == torch.float32
     assert [round(image.mean().item(), 1) for image in images] == [-1, 0, 1]
 
@@ -229,16 +238,16 @@ def test_load_folder(tmp_path, png):
 def test_image_folder(tmp_path, png, monkeypatch, cached):
     for i in range(4):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(data, "CACHE_BYTES", 4 * 8 * 8 * 3 - (not cached))
-    reads, read = [], data.read_pixels
-    monkeypatch.setattr(data, "read_pixels", lambda path, size: reads.append(path) or read(path, size))
-    folder = data.ImageFolder(tmp_path, 8)
+    monkeypatch.setattr(pictures, "CACHE_BYTES", 4 * 8 * 8 * 3 - (not cached))
+    reads, read = [], read_pixels
+    monkeypatch.setattr(pictures, "read_pixels", lambda path, size: reads.append(path) or read(path, size))
+    folder = ImageFolder(tmp_path, 8)
     assert len(folder) == 4 and not reads
     every = torch.stack([folder[i] for i in range(4)])
     assert torch.equal(folder.batch(torch.tensor([2, 0, 2])), every[[2, 0, 2]])
     assert torch.equal(folder.batch([-1]), every[3:])
     assert len(reads) == (4 if cached else 8)
-    assert torch.equal(every, data.load_folder(tmp_path, 8))
+    assert torch.equal(every, load_folder(tmp_path, 8))
     with pytest.raises(IndexError):
         folder[4]
 
@@ -248,43 +257,43 @@ def test_image_folder(tmp_path, png, monkeypatch, cached):
 def test_uint8_round_trip_is_exact():
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(1, 1, 1, 3)
     pixels[..., 1] = pixels[..., 0].transpose(1, 2)  # so that swapped axes show
-    images = data.to_tensor(pixels.numpy())
+    images = to_tensor(pixels.numpy())
     assert images.shape == (1, 3, 16, 16) and images.min() == -1 and images.max() == 1
-    assert torch.equal(data.to_uint8(images), pixels)
-    assert torch.equal(data.to_uint8(images + 0.003), pixels)  # rounds: less than half a step away
-    assert data.to_uint8(torch.full((1, 3, 1, 1), 1.5)).unique().tolist() == [255]
-    assert data.to_uint8(torch.full((1, 3, 1, 1), -1.5)).unique().tolist() == [0]
+    assert torch.equal(to_uint8(images), pixels)
+    assert torch.equal(to_uint8(images + 0.003), pixels)  # rounds: less than half a step away
+    assert to_uint8(torch.full((1, 3, 1, 1), 1.5)).unique().tolist() == [255]
+    assert to_uint8(torch.full((1, 3, 1, 1), -1.5)).unique().tolist() == [0]
 
 
 @pytest.mark.parametrize("name", sorted(domains.TARGETS))
 def test_built_in_target(name):
-    images = data.target_images(name, 32)
+    images = domains.target_images(name, 32)
     assert images.shape == (10, 3, 32, 32) and images.dtype == torch.float32
-    assert np.array_equal(data.to_uint8(images).numpy(), domains.ten_shots(name, size=32)[0])
+    assert np.array_equal(to_uint8(images).numpy(), domains.ten_shots(name, size=32)[0])
 
 
 def test_target_folder_and_name(tmp_path, png, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = sorted(domains.TARGETS)[0]
     png(f"{name}/a.png", size=(32, 32))
-    assert len(data.target_images(name, 32)) == 10
-    assert data.target_images(f"./{name}", 32).shape == (1, 3, 32, 32)
-    fails(lambda: data.target_images("nothing", 32), "nothing", "folder", *domains.TARGETS)
-    fails(lambda: data.target_images(f"{name}/a.png", 32), "a.png", "is a file")
+    assert len(domains.target_images(name, 32)) == 10
+    assert domains.target_images(f"./{name}", 32).shape == (1, 3, 32, 32)
+    fails(lambda: domains.target_images("nothing", 32), "nothing", "folder", *domains.TARGETS)
+    fails(lambda: domains.target_images(f"{name}/a.png", 32), "a.png", "is a file")
 
 
 def test_built_in_source():
     name = sorted(domains.SOURCES)[0]
-    images = data.source_images(name, 3, 32, seed=1)
+    images = domains.source_images(name, 3, 32, seed=1)
     assert images.shape == (3, 3, 32, 32)
-    assert np.array_equal(data.to_uint8(images).numpy(), domains.draw(name, 3, 1, size=32)[0])
-    fails(lambda: data.source_images("nothing", 3, 32, 0), "nothing", "folder", *domains.SOURCES)
+    assert np.array_equal(to_uint8(images).numpy(), domains.draw(name, 3, 1, size=32)[0])
+    fails(lambda: domains.source_images("nothing", 3, 32, 0), "nothing", "folder", *domains.SOURCES)
 
 
 def test_source_folder(tmp_path, png):
     for i in range(12):
         png(f"{i}.png", (20 * i,) * 3)
-    picked = [data.source_images(tmp_path, 6, 8, seed) for seed in (0, 0, 1)]
+    picked = [domains.source_images(tmp_path, 6, 8, seed) for seed in (0, 0, 1)]
     assert torch.equal(picked[0], picked[1]) and not torch.equal(picked[0], picked[2])
     assert len(picked[0].mean((1, 2, 3)).unique()) == 6  # distinct
-    assert len(data.source_images(tmp_path, 99, 8, 0)) == 12
+    assert len(domains.source_images(tmp_path, 99, 8, 0)) == 12

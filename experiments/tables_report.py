@@ -7,11 +7,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-import data
 import domains
-import judge
-from pictures import save_figure
-from train_tan import METHODS
+from domains import judge
+from plumbing.figures import save_figure
+from plumbing.pictures import to_uint8
+from settings import METHODS
 
 # What the paper has on photographs, for DDPM-TAN, LMD-TAN (Table 1 only) and DDPM-PA.
 PAPER_INTRA = {"babies": (0.592, 0.601, 0.599), "sunglasses": (0.613, 0.613, 0.604), "raphael": (0.621, 0.592, 0.581),
@@ -54,7 +54,7 @@ def main_tables(found: list[dict]) -> list[str]:
     def wins(name: str, title: str, sign: int) -> str:
         values = {(f["run"]["method"], f["run"]["target"], f["run"]["seed"]): sign * f["score"][name] for f in found if "seed" in f["run"]}
         trained = [method for method in METHODS if method in methods]
-        won = lambda a, b: [value > values[b, *run] for (method, *run), value in values.items() if method == a and (b, *run) in values]
+        won = lambda a, b: [value > values[(b, *run)] for (method, *run), value in values.items() if method == a and (b, *run) in values]
         return markdown(title, ["", *trained], [[a, *(f"{sum(won(a, b))} of {len(won(a, b))}" if a != b else "" for b in trained)] for a in trained])
 
     seconds = [[method, *(f"{statistics.mean(values):.2f}" if (values := [f["seconds"] for f in of(found, method=method, target=target)]) else ""
@@ -118,7 +118,7 @@ def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations
     network, shots = judge.load_judge(domains.TARGETS[target]), judge.reference(target, stages[0].shape[2]).shots
     figure, axes = plt.subplots(2, len(iterations), figsize=(1.35 * len(iterations), 3.2), layout="constrained")
     for column, (pictures, i) in enumerate(zip(stages, iterations)):
-        for ax, pixels, distance in zip(axes[:, column], data.to_uint8(pictures), judge.nearest(network, pictures, shots)):
+        for ax, pixels, distance in zip(axes[:, column], to_uint8(pictures), judge.nearest(network, pictures, shots)):
             ax.imshow(pixels.numpy())
             ax.set(xticks=[], yticks=[], xlabel=f"{distance:.2f}")
         axes[0, column].set_title(f"{i}", fontsize=10)

@@ -1,7 +1,7 @@
 """Write an adapted model, or a source alone, as a folder that diffusers loads without this project.
 
-  python export.py runs/sunglasses exported-sunglasses
-  python export.py toyfaces exported-toyfaces
+  python -m checkpoints.export runs/sunglasses exported-sunglasses
+  python -m checkpoints.export toyfaces exported-toyfaces
 
     DIR/pipeline.py              exported/pipeline.py
     DIR/unet/, DIR/scheduler/    weights and options, and one file of code each: theirs in exported/ after the modules it is built on
@@ -22,15 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import adaptor
-import run_folder
-from checkpoints import Network
-from layouts import diffusers_config, diffusers_names
-from options import REQUIRED, InputError, option, parse, run
-from published import BETA_SCHEDULES
-from train_tan import METHODS
-from training import write_atomic
+from checkpoints import run_folder
+from checkpoints.layouts import diffusers_config, diffusers_names
+from checkpoints.network import Network
+from checkpoints.published import BETA_SCHEDULES
+from plumbing.files import write_atomic
+from plumbing.options import REQUIRED, InputError, option, parse, run
+from settings import METHODS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 CARD = """\
 ---
@@ -83,7 +83,7 @@ LOAD = 'pipe = DiffusionPipeline.from_pretrained("{folder}", custom_pipeline="{f
 class Options:
     model: str = option(REQUIRED, "folder of a run, built-in source, file of weights or folder of diffusers", positional=True)
     folder: str = option(REQUIRED, "folder to write; must not exist yet, or be empty", positional=True)
-    arch: str | None = option(None, "network of a published file whose shapes do not show it (python checkpoints.py lists them), or a JSON file",
+    arch: str | None = option(None, "network of a published file whose shapes do not show it (python -m checkpoints lists them), or a JSON file",
                               metavar="NAME")
 
 
@@ -126,9 +126,9 @@ def write(folder: Path, network: Network, name: str, card: str, pairs: Path) -> 
     """
     schedule = network.schedule.config
     index = dict(_class_name=["pipeline", "TANPipeline"], unet=["tan_unet", "TANUNet"], scheduler=["tan_scheduler", "TANScheduler"], vae=[None, None])
-    write_text(folder / "pipeline.py", standalone("exported/pipeline.py"))
-    write_text(folder / "unet" / "tan_unet.py", standalone("unet.py", "adaptor.py", "exported/tan_unet.py"))
-    write_text(folder / "scheduler" / "tan_scheduler.py", standalone("ddpm.py", "exported/tan_scheduler.py"))
+    write_text(folder / "pipeline.py", standalone("checkpoints/exported/pipeline.py"))
+    write_text(folder / "unet" / "tan_unet.py", standalone("unet.py", "adaptor.py", "checkpoints/exported/tan_unet.py"))
+    write_text(folder / "scheduler" / "tan_scheduler.py", standalone("ddpm.py", "checkpoints/exported/tan_scheduler.py"))
     first = next(iter(adaptor.blocks(network.model).values())).adaptor
     config = dict(_class_name="TANUNet", network=network.model.config, adaptor_width=first.down.out_channels if first else None)
     save_component(folder / "unet", config, {f"unet.{key}": value for key, value in network.model.state_dict().items()})

@@ -9,8 +9,21 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageFilter
 
-from canvas import SUPERSAMPLING, Canvas, mix, oval
-from faces import EYE_COLOURS, SHIRTS, SKINS, draw_brows, draw_hair_behind, draw_hair_in_front, draw_head, draw_mouth, draw_nose, draw_body, draw_eyes, place
+from domains.canvas import SUPERSAMPLING, Canvas, mix, oval
+from domains.faces import (
+    EYE_COLOURS,
+    SHIRTS,
+    SKINS,
+    draw_body,
+    draw_brows,
+    draw_eyes,
+    draw_hair_behind,
+    draw_hair_in_front,
+    draw_head,
+    draw_mouth,
+    draw_nose,
+    place,
+)
 
 OCHRE, LINE, UMBER, LIGHT = (206, 132, 62), (52, 30, 24), (46, 28, 18), (255, 214, 150)
 VARNISH = np.array((1.06, 0.95, 0.76))  # yellowed

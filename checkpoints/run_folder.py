@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 import adaptor
-import data
-import distributed
-from checkpoints import Network, fingerprint, load_network, load_source, load_strictly, read_tensors, save_tensors
-from options import InputError
-from pictures import save_curve, save_grid
-from training import EMA, read_metrics, write_atomic
+from checkpoints.load import load_network, load_source, read_tensors
+from checkpoints.network import Network, fingerprint, load_strictly, save_tensors
+from plumbing import distributed
+from plumbing.figures import save_curve
+from plumbing.files import read_metrics, write_atomic
+from plumbing.options import InputError
+from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
+from plumbing.training import EMA
 
 FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl", "targets.png", "samples.png",
          "progress.png", "loss.png", "score.json")
@@ -137,10 +139,10 @@ class Report:
         self.ema.swap()
         folder = self.out / "progress"
         folder.mkdir(exist_ok=True)
-        strip = torch.cat(list(data.to_uint8(row)), dim=1)                       # (8, H, W, 3) -> (H, 8W, 3)
+        strip = torch.cat(list(to_uint8(row)), dim=1)                       # (8, H, W, 3) -> (H, 8W, 3)
         write_atomic(folder / f"{iteration:06d}.png", lambda temporary: Image.fromarray(strip.numpy()).save(temporary, "PNG"))
         files = sorted(folder.glob("*.png"))
-        rows = [data.to_tensor(data.read_array(file)[None])[0] for file in files]  # (3, H, 8W) each
+        rows = [to_tensor(read_array(file)[None])[0] for file in files]  # (3, H, 8W) each
         images = torch.cat([torch.stack(row.chunk(8, dim=2)) for row in rows])
         save_grid(self.out / "progress.png", images, columns=8, labels=[f"{int(file.stem)}" for file in files])
 

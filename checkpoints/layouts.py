@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import KL, VQ
-from options import InputError
+from plumbing.options import InputError
 
 # Our modules (the place of a kind of layer, or a leaf inside it) -> theirs.  `up` counts the levels of the way back from 0.
 DDPM = {

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from canvas import WHITE, Canvas, mix, oval
+from domains.canvas import WHITE, Canvas, mix, oval
 
 SKIES = {"blue": (116, 184, 240), "sunset": (250, 168, 116), "overcast": (196, 202, 210), "turquoise": (126, 218, 206), "violet": (184, 158, 228)}
 WALLS = {"white": (246, 242, 232), "sand": (232, 194, 126), "brick": (190, 92, 70), "grey": (146, 148, 158), "rose": (236, 160, 170)}

@@ -7,20 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-import domains
-from options import InputError
+from plumbing.files import write_atomic
+from plumbing.options import InputError
 
 # Pillow "opens" these without decoding them, except for EPS and WMF, which it hands to another program.
 NOT_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in set(Image.OPEN) - NOT_PICTURES}
 FORMATS = sorted(set(Image.OPEN) - NOT_PICTURES)
 CACHE_BYTES = 512 * 2**20
-
-
-# Built-in targets that stay what they are when their colours change; others are flipped and shifted only.
-AUGMENT = {"sunglasses": ("flip", "shift", "colour"), "babies": ("flip", "shift", "colour")}
 
 
 def to_tensor(pixels):
@@ -154,30 +150,27 @@ class ImageFolder:
         return to_tensor(torch.stack([self._pixels(int(i)) for i in indices]))
 
 
-def target_images(name_or_folder, size):
-    """The pictures to adapt to: the ten of a built-in target, or all of a folder -> float32 (N, 3, size, size).
 
-    A built-in name wins over a folder of that name; `./sunglasses` means the folder. Raises InputError for neither.
+
+def save_grid(path: Path, images: torch.Tensor, columns: int, gap_after: int | None = None, labels: list[str] | None = None) -> None:
+    """images (N, 3, H, W) in [-1, 1], row by row -> one PNG; small ones are enlarged, with hard edges, to about 128 pixels.
+
+    gap_after   a wider gap below every so many rows, to show pairs of rows; the last row must be full
+    labels      a text to the left of each row
     """
-    if name_or_folder in domains.TARGETS:
-        return to_tensor(domains.ten_shots(name_or_folder, size=size)[0])
-    _need_folder(name_or_folder, "target", domains.TARGETS)
-    return load_folder(name_or_folder, size)
-
-
-def source_images(name_or_folder, n, size, seed):
-    """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else picked from a folder.
-
-    From a folder they are distinct, and all there are if fewer than n. The same seed gives the same pictures.
-    """
-    if name_or_folder in domains.SOURCES:
-        return to_tensor(domains.draw(name_or_folder, n, seed, size=size)[0])
-    _need_folder(name_or_folder, "source", domains.SOURCES)
-    folder = ImageFolder(name_or_folder, size)
-    return folder.batch(torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed))[:n])
-
-
-def _need_folder(name, role, built_in):
-    if not Path(name).exists():
-        raise InputError(f"{name}: neither a folder nor a built-in {role}; "
-                         f"give a folder of images or one of: {', '.join(sorted(built_in))}")
+    pixels = to_uint8(images)                                                  # (N, H, W, 3)
+    enlarge = max(1, 128 // pixels.shape[1])
+    pixels = pixels.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
+    n, height, width, _ = pixels.shape
+    rows, gap = -(-n // columns), 4
+    tops = [r * (height + gap) + (r // gap_after * 3 * gap if gap_after else 0) for r in range(rows)]
+    font = ImageFont.load_default(20)
+    margin = round(max(map(font.getlength, labels))) + 16 if labels else 0
+    canvas = torch.full((tops[-1] + height, margin + columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = tops[i // columns], margin + i % columns * (width + gap)
+        canvas[top:top + height, left:left + width] = picture
+    image = Image.fromarray(canvas.numpy())
+    for top, label in zip(tops, labels or []):
+        ImageDraw.Draw(image).text((margin - 8, top + height / 2), label, fill="black", anchor="rm", font=font)
+    write_atomic(path, lambda temporary: image.save(temporary, "PNG"))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from matplotlib.patches import Ellipse
 from torch import Tensor
 
-from pictures import save_figure
+from plumbing.figures import save_figure
 
 COLOURS = {"reference": "cyan", "baseline": "darkblue", "faster baseline": "tab:green", "adversarial": "tab:gray", "guided": "sienna",
            "TAN": "orange"}  # Figure 2's caption

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from canvas import WHITE, Canvas, PencilCanvas, mix, oval
+from domains.canvas import WHITE, Canvas, PencilCanvas, mix, oval
 
 BACKGROUNDS = {"sky": (150, 203, 240), "mint": (168, 226, 186), "lemon": (253, 238, 160), "rose": (246, 172, 190),
                "lavender": (194, 178, 240), "teal": (64, 148, 158)}

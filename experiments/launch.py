@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import run_folder
-import train_tan
-from checkpoints import load_source
-from options import InputError
+from checkpoints import run_folder
+from checkpoints.load import load_source
+from plumbing.options import InputError
+from settings import METHODS, Options, suited
 
-# Which methods the groups of train_tan.Options concern, where not all.
+# Which methods the groups of Options concern, where not all.
 CONCERNS = {"similarity-guided training (Eq. 6)": ("guided", "tan"), "adversarial noise (Eq. 8)": ("tan",), "pairwise losses (--method pa)": ("pa",),
             "pictures": ()}
 UNSEEN = run_folder.MAY_CHANGE - {"iterations"} | {"overwrite", "classifier_check"}  # nothing of them shows in the result
@@ -20,8 +20,8 @@ UNSEEN = run_folder.MAY_CHANGE - {"iterations"} | {"overwrite", "classifier_chec
 def settings(options: dict) -> dict:
     """Of the options of a run, what its figures depend on: {name: value as in JSON}."""
     found = {}
-    for field in dataclasses.fields(train_tan.Options):
-        concerned = options["method"] in CONCERNS.get(field.metadata["group"], train_tan.METHODS) and field.name not in UNSEEN
+    for field in dataclasses.fields(Options):
+        concerned = options["method"] in CONCERNS.get(field.metadata["group"], METHODS) and field.name not in UNSEEN
         if concerned and not (field.name == "adaptor_width" and options["method"] in run_folder.ALL_WEIGHTS):
             found[field.name] = json.loads(json.dumps(options.get(field.name)))
     if found.get("classifier_targets"):
@@ -31,14 +31,14 @@ def settings(options: dict) -> dict:
 
 def settings_today(**flags) -> dict:
     """`settings` of a run that is started now with these options of train_tan.py."""
-    options = train_tan.Options(**flags)
-    return settings({**dataclasses.asdict(options), **train_tan.suited(options, load_source(options.source)), **flags})
+    options = Options(**flags)
+    return settings({**dataclasses.asdict(options), **suited(options, load_source(options.source)), **flags})
 
 
 def call_train(arguments: list[str], log: Path) -> int:
     """Exit status of train_tan.py with these arguments, its output added to `log`.  When this program is told to stop, so is that one, which then saves."""
     with open(log, "a") as file:
-        process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("train_tan.py")), *arguments], stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen([sys.executable, str(Path(__file__).parents[1] / "train_tan.py"), *arguments], stdout=file, stderr=file, start_new_session=True)
         try:
             return process.wait()
         except KeyboardInterrupt:

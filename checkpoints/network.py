@@ -1,0 +1,126 @@
+"""A network with its schedule and description, and the one file format of this project."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import autoencoder
+from classifier import Classifier
+from ddpm import Schedule, sample
+from plumbing.files import write_atomic
+from plumbing.options import InputError
+from unet import UNet
+
+FIRST_STAGES = {"VQ": autoencoder.VQ, "KL": autoencoder.KL}
+
+
+NETWORKS = {"UNet": UNet, "Classifier": Classifier, **FIRST_STAGES}
+
+
+@dataclasses.dataclass
+class Network:
+    """A network, the schedule it was trained with, and what its file says about itself.
+
+    A latent model has a first stage, and its x_0 is scale_factor times the latent of a picture; for a pixel model, x_0 is the picture.
+    """
+    model: nn.Module
+    schedule: Schedule
+    description: dict  # network, config, schedule, of latent models first_stage and scale_factor; layout, and what else a file says
+    first_stage: nn.Module | None = None
+    scale_factor: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_0."""
+        return self.model.in_channels, self.model.image_size, self.model.image_size
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of the pictures."""
+        return self.model.image_size * (self.first_stage.factor if self.first_stage else 1)
+
+    def to(self, device: torch.device | str) -> "Network":
+        """Moves the network, first stage and all."""
+        self.model.to(device)
+        if self.first_stage:
+            self.first_stage.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> x_0, (B, *shape); both on the network's device."""
+        return self.first_stage.encode(images) * self.scale_factor if self.first_stage else images
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """x_0 -> pictures (B, 3, H, W), of a latent model limited to [-1, 1]; both on the network's device."""
+        return self.first_stage.decode(x0 / self.scale_factor).clamp(-1, 1) if self.first_stage else x0
+
+    def sample(self, seeds: Sequence[int], steps: int = 50, **options) -> Tensor:
+        """Pictures (N, 3, H, W) on the CPU, one for each seed; the options are those of ddpm.sample."""
+        device = next(self.model.parameters()).device
+        x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.first_stage is None, device=device, **options)
+        return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(64)]) if self.first_stage and len(x0) else x0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights under the names they have in our own files: the network's, and first_stage. before the first stage's."""
+        first_stage = self.first_stage.state_dict() if self.first_stage else {}
+        return {**self.model.state_dict(), **{f"first_stage.{key}": value for key, value in first_stage.items()}}
+
+
+def build(description: dict, where: str) -> Network:
+    """An untrained network from its description; InputError if an option is wrong."""
+    try:
+        model = NETWORKS[description["network"]](**description["config"]).eval()
+        network = Network(model, Schedule(**description.get("schedule", {})), description)
+        if stage := description.get("first_stage"):
+            network.first_stage = FIRST_STAGES[stage["network"]](**stage["config"]).eval().requires_grad_(False)
+            network.scale_factor = float(description.get("scale_factor", 1.0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: does not describe a network this program can build ({type(error).__name__}: {error})") from None
+    if network.first_stage and network.first_stage.embed_dim != model.in_channels:
+        raise InputError(f"{where}: the first stage gives latents of {network.first_stage.embed_dim} channels, the U-Net takes {model.in_channels}")
+    return network
+
+
+def save_network(path: Path, network: Network) -> None:
+    """Weights (of a latent model with its first stage) and description in one safetensors file, atomically."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    save_tensors(path, tensors, network.description)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], description: dict) -> None:
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, {"description": json.dumps(description)}))
+
+
+def fingerprint(network: Network) -> str:
+    """A short hash of the weights, first stage and all: psi is worth nothing beside another theta."""
+    digest = hashlib.sha256(b"" if network.first_stage is None else str(network.scale_factor).encode())
+    for key, value in network.state_dict().items():
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_fit(shapes: dict[str, list[int]], tensors: dict[str, Tensor], path: Path) -> None:
+    """InputError that names the first keys which are missing, unexpected or misshapen."""
+    faults = [f"missing {k}" for k in shapes if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in shapes]
+    faults += [f"{k} is {list(tensors[k].shape)}, expected {list(shape)}" for k, shape in shapes.items()
+               if k in tensors and list(tensors[k].shape) != list(shape)]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise InputError(f"{path}: weights do not fit the network: {'; '.join(faults[:3])}{more}; is --arch right?")
+
+
+@torch.no_grad()
+def load_strictly(own: nn.Module | Network, tensors: dict[str, Tensor], path: Path) -> None:
+    """Fill the network; InputError if the keys are not exactly its own."""
+    state = own.state_dict()
+    check_fit({key: value.shape for key, value in state.items()}, tensors, path)
+    for key, value in state.items():
+        value.copy_(tensors[key])

@@ -1,0 +1,33 @@
+"""The built-in domains, drawn: 32 pictures of each.
+
+  python -m domains            in runs/domains/
+"""
+
+import dataclasses
+from pathlib import Path
+
+from domains import PAINTERS, draw
+from plumbing.options import at_least, option, parse, run
+from plumbing.pictures import save_grid, to_tensor
+
+
+@dataclasses.dataclass
+class Options:
+    size: int = option(32, "pixels per side")
+    seed: int = option(0, "of the scenes")
+    output_dir: str = option("runs/domains", "where they go")
+
+
+def main() -> None:
+    options, _ = parse(Options, description=__doc__)
+    at_least(options, size=8, seed=0)
+    out = Path(options.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    for domain in PAINTERS:
+        path = out / f"{domain}_{options.size}.png"
+        save_grid(path, to_tensor(draw(domain, 32, options.seed, options.size)[0]), columns=8)
+        print(path)
+
+
+if __name__ == "__main__":
+    run(main)
