@@ -1,14 +1,18 @@
-"""Residual adaptors (Eq. 9): x^l = theta^l(x^{l-1}) + psi^l(x^{l-1}), one psi^l beside every residual block of a frozen U-Net.
+"""Residual adaptors (Eq. 9): one psi^l beside every residual block of a frozen U-Net.
 
-    psi:  average-pool -> norm -> 3x3 conv to d channels -> + time -> self-attention -> MLP -> upsample -> norm -> 3x3 conv (zero at the start)
+    x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})
 
-    attach(unet)                  psi beside each residual block, theta frozen; the output is still the source model's, bit for bit
+    psi:  average-pool -> norm -> 3x3 conv to d channels -> + time -> self-attention -> MLP -> upsample
+          -> norm -> 3x3 conv (zero at the start)
+
+    attach(unet)                  psi beside each residual block, theta frozen; the output is still the
+                                  source model's, bit for bit
     parameters(unet)              what is left to train
     state_dict / load_state_dict  psi alone
-    detached(unet)                the source model again, inside a `with` block
+    source_model(unet)            eps_theta alone, on the same weights
 """
 
-from contextlib import contextmanager
+import copy
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +29,8 @@ class Adaptor(nn.Module):
     scale    H'/H of the block: 1, 2 or 1/2
     """
 
-    def __init__(self, channels: int, emb_channels: int, out_channels: int, width: int, scale: float, norm_groups: int):
+    def __init__(self, channels: int, emb_channels: int, out_channels: int, width: int, scale: float,
+                 norm_groups: int):
         super().__init__()
         self.scale = scale
         self.norm_in = nn.GroupNorm(norm_groups, channels)
@@ -42,21 +47,26 @@ class Adaptor(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         height, width = x.shape[2:]
         grid = min(height, GRID), min(width, GRID)
-        h = F.adaptive_avg_pool2d(x, grid)                                       # (B, C, H, W) -> (B, C, g, g)
-        h = self.down(F.silu(self.norm_in(h)))                                   # -> (B, d, g, g)
-        h = (h + self.time(F.silu(emb))[:, :, None, None]).flatten(2)            # -> (B, d, g*g)
-        q, k, v = self.qkv(self.norm_attention(h)).unflatten(1, (1, 3, -1)).unbind(2)  # (B, 1, d, g*g) each
+        h = F.adaptive_avg_pool2d(x, grid)                                      # (B, C, H, W) -> (B, C, g, g)
+        h = self.down(F.silu(self.norm_in(h)))                                  # -> (B, d, g, g)
+        h = (h + self.time(F.silu(emb))[:, :, None, None]).flatten(2)           # -> (B, d, g*g)
+        qkv = self.qkv(self.norm_attention(h)).unflatten(1, (1, 3, -1))         # -> (B, 1, 3, d, g*g)
+        q, k, v = qkv.unbind(2)                                                 # (B, 1, d, g*g) each
         h = h + self.proj(attend(q, k, v))
         h = h + self.mlp(self.norm_mlp(h))
-        h = h.unflatten(2, grid)                                                 # -> (B, d, g, g)
+        h = h.unflatten(2, grid)                                                # -> (B, d, g, g)
         size = int(height * self.scale), int(width * self.scale)
-        h = F.interpolate(h, size, mode="bilinear") if size != grid else h       # -> (B, d, H', W')
-        return self.up(F.silu(self.norm_out(h)))                                 # -> (B, C', H', W')
+        h = F.interpolate(h, size, mode="bilinear") if size != grid else h      # -> (B, d, H', W')
+        return self.up(F.silu(self.norm_out(h)))                                # -> (B, C', H', W')
 
 
 def default_width(unet: UNet) -> int:
-    """The d at which psi has about 1.4 % of theta's parameters, between the paper's 1.3 % (DDPM) and 1.6 % (LDM); at least 4."""
-    per_channel = sum(9 * (b.channels + b.out_channels) + b.emb_channels for b in blocks(unet).values())  # the two 3x3 and the time layer
+    """The d at which psi has 1.4 % of theta's parameters, between the paper's 1.3 % (DDPM) and 1.6 % (LDM).
+
+    At least 4.
+    """
+    # The two 3x3 convolutions and the time layer; the rest of psi^l is small beside them.
+    per_channel = sum(9 * (b.channels + b.out_channels) + b.emb_channels for b in blocks(unet).values())
     return max(4, round(0.014 * sum(p.numel() for p in unet.parameters()) / per_channel))
 
 
@@ -66,7 +76,7 @@ def blocks(unet: UNet) -> dict[str, ResBlock]:
 
 
 def attach(unet: UNet, width: int | None = None) -> None:
-    """Freeze theta and put a fresh psi beside each residual block.  Raises ValueError if there is one already."""
+    """Freeze theta and put a fresh psi beside each residual block; ValueError if there is one already."""
     if any(block.adaptor is not None for block in blocks(unet).values()):
         raise ValueError("this U-Net already has adaptors")
     width, device = width or default_width(unet), next(unet.parameters()).device
@@ -100,19 +110,15 @@ def load_state_dict(unet: UNet, psi: dict[str, Tensor]) -> None:
         if key not in own or key not in psi:
             raise KeyError(f"adaptor weights: {'unexpected' if key not in own else 'missing'} key {key}")
         if own[key].shape != psi[key].shape:
-            raise KeyError(f"adaptor weights: {key} has shape {tuple(psi[key].shape)}, expected {tuple(own[key].shape)}")
+            raise KeyError(f"adaptor weights: {key} has shape {tuple(psi[key].shape)}, "
+                           f"expected {tuple(own[key].shape)}")
     for key, value in psi.items():
         own[key].copy_(value)
 
 
-@contextmanager
-def detached(unet: UNet):
-    """The source model eps_theta alone inside the block; psi is back after it."""
-    held = {block: block.adaptor for block in blocks(unet).values()}
-    for block in held:
+def source_model(unet: UNet) -> UNet:
+    """eps_theta without psi: another U-Net that shares all weights of theta with this one."""
+    theta = copy.deepcopy(unet, memo={id(p): p for p in unet.parameters()})
+    for block in blocks(theta).values():
         block.adaptor = None
-    try:
-        yield
-    finally:
-        for block, psi in held.items():
-            block.adaptor = psi
+    return theta

@@ -1,11 +1,12 @@
 """Adversarial noise selection (Eqs. 7, 8, 10): the Gaussian noise that the current network denoises worst.
 
-    eps^{j+1} = Norm( eps^j + omega grad_{eps^j} || eps^j - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps^j, t) ||^2 )
+    eps^{j+1} = Norm( eps^j + omega grad_{eps^j} || eps^j - eps_theta(x_t^j, t) ||^2 ),
+    x_t^j     = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps^j
 
 x_0 and t stay fixed through all J steps, and the gradient goes through the network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,16 +18,16 @@ from ddpm import Schedule, predict_eps
 def norm(eps: Tensor, dims: tuple[int, ...] = (1, 2, 3)) -> Tensor:
     """Norm of Eq. 8: mean 0 and standard deviation 1 over `dims`.
 
-    The paper does not say over which; the default is each image on its own, over (C, H, W).  Vectors of two numbers
-    cannot be normalised among themselves: toy2d uses the batch, dims=(0,).
+    The paper does not say over which; the default is each image on its own, over (C, H, W).  Vectors of two
+    numbers cannot be normalised among themselves: in two dimensions it is the batch, dims=(0,).
     """
     mean, std = eps.mean(dims, keepdim=True), eps.std(dims, correction=0, keepdim=True)
     return (eps - mean) / std
 
 
 @contextmanager
-def frozen(model: Callable):
-    """No dropout, and no parameter gradient computed or stored, inside the block; everything as before after it."""
+def frozen(model: Callable) -> Iterator[None]:
+    """No dropout, and no parameter gradient computed or stored, inside the block; all as before after it."""
     if not isinstance(model, nn.Module):
         yield
         return
@@ -44,20 +45,20 @@ def frozen(model: Callable):
             m.training = True
 
 
-def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, steps: int = 10, omega: float = 0.02,
-                     dims: tuple[int, ...] = (1, 2, 3)) -> tuple[Tensor, list[Tensor]]:
+def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, steps: int = 10,
+                     omega: float = 0.02, dims: tuple[int, ...] = (1, 2, 3)) -> tuple[Tensor, list[Tensor]]:
     """eps^* of Eq. 10, by `steps` (J) steps of projected gradient ascent at rate omega from eps^0 = eps.
 
-    x0, eps (B, ...) and t (B,) -> eps^J (B, ...), without a graph, and the losses (B,) at eps^0, ..., eps^{J-1}.
-    The loss is summed over each image and never averaged over the batch: omega means the same at every batch size,
-    and with the default dims an image's noise does not depend on the images beside it.
+    x0, eps (B, ...), t (B,) -> eps^J (B, ...), without a graph, and the losses (B,) at eps^0, ..., eps^{J-1}.
+    The loss is summed over each image and never averaged over the batch: omega means the same at every batch
+    size, and with the default dims an image's noise does not depend on the images beside it.
     """
     losses = []
     with frozen(model), torch.enable_grad():
         for _ in range(steps):
             eps = eps.detach().requires_grad_()
             xt = schedule.add_noise(x0, t, eps)
-            loss = (eps - predict_eps(model, xt, t)).square().flatten(1).sum(1)    # (B, ...) -> (B,)
+            loss = (eps - predict_eps(model, xt, t)).square().flatten(1).sum(1)      # (B, ...) -> (B,)
             grad, = torch.autograd.grad(loss.sum(), eps)
             eps = norm(eps + omega * grad, dims)                                     # Eq. 8
             losses.append(loss.detach())

@@ -1,15 +1,16 @@
-"""First stages of latent diffusion (Rombach et al. 2022), with the published parameter names, so that published weights load strictly.
+"""First stages of latent diffusion (Rombach et al. 2022), with the published parameter names.
 
-    images (B, 3, H, W) in [-1, 1]  -> encode ->  latents (B, embed_dim, H/factor, W/factor)  -> decode ->  images
+    images (B, 3, H, W) in [-1, 1] -> encode -> latents (B, embed_dim, H/factor, W/factor) -> decode -> images
 
-`VQ` looks up the nearest entries of a codebook (van den Oord et al. 2017), but only on the way back: diffusion runs on what
-comes before.  `KL` is a variational autoencoder whose latent is the mean of the posterior.  Latents are unscaled here; the
-scale factor belongs to the diffusion model.
+`VQ` looks up the nearest entries of a codebook (van den Oord et al. 2017), but only on the way back:
+diffusion runs on what comes before.  `KL` is a variational autoencoder whose latent is the mean of the
+posterior.  Latents are unscaled here; the scale factor belongs to the diffusion model.
 """
 
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +18,16 @@ from torch import Tensor, nn
 
 from unet import Upsample, attend
 
-# What the published files hold; resolution matters only where attn_resolutions is not empty.
-VQ_F4 = dict(embed_dim=3, n_embed=8192, ddconfig=dict(           # FFHQ, CelebA-HQ, bedrooms: 55.32 M parameters
-    double_z=False, z_channels=3, resolution=256, ch=128, ch_mult=[1, 2, 4], num_res_blocks=2, attn_resolutions=[]))
-KL_F8 = dict(embed_dim=4, ddconfig=dict(                         # churches: 83.65 M parameters
-    double_z=True, z_channels=4, resolution=256, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, attn_resolutions=[]))
-
 
 @dataclasses.dataclass
 class Architecture:
     """The published option names (`ddconfig`) of encoder and decoder.
 
     ch, ch_mult       channels of level i are ch * ch_mult[i]; all levels but the last halve the size
-    z_channels        channels between encoder and decoder; double_z: the encoder gives twice as many (mean and log-variance)
-    resolution        pixels per side it was made for, and attn_resolutions those at which attention follows each residual block
+    z_channels        channels between encoder and decoder
+    double_z          the encoder gives twice as many: mean and log-variance
+    resolution        pixels per side it was made for
+    attn_resolutions  those at which attention follows each residual block
     norm_groups       32 in every published network; smaller for networks with few channels
     """
     z_channels: int
@@ -46,16 +43,21 @@ class Architecture:
     norm_groups: int = 32
 
     def channels(self, level: int) -> int:
+        """Channels of a level; 0 is the finest."""
         return self.ch * self.ch_mult[level]
 
     def attention(self, level: int) -> bool:
+        """Whether there is attention at a level."""
         return self.resolution >> level in self.attn_resolutions
 
     def norm(self, channels: int) -> nn.GroupNorm:
+        """A group norm as all of them are."""
         return nn.GroupNorm(self.norm_groups, channels, eps=1e-6)
 
     def middle(self, channels: int) -> nn.Sequential:
-        return nn.Sequential(OrderedDict(block_1=ResBlock(self, channels, channels), attn_1=AttentionBlock(self, channels),
+        """What comes after the coarsest level of the encoder, and before that of the decoder."""
+        return nn.Sequential(OrderedDict(block_1=ResBlock(self, channels, channels),
+                                         attn_1=AttentionBlock(self, channels),
                                          block_2=ResBlock(self, channels, channels)))
 
 
@@ -67,10 +69,11 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = arch.norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2, self.conv2 = arch.norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.dropout = nn.Dropout(arch.dropout)
-        self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        same = channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                                      # (B, C, H, W) -> (B, C', H, W)
+        h = self.conv1(F.silu(self.norm1(x)))                                # (B, C, H, W) -> (B, C', H, W)
         return self.nin_shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
 
 
@@ -84,31 +87,26 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2)[:, None] for conv in (self.q, self.k, self.v))   # (B, C, H, W) -> (B, 1, C, L) each
-        return x + self.proj_out(attend(q, k, v).view_as(x))
+        q, k, v = (conv(h).flatten(2)[:, None] for conv in (self.q, self.k, self.v))     # (B, 1, C, L) each
+        return x + self.proj_out(attend(q, k, v).view_as(x))                             # -> (B, C, H, W)
 
 
-class Downsample(nn.Module):
-    """Half the size by a strided convolution that pads right and bottom only."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H, W) -> (B, C, H/2, W/2)
+def downsample(channels: int) -> nn.Sequential:
+    """unet.Downsample with padding 0, under the name that published first stages have for its convolution."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                     conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, each followed by attention if the size is among attn_resolutions, then "down", "up" or nothing."""
+    """Residual blocks at one size, with attention after each or none, then "down", "up" or nothing."""
 
     def __init__(self, arch: Architecture, level: int, channels: int, blocks: int, resample: str | None):
         super().__init__()
         out = arch.channels(level)
-        attention = arch.attention(level)
         self.block = nn.ModuleList([ResBlock(arch, channels if i == 0 else out, out) for i in range(blocks)])
-        self.attn = nn.ModuleList([AttentionBlock(arch, out) if attention else nn.Identity() for _ in range(blocks)])
-        self.downsample = Downsample(out) if resample == "down" else nn.Identity()
+        self.attn = nn.ModuleList([AttentionBlock(arch, out) if arch.attention(level) else nn.Identity()
+                                   for _ in range(blocks)])
+        self.downsample = downsample(out) if resample == "down" else nn.Identity()
         self.upsample = Upsample(out, True) if resample == "up" else nn.Identity()
 
     def forward(self, h: Tensor) -> Tensor:
@@ -139,7 +137,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, h, w) -> (B, out_ch, factor h, factor w).  Level 0 is the finest, as in the encoder, and comes last."""
+    """(B, z_channels, h, w) -> (B, out_ch, factor h, factor w).  Level 0, the finest, comes last."""
 
     def __init__(self, arch: Architecture):
         super().__init__()
@@ -147,8 +145,8 @@ class Decoder(nn.Module):
         channels = arch.channels(-1)
         self.conv_in = nn.Conv2d(arch.z_channels, channels, 3, padding=1)
         self.mid = arch.middle(channels)
-        self.up = nn.ModuleList([Level(arch, i, arch.channels(min(i + 1, levels[-1])), arch.num_res_blocks + 1,
-                                       "up" if i else None) for i in levels])
+        self.up = nn.ModuleList([Level(arch, i, arch.channels(min(i + 1, levels[-1])),
+                                       arch.num_res_blocks + 1, "up" if i else None) for i in levels])
         self.norm_out = arch.norm(arch.channels(0))
         self.conv_out = nn.Conv2d(arch.channels(0), arch.out_ch, 3, padding=1)
 
@@ -160,9 +158,9 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """What VQ and KL have in common.  `ddconfig` holds Architecture's options; the latent has embed_dim channels."""
+    """What VQ and KL have in common.  `ddconfig`: Architecture's options; embed_dim: channels of latents."""
 
-    def __init__(self, ddconfig: dict, embed_dim: int):
+    def __init__(self, ddconfig: dict[str, Any], embed_dim: int):
         super().__init__()
         self.config = dict(ddconfig=dict(ddconfig), embed_dim=embed_dim)
         self.arch = arch = Architecture(**ddconfig)
@@ -173,25 +171,32 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, arch.z_channels, 1)
 
     def moments(self, x: Tensor) -> Tensor:
-        """All that the encoder says: the latent and, in a KL, the log-variances after it.  ValueError if the images do not fit."""
+        """All that the encoder says: the latent and, in a KL, the log-variances after it.
+
+        Raises ValueError if the images do not fit.
+        """
         (_, c, h, w), f = x.shape, self.factor
         if c != self.arch.in_channels or h % f or w % f:
-            raise ValueError(f"images of {c} channels and {h}x{w} pixels: this first stage needs {self.arch.in_channels} channels "
-                             f"and sides divisible by {f}")
+            raise ValueError(f"images of {c} channels and {h}x{w} pixels: this first stage needs "
+                             f"{self.arch.in_channels} channels and sides divisible by {f}")
         return self.quant_conv(self.encoder(x))
 
     def encode(self, x: Tensor, batch_size: int = 8) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> latents (B, embed_dim, H/factor, W/factor): before quantisation, or posterior means.
+        """Images (B, C, H, W) in [-1, 1] -> latents (B, embed_dim, H/factor, W/factor), unquantised or means.
 
         Like `decode` it takes batch_size images at a time, so that under no_grad memory does not grow with B.
         """
         return torch.cat([self.moments(part)[:, : self.embed_dim] for part in x.split(batch_size)])
 
     def decode(self, z: Tensor, batch_size: int = 8) -> Tensor:
-        """Latents (B, embed_dim, h, w) -> images (B, C, factor h, factor w) in about [-1, 1], batch_size at a time."""
+        """Latents (B, embed_dim, h, w) -> images (B, C, factor h, factor w) in about [-1, 1].
+
+        Raises ValueError for another number of channels.
+        """
         if z.shape[1] != self.embed_dim:
             raise ValueError(f"latents of {z.shape[1]} channels: this first stage has {self.embed_dim}")
-        return torch.cat([self.decoder(self.post_quant_conv(self.quantise(part))) for part in z.split(batch_size)])
+        parts = (self.post_quant_conv(self.quantise(part)) for part in z.split(batch_size))
+        return torch.cat([self.decoder(part) for part in parts])
 
     def quantise(self, z: Tensor) -> Tensor:
         """The latent as the decoder wants it: unchanged, but for a VQ."""
@@ -201,7 +206,7 @@ class Autoencoder(nn.Module):
 class VQ(Autoencoder):
     """First stage with a codebook of n_embed vectors."""
 
-    def __init__(self, ddconfig: dict, embed_dim: int, n_embed: int):
+    def __init__(self, ddconfig: dict[str, Any], embed_dim: int, n_embed: int):
         super().__init__(ddconfig, embed_dim)
         if self.arch.double_z:
             raise ValueError("a VQ first stage has no log-variances: double_z must be false")
@@ -211,15 +216,15 @@ class VQ(Autoencoder):
         nn.init.uniform_(self.quantize.embedding.weight, -1 / n_embed, 1 / n_embed)
 
     def quantise(self, z: Tensor) -> Tensor:
-        """(B, embed_dim, h, w) -> the nearest codebook entry at each place; the gradient goes to the codebook alone."""
+        """(B, embed_dim, h, w) -> the nearest codebook entries; the gradient goes to the codebook alone."""
         codebook = self.quantize.embedding
-        places = z.detach().flatten(2).transpose(1, 2)                                              # (B, L, embed_dim)
+        places = z.detach().flatten(2).transpose(1, 2)                         # -> (B, L, embed_dim)
         # Image by image: 64x64 places against 8192 entries are 134 MB.
-        nearest = torch.stack([torch.cdist(image, codebook.weight).argmin(1) for image in places])  # (B, L)
-        return codebook(nearest).transpose(1, 2).reshape(z.shape)
+        nearest = [torch.cdist(image, codebook.weight).argmin(1) for image in places]           # (L,) each
+        return codebook(torch.stack(nearest)).transpose(1, 2).reshape(z.shape)  # -> (B, embed_dim, h, w)
 
     def bottleneck(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images -> what the decoder is trained on, and the parts of the loss that shape it; no noise here."""
+        """Images -> what the decoder is trained on, and the parts of the loss that shape it; no noise."""
         z = self.moments(x)
         entries = self.quantise(z)
         parts = dict(codebook=F.mse_loss(entries, z.detach()), commitment=F.mse_loss(z, entries.detach()))
@@ -229,7 +234,7 @@ class VQ(Autoencoder):
 class KL(Autoencoder):
     """Variational first stage."""
 
-    def __init__(self, ddconfig: dict, embed_dim: int):
+    def __init__(self, ddconfig: dict[str, Any], embed_dim: int):
         super().__init__(ddconfig, embed_dim)
         if not self.arch.double_z:
             raise ValueError("a KL first stage needs log-variances: double_z must be true")
@@ -240,29 +245,34 @@ class KL(Autoencoder):
         return mean, logvar.clamp(-30, 20)
 
     def bottleneck(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images -> a draw from q(z|x), with noise None its mean, and KL(q(z|x) || N(0, I)) in nats per image value."""
+        """Images -> a draw from q(z|x), or its mean if noise is None; KL(q(z|x) || N(0, I)), nats a value."""
         mean, logvar = self.posterior(x)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / x.numel()
         return mean if noise is None else mean + (0.5 * logvar).exp() * noise, dict(kl=kl)
 
 
-# The codebook's pull is 1 and the encoder's 0.25, as in van den Oord et al. (2017); the published latent-diffusion code has the
-# two the other way round.  kl against reconstruction is as published, where both are sums over the image instead of means.
+# The codebook's pull is 1 and the encoder's 0.25, as in van den Oord et al. (2017); the published code of
+# latent diffusion has the two the other way round.  kl against reconstruction is as published, where both are
+# sums over the image instead of means.
 LOSS_WEIGHTS = dict(reconstruction=1.0, perceptual=1.0, codebook=1.0, commitment=0.25, kl=1e-6)
 
 
-def first_stage_loss(model: VQ | KL, x: Tensor, noise: Tensor | None = None, weights: dict[str, float] = LOSS_WEIGHTS,
-                     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of pre-training a first stage, without the published discriminator: images (B, C, H, W) -> scalar, its parts unweighted.
+def first_stage_loss(model: VQ | KL, x: Tensor, noise: Tensor | None = None,
+                     weights: dict[str, float] = LOSS_WEIGHTS,
+                     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+                     ) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of pre-training a first stage, without the published discriminator: images (B, C, H, W) -> scalar,
+    and its parts, unweighted.
 
-    noise       N(0, I) shaped like the latents, with which a KL draws from its posterior (None: the mean; a VQ needs none)
+    noise       N(0, I) shaped like the latents, with which a KL draws from its posterior; None: the mean
     perceptual  optional distance (decoded, x) -> (B,) or scalar, such as LPIPS
 
-    Parts: reconstruction (mean absolute error), perceptual if given; codebook and commitment of a VQ; kl of a KL.
+    Parts: reconstruction (mean absolute), perceptual if given; codebook, commitment of a VQ; kl of a KL.
     """
     z, parts = model.bottleneck(x, noise)
     decoded = model.decoder(model.post_quant_conv(z))
     parts["reconstruction"] = F.l1_loss(decoded, x)
     if perceptual is not None:
         parts["perceptual"] = perceptual(decoded, x).mean()
-    return sum(weights[name] * part for name, part in parts.items()), {name: part.detach() for name, part in parts.items()}
+    loss = sum(weights[name] * part for name, part in parts.items())
+    return loss, {name: part.detach() for name, part in parts.items()}

@@ -1,10 +1,12 @@
-"""The noised, timestep-conditioned classifier p_phi(y | x_t) of Eq. 5, and the gradient of its log-probability.
+"""Similarity-guided training (Eqs. 5, 6): the classifier p_phi(y | x_t), its guidance, the guided loss.
 
-The network is guided-diffusion's ADM encoder with attention pooling, under its parameter names: the published ImageNet
-classifier loads, its 1000-way head is replaced by a 2-way one, and ten target pictures against source pictures fine-tune it.
+The network is guided-diffusion's ADM encoder with attention pooling, under its parameter names: the
+published ImageNet classifier loads, its 1000-way head is replaced by a 2-way one, and ten target pictures
+against source pictures fine-tune it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,47 @@ SOURCE, TARGET = 0, 1
 AUGMENTATIONS = ("flip", "shift", "colour")
 
 
+def log_prob_gradient(model: Callable, xt: Tensor, t: Tensor, label: int = TARGET) -> Tensor:
+    """grad_{x_t} log p_phi(y = label | x_t), shaped like xt, float32.
+
+    Each image's own gradient: nothing is averaged.
+    """
+    with torch.enable_grad():
+        xt = xt.detach().requires_grad_()
+        log_p = F.log_softmax(model(xt, t).float(), dim=1)[:, label]    # (B, classes) -> (B,)
+        return torch.autograd.grad(log_p.sum(), xt)[0]
+
+
+def similarity_guidance(classifier: Callable | None, schedule: Schedule, xt: Tensor, t: Tensor, gamma: float,
+                        power: int = 2, below: int | None = None) -> Tensor | float:
+    """sigma_hat_t^2 gamma grad log p(y = T | x_t) of Eq. 6, shaped like xt; 0 without a classifier.
+
+    power    of sigma_hat: 2 as printed, 1 as Eqs. 2-3 give with the posterior variance
+    below    0 from this timestep on
+    """
+    if classifier is None:
+        return 0.0
+    guidance = schedule.sigma_hat(t, xt) ** power * gamma * log_prob_gradient(classifier, xt, t, TARGET)
+    return guidance if below is None else guidance * (t < below).view(-1, *[1] * (xt.dim() - 1))
+
+
+def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) -> Tensor:
+    """|| eps - eps_theta(x_t, t) - guidance ||^2 of Eqs. 6 and 9, as a mean over each image.
+
+    eps, eps_predicted (B, ...) -> (B,)
+    guidance = sigma_hat_t^2 gamma grad log p(y = T | x_t); with 0 it is Eq. 1.
+    """
+    return (eps - eps_predicted - guidance).square().flatten(1).mean(1)
+
+
+# ---- the network -------------------------------------------------------------------------------------------
+
+
 class AttentionPool(nn.Module):
-    """One attention layer whose only query that counts is the mean of all tokens (as in CLIP): (B, C, H, W) -> (B, out)."""
+    """One attention layer whose only query that counts is the mean of all tokens (as in CLIP).
+
+    (B, C, H, W) -> (B, out_channels)
+    """
 
     def __init__(self, tokens: int, channels: int, num_heads: int, out_channels: int):
         super().__init__()
@@ -28,26 +69,32 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.flatten(2)                                                            # (B, C, H, W) -> (B, C, L)
-        h = torch.cat([h.mean(2, keepdim=True), h], dim=2)                          # -> (B, C, 1 + L)
+        h = x.flatten(2)                                                 # (B, C, H, W) -> (B, C, L)
+        h = torch.cat([h.mean(2, keepdim=True), h], dim=2)               # -> (B, C, 1 + L)
         h = h + self.positional_embedding.to(h.dtype)
-        q, k, v = self.qkv_proj(h).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # (B, heads, width, 1 + L) each
-        return self.c_proj(attend(q, k, v)[:, :, :1]).squeeze(2)                    # -> (B, out)
+        qkv = self.qkv_proj(h).unflatten(1, (3, self.num_heads, -1))     # -> (B, 3, heads, width, 1 + L)
+        q, k, v = qkv.unbind(1)                                          # (B, heads, width, 1 + L) each
+        return self.c_proj(attend(q, k, v)[:, :, :1]).squeeze(2)         # -> (B, out_channels)
 
 
 class Classifier(Encoder):
-    """Logits (B, out_channels) of x_t: float (B, C, H, W), int (B,).  The options are `Encoder`'s; H = W = image_size."""
+    """Logits (B, out_channels) of x_t, float (B, C, H, W) with H = W = image_size, and t, int (B,).
 
-    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
-                 attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...], num_heads: int = 1,
-                 num_head_channels: int | None = None, pool: str = "attention", **options):
+    The options are `Encoder`'s.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int,
+                 num_res_blocks: int, attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...],
+                 num_heads: int = 1, num_head_channels: int | None = None, pool: str = "attention",
+                 **options: Any):
         if pool != "attention":
             raise ValueError(f"classifier pool '{pool}': only 'attention' exists here")
-        super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
-                         channel_mult, num_heads=num_heads, num_head_channels=num_head_channels, **options)
+        super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks,
+                         attention_resolutions, channel_mult, num_heads=num_heads,
+                         num_head_channels=num_head_channels, **options)
         tokens = (image_size // self.factor) ** 2
-        self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, self.channels), nn.SiLU(),
-                                 AttentionPool(tokens, self.channels, self.heads(self.channels), out_channels))
+        head = AttentionPool(tokens, self.channels, self.heads(self.channels), out_channels)
+        self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, self.channels), nn.SiLU(), head)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.out(self.encode(x, t)[0])  # (B, C, H, W) -> (B, C', h, w) -> (B, out_channels)
@@ -60,49 +107,51 @@ def replace_head(model: Classifier, classes: int = 2) -> None:
     model.out_channels = model.config["out_channels"] = classes
 
 
-def log_prob_gradient(model: Classifier, xt: Tensor, t: Tensor, label: int = TARGET) -> Tensor:
-    """grad_{x_t} log p_phi(y = label | x_t), shape of xt, float32.  Each image's own gradient: nothing is averaged."""
-    with torch.enable_grad():
-        xt = xt.detach().requires_grad_()
-        log_p = F.log_softmax(model(xt, t).float(), dim=1)[:, label]    # (B, classes) -> (B,)
-        return torch.autograd.grad(log_p.sum(), xt)[0]
-
-
 def from_unet(unet: UNet, pretrained: bool = True) -> Classifier:
-    """A two-way classifier on the encoder of a U-Net, where no pre-trained classifier is at hand; or the same, untrained."""
+    """A two-way classifier on the encoder of a U-Net, where no pre-trained classifier is at hand.
+
+    pretrained    whether it starts from the encoder's weights; else it is the same network, untrained
+    """
     model = Classifier(**dict(unet.config, out_channels=2)).eval()
     if pretrained:
-        encoder = {k: v for k, v in unet.state_dict().items() if k.split(".")[0] in ("time_embed", "input_blocks", "middle_block")}
-        model.load_state_dict({**model.state_dict(), **{k: v for k, v in encoder.items() if ".adaptor." not in k}})
+        encoder = {key: value for key, value in unet.state_dict().items() if key in model.state_dict()
+                   and key.split(".")[0] in ("time_embed", "input_blocks", "middle_block")}  # without psi
+        model.load_state_dict({**model.state_dict(), **encoder})
     return model
 
+
+# ---- its training on ten pictures --------------------------------------------------------------------------
 
 def augment(x: Tensor, kinds: Collection[str], g: torch.Generator) -> Tensor:
     """Random changes that keep the label: (B, 3, H, W) in [-1, 1] -> the same shape and range.
 
-    flip: mirror half of them; shift: move by up to 1/16 and scale by up to 5 %; colour: scale and shift each channel, for
-    domains that colour does not define.
+    flip: mirror half of them; shift: move by up to 1/16 and scale by up to 5 %; colour: scale and shift
+    each channel, for domains that colour does not define.
     """
-    uniform = lambda *shape: (torch.rand(*shape, generator=g) * 2 - 1).to(x.device)  # U(-1, 1)
-    b = len(x)
+    b, device = len(x), x.device
+
+    def uniform(*shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=g) * 2 - 1).to(device)                      # U(-1, 1)
+
     if "flip" in kinds:
         x = torch.where(uniform(b, 1, 1, 1) < 0, x.flip(3), x)
     if "shift" in kinds:
-        theta = torch.eye(2, 3, device=x.device) * (1 + 0.05 * uniform(b, 1, 1))         # (B, 2, 3)
-        theta[:, :, 2] = uniform(b, 2) / 8                                               # of half a side
-        x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+        move = torch.eye(2, 3, device=device) * (1 + 0.05 * uniform(b, 1, 1))            # (B, 2, 3)
+        move[:, :, 2] = uniform(b, 2) / 8                                                # of half a side
+        grid = F.affine_grid(move, list(x.shape), align_corners=False)
+        x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     if "colour" in kinds:
         x = (x * (1 + 0.3 * uniform(b, 3, 1, 1)) + 0.3 * uniform(b, 3, 1, 1)).clamp(-1, 1)
     return x
 
 
-def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor, iterations: int, batch_size: int,
-              learning_rate: float, kinds: Collection[str], g: torch.Generator, micro_batch_size: int | None = None,
-              progress: Callable = lambda steps: steps) -> None:
+def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor, iterations: int,
+              batch_size: int, learning_rate: float, kinds: Collection[str], g: torch.Generator,
+              micro_batch_size: int | None = None, progress: Callable[[Iterable], Iterable] = iter) -> None:
     """Teach source against target at all timesteps, every batch half source and half target.
 
-    source (N, C, H, W), target (M, C, H, W), on the model's device.  `kinds` are augmentations; randomness comes from g.
-    micro_batch_size limits the pictures that go through the network at once.
+    source (N, C, H, W), target (M, C, H, W), on the model's device.  `kinds` are augmentations; randomness
+    comes from g.  micro_batch_size limits the pictures that go through the network at once.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
     model.train().requires_grad_(True)
@@ -110,56 +159,85 @@ def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Ten
     micro = micro_batch_size or 2 * half
     labels = torch.tensor([SOURCE] * half + [TARGET] * half, device=source.device)
     for _ in progress(range(iterations)):
-        pick = lambda images: images[torch.randint(len(images), (half,), generator=g).to(images.device)]
-        x0 = augment(torch.cat([pick(source), pick(target)]), kinds, g)
+        some_source, some_target = (images[torch.randint(len(images), (half,), generator=g).to(images.device)]
+                                    for images in (source, target))
+        x0 = augment(torch.cat([some_source, some_target]), kinds, g)
         t = torch.randint(schedule.timesteps, (2 * half,), generator=g).to(x0.device)
         eps = torch.randn(x0.shape, generator=g).to(x0.device)
         xt = schedule.add_noise(x0, t, eps)
         optimizer.zero_grad()
-        for part in range(0, 2 * half, micro):
-            logits = model(xt[part:part + micro], t[part:part + micro]).float()
-            (F.cross_entropy(logits, labels[part:part + micro], reduction="sum") / (2 * half)).backward()
+        for xt_, t_, labels_ in zip(xt.split(micro), t.split(micro), labels.split(micro)):
+            (F.cross_entropy(model(xt_, t_).float(), labels_, reduction="sum") / (2 * half)).backward()
         optimizer.step()
     model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def accuracy_by_quartile(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor, g: torch.Generator,
-                         repeats: int = 32) -> list[float]:
-    """Share of right answers on noised pictures in each quarter of the timesteps, both classes counting equally.
+def accuracy_by_quartile(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor,
+                         g: torch.Generator, repeats: int = 32,
+                         micro_batch_size: int | None = None) -> list[float]:
+    """Share of right answers on noised pictures by quarter of the timesteps, classes counting equally.
 
-    0.5 is chance: there the guidance means nothing.  In each quarter every target picture is noised `repeats` times, and
-    source pictures about as often in all.
+    0.5 is chance: there the guidance means nothing.  In each quarter every target picture is noised
+    `repeats` times, and source pictures about as often in all.  Raises ValueError for fewer than four
+    timesteps.
     """
+    if schedule.timesteps < 4:
+        raise ValueError(f"{schedule.timesteps} timesteps: no quarters")
+    bounds = [quarter * schedule.timesteps // 4 for quarter in range(5)]
     result = []
-    for quartile in range(4):
+    for first, end in zip(bounds, bounds[1:]):
         right = []
         for label, images in ((SOURCE, source), (TARGET, target)):
-            hits = []
+            micro, hits = micro_batch_size or len(images), []
             for _ in range(repeats if label == TARGET else max(1, repeats * len(target) // len(source))):
-                t = (torch.randint(schedule.timesteps // 4, (len(images),), generator=g) + quartile * schedule.timesteps // 4).to(images.device)
-                eps = torch.randn(images.shape, generator=g).to(images.device)
-                hits.append((model(schedule.add_noise(images, t, eps), t).argmax(1) == label).float().mean().item())
+                t = (torch.randint(end - first, (len(images),), generator=g) + first).to(images.device)
+                xt = schedule.add_noise(images, t, torch.randn(images.shape, generator=g).to(images.device))
+                parts = zip(xt.split(micro), t.split(micro))
+                answers = torch.cat([model(xt_, t_).argmax(1) for xt_, t_ in parts])
+                hits.append((answers == label).float().mean().item())
             right.append(sum(hits) / len(hits))
         result.append(sum(right) / 2)
     return result
 
 
-def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) -> Tensor:
-    """|| eps - eps_theta(x_t, t) - guidance ||^2 of Eqs. 6 and 9, as a mean over each image: (B, ...) -> (B,).
+def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source: Tensor, target: Tensor,
+                    kinds: Collection[str], iterations: int, batch_size: int, learning_rate: float,
+                    stream: Callable[[int], torch.Generator],
+                    encode: Callable[[Tensor], Tensor] | None = None, check: bool = True,
+                    micro_batch_size: int | None = None,
+                    progress: Callable[[Iterable, str], Iterable] = lambda steps, text: steps,
+                    ) -> tuple[Classifier, list[float] | None]:
+    """p_phi of Eq. 5: `start()` fine-tuned on pictures of the target against pictures of the source.
 
-    guidance = sigma_hat_t^2 gamma grad log p(y = T | x_t); with 0 it is Eq. 1.
+    start             a classifier that has not seen a target picture, with a fresh two-way head; called for
+                      each training
+    source, target    pictures (N, 3, H, W), (M, 3, H, W) in [-1, 1], on the classifier's device
+    stream            a generator for each of the numbers 2 (batches), 3 (accuracy) and 4 (pictures to encode)
+    encode            of a latent model: pictures -> x_0.  Latents cannot be mirrored or coloured: of each
+                      picture several changed versions are encoded
+    check             train another one first, with a fifth of the pictures held out, for the accuracy on
+                      those by quarter of the timesteps that is returned beside p_phi (None without it, or
+                      where there is one picture only)
     """
-    return (eps - eps_predicted - guidance).square().flatten(1).mean(1)
+    def x0(pictures: Tensor, versions: int) -> Tensor:
+        if encode is None:
+            return pictures
+        return encode(augment(pictures.repeat(versions, 1, 1, 1), kinds, stream(4)))
 
+    def train(source: Tensor, target: Tensor, text: str) -> Classifier:
+        model = start()
+        fine_tune(model, schedule, x0(source, 2), x0(target, 16), iterations, batch_size, learning_rate,
+                  kinds if encode is None else (), stream(2), micro_batch_size,
+                  lambda steps: progress(steps, text))
+        return model
 
-def similarity_guidance(classifier: Callable | None, schedule: Schedule, xt: Tensor, t: Tensor, gamma: float, power: int = 2,
-                        below: int | None = None) -> Tensor | float:
-    """sigma_hat_t^2 gamma grad log p(y = T | x_t) of Eq. 6, shaped like xt; 0 without a classifier, and from timestep `below` on.
-
-    power    of sigma_hat: 2 as printed, 1 as Eqs. 2-3 give with the posterior variance
-    """
-    if classifier is None:
-        return 0.0
-    guidance = schedule.sigma_hat(t, xt) ** power * gamma * log_prob_gradient(classifier, xt, t, TARGET)
-    return guidance if below is None else guidance * (t < below).view(-1, *[1] * (xt.dim() - 1))
+    accuracy = None
+    if check and min(len(source), len(target)) >= 2:
+        n_source, n_target = max(1, len(source) // 5), max(1, len(target) // 5)
+        trial = train(source[n_source:], target[n_target:], "classifier, a fifth held out")
+        parts = source[:n_source], target[:n_target]
+        held_out = parts if encode is None else [encode(part) for part in parts]
+        accuracy = accuracy_by_quartile(trial, schedule, *held_out, stream(3),
+                                        micro_batch_size=micro_batch_size)
+    return train(source, target, "classifier"), accuracy

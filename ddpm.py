@@ -1,11 +1,12 @@
-"""Denoising diffusion (Eqs. 1-3): noise schedules, the forward process, the reverse step for any eta, sampling.
+"""Denoising diffusion (Eqs. 1-3): noise schedules, forward process, reverse step for any eta, sampling.
 
-Timesteps count from 0 (t = 0..T-1 is the paper's 1..T); alpha_bar at index -1 is 1.  Nothing here knows what the model
-is: any callable model(x_t, t) whose first C output channels are eps will do, on images (B, C, H, W) or vectors (B, D).
+Timesteps count from 0 (t = 0..T-1 is the paper's 1..T); alpha_bar at index -1 is 1.  Nothing here knows what
+the model is: any callable model(x_t, t) will do whose first C output channels are eps, on images (B, C, H, W)
+or vectors (B, D).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,21 +15,23 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 
 def predict_eps(model: Model, xt: Tensor, t: Tensor) -> Tensor:
-    """eps_theta(x_t, t) in float32.  A network with learned variance gives 2C channels, of which eps is the first C."""
+    """eps_theta(x_t, t), float32.  A network with learned variance gives 2C channels; eps is the first C."""
     out = model(xt, t)[:, : xt.shape[1]]
     return out if out.dtype == torch.float64 else out.float()
 
 
 class Schedule:
-    """The noise levels alpha_bar_0..alpha_bar_{T-1} (float64, CPU) and everything that follows from them alone.
+    """The noise levels alpha_bar_0..alpha_bar_{T-1} (float64, CPU) and what follows from them alone.
 
     name         "linear": beta from beta_start to beta_end (Ho et al. 2020)
                  "scaled-linear": sqrt(beta) linear between the square roots (Rombach et al. 2022)
-                 "cosine": alpha_bar ~ cos^2, beta at most 0.999 (Nichol & Dhariwal 2021); beta_start/end unused
+                 "cosine": alpha_bar ~ cos^2, beta at most 0.999 (Nichol & Dhariwal 2021);
+                 no beta_start, beta_end
     timesteps    T
     """
 
-    def __init__(self, name: str = "linear", timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
+    def __init__(self, name: str = "linear", timesteps: int = 1000, beta_start: float = 1e-4,
+                 beta_end: float = 0.02):
         self.config = dict(name=name, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end)
         if name == "linear":
             betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
@@ -44,23 +47,32 @@ class Schedule:
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)
 
     def at(self, t: Tensor, x: Tensor) -> Tensor:
-        """alpha_bar_t, shaped (B, 1, ...) to multiply x of shape (B, ...); t is int (B,), and -1 gives 1 (no noise)."""
+        """alpha_bar_t, shaped (B, 1, ...) to multiply x of shape (B, ...); t is int (B,), -1 gives 1."""
         padded = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar])
         dtype = torch.promote_types(x.dtype, torch.float32)
         return padded.to(dtype).to(x.device)[t + 1].view(-1, *[1] * (x.dim() - 1))
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, a draw from q(x_t | x_0).  Shapes (B, ...), (B,), (B, ...)."""
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, a draw from q(x_t | x_0).
+
+        Shapes (B, ...), (B,), (B, ...) -> (B, ...).
+        """
         a = self.at(t, x0)
         return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
     def predict_x0(self, xt: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The x_0 that x_t and eps imply.  (The paper prints alpha_bar under the bar; it is its square root.)"""
+        """The x_0 that x_t and eps imply.
+
+        The paper prints alpha_bar under the line; it is its square root.
+        """
         a = self.at(t, xt)
         return (xt - (1 - a).sqrt() * eps) / a.sqrt()
 
     def sigma(self, t: Tensor, s: Tensor, x: Tensor, eta: float = 1.0) -> Tensor:
-        """Standard deviation of the reverse step from t to s < t: eta sqrt((1-a_s)/(1-a_t)) sqrt(1-a_t/a_s), shaped like `at`."""
+        """Standard deviation of the reverse step from t to s < t, shaped like `at`.
+
+        eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
+        """
         a, b = self.at(t, x), self.at(s, x)
         return eta * ((1 - b) / (1 - a)).sqrt() * (1 - a / b).sqrt()
 
@@ -73,15 +85,19 @@ class Schedule:
                      eta: float | str = 0.0, clip: bool = False, gradient: Tensor | None = None) -> Tensor:
         """x_s from x_t (Song et al. 2020), s < t, s = -1 for the last step.
 
-        eta = 0 is DDIM, 1 is DDPM, "large" the paper's third choice, DDPM with variance beta_t.  `noise` is N(0, I) and
-        may be None where eta = 0.  clip limits the predicted x_0 to [-1, 1], for images; the direction keeps the
-        model's own eps, since an eps derived anew from the clipped x_0 leaves speckle in few-step sampling (so where the clip
-        bites, eta = 1 is not the clipped posterior mean of Ho et al.).
-        gradient is gamma times grad log p(y|x_t): Eq. 2 adds sigma_t^2 times it to the mean; with eta = 0, eps is
-        corrected instead by -sqrt(1 - alpha_bar_t) times it (Dhariwal & Nichol 2021, Algorithm 2).
+        eta         0: DDIM, 1: DDPM, "large": the paper's third choice, DDPM with variance beta_t
+        noise       N(0, I); may be None where eta = 0
+        clip        limit the predicted x_0 to [-1, 1], for images.  The direction keeps the model's own eps:
+                    one derived anew from the clipped x_0 leaves speckle in few-step sampling.  So where the
+                    clip bites, eta = 1 is not the clipped posterior mean of Ho et al.
+        gradient    gamma times grad log p(y|x_t), which corrects eps by -sqrt(1 - alpha_bar_t) times it
+                    (Dhariwal & Nichol 2021, Algorithm 2): with gamma = 1, E[eps | x_t, y].  From one timestep
+                    to the next with eta = 1 this moves the mean by beta_t / sqrt(alpha_t) times it, which is
+                    Eq. 2 with the variance beta_t; unlike Eq. 2 it is right for every eta, and for steps of
+                    any length.
         """
         a, b = self.at(t, xt), self.at(s, xt)
-        if gradient is not None and eta == 0:
+        if gradient is not None:
             eps = eps - (1 - a).sqrt() * gradient
         x0 = self.predict_x0(xt, t, eps)
         if clip:
@@ -94,8 +110,6 @@ class Schedule:
             return xs
         if eta == "large":
             sigma = torch.where(b < 1, (1 - a / b).sqrt(), 0.0)
-        if gradient is not None:
-            xs = xs + sigma ** 2 * gradient  # Eq. 2
         return xs + sigma * noise
 
     def subset(self, steps: int) -> list[int]:
@@ -105,14 +119,20 @@ class Schedule:
         return torch.linspace(self.timesteps - 1, 0, steps).round().long().tolist()
 
 
+def draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """N(0, I) noise (B, *shape), a row from each of B generators."""
+    return torch.stack([torch.randn(*shape, generator=g) for g in generators])
+
+
 def sample(model: Model, schedule: Schedule, shape: Sequence[int], seeds: Sequence[int], steps: int = 50,
-           eta: float | str = 0.0, noise: Tensor | None = None, clip: bool = True, device: torch.device | str = "cpu",
-           gradient: Callable[[Tensor, Tensor], Tensor] | None = None, gamma: float = 1.0, batch_size: int = 64,
-           progress: Callable = lambda steps: steps, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
-    """Images (N, *shape) on the CPU, one for each seed; each depends on its own seed alone, not on its neighbours.
+           eta: float | str = 0.0, noise: Tensor | None = None, clip: bool = True,
+           device: torch.device | str = "cpu", gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
+           gamma: float = 1.0, batch_size: int = 64, progress: Callable[[Iterable], Iterable] = iter,
+           on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Images (N, *shape) on the CPU, one for each seed; each depends on its own seed alone.
 
     noise      x_T (N, *shape); drawn from the seeds if not given
-    gradient   grad_{x_t} log p(y|x_t) as a function of (x_t, t): classifier guidance with strength gamma (Eqs. 2-3)
+    gradient   grad_{x_t} log p(y|x_t) as a function of (x_t, t): classifier guidance of strength gamma, Eq. 2
     progress   wraps the list of steps of each batch, e.g. tqdm
     on_step    called with (timestep reached, x) after each step
     Raises ValueError for a number of steps outside 1..T.
@@ -121,8 +141,7 @@ def sample(model: Model, schedule: Schedule, shape: Sequence[int], seeds: Sequen
     finished = []
     for first in range(0, len(seeds), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[first:first + batch_size]]
-        draw = lambda: torch.stack([torch.randn(*shape, generator=g) for g in generators])
-        x = draw()
+        x = draw(shape, generators)
         if noise is not None:
             x = noise[first:first + batch_size].cpu()
         with torch.inference_mode():
@@ -133,8 +152,9 @@ def sample(model: Model, schedule: Schedule, shape: Sequence[int], seeds: Sequen
                 if gradient is not None:
                     with torch.inference_mode(False):
                         g = gamma * gradient(x.clone(), t_batch)
-                step_noise = draw().to(device) if eta != 0 else None
-                x = schedule.reverse_step(x, t_batch, s_batch, predict_eps(model, x, t_batch), step_noise, eta, clip, g)
+                step_noise = draw(shape, generators).to(device) if eta != 0 else None
+                eps = predict_eps(model, x, t_batch)
+                x = schedule.reverse_step(x, t_batch, s_batch, eps, step_noise, eta, clip, g)
                 if on_step is not None:
                     on_step(s, x)
         finished.append(x.clone().cpu())

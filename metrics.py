@@ -1,68 +1,39 @@
-"""The measurements of section 5.2: Intra-LPIPS, FID, KID, and the distance to the nearest training picture.
+"""The measurements of section 5.2: Intra-LPIPS, FID, KID, as distances between sets of features (N, D).
 
-Distances between sets are functions of features (N, D); where the features come from is the caller's choice.  The published
-networks that the field compares by are LPIPS (Zhang et al. 2018) and the Inception network of FID (Heusel et al. 2017).
-Their packages are imported where they are needed: that takes a second, and the built-in domains do without them.
+Where the features come from is the caller's choice: the networks that the field compares by are in
+checkpoints/perceptual.py, and the built-in domains have their own (domains/judge.py).
 """
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from plumbing.options import InputError
-from plumbing.pictures import to_uint8
-
-# Anything with len() that gives a picture (3, H, W) in [-1, 1] for an index: a tensor, or a data.ImageFolder that reads as needed.
+# Anything with len() that gives a picture (3, H, W) in [-1, 1] for an index: a tensor, an ImageFolder.
 Images = Sequence[Tensor]
 
 
-# ---- the published networks ------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def inception_features(model: nn.Module, images: Images, batch_size: int = 32, progress: Callable = lambda steps: steps) -> Tensor:
-    """What FID and KID compare: N pictures of any one size, rounded to 8 bits and scaled to 299x299 -> float32 (N, 2048), CPU."""
-    device = next(model.parameters()).device
-    look = lambda x: model(to_uint8(x).permute(0, 3, 1, 2).to(device))[0].cpu()
-    return torch.cat([look(_stack(images, rows)) for rows in progress(torch.arange(len(images)).split(batch_size))])
-
-
-def _stack(images: Images, rows: Tensor) -> Tensor:
+def stack(images: Images, rows: Tensor) -> Tensor:
+    """The pictures at the indices `rows` (B,) -> (B, 3, H, W)."""
     return torch.stack([images[i] for i in rows.tolist()])
 
 
-# ---- Intra-LPIPS -----------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def lpips_features(model: nn.Module, images: Tensor) -> Tensor:
-    """Features between which LPIPS is the squared Euclidean distance: (B, 3, H, W) in [-1, 1] -> (B, D), on the model's device.
-
-    model   lpips.LPIPS with its linear layers.  LPIPS (Zhang et al. 2018, Eq. 1) sums over layers l the mean over pixels of
-            sum_c w_lc (a_lc - b_lc)^2, where a, b are the layer's activations scaled to length 1 at each pixel and no w_lc is
-            negative: put sqrt(w_lc / pixels_l) into the features and a plain sum of squares is left.
-    D is 8.0 million for VGG at 256x256: 32 MB a picture.
-    """
-    import lpips
-    layers = []
-    for activations, linear in zip(model.net(model.scaling_layer(images.to(model.scaling_layer.shift))), model.lins):
-        a = lpips.normalize_tensor(activations)                                  # (B, C, h, w)
-        w = linear.model[-1].weight                                              # (1, C, 1, 1)
-        layers.append(a.mul_((w / a[0, 0].numel()).sqrt()).flatten(1))           # (B, C h w)
-    return torch.cat(layers, dim=1)                                              # (B, D)
-
+# ---- Intra-LPIPS -------------------------------------------------------------------------------------------
 
 def squared_distances(a: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """(D,), K of (D,) -> (K,).  Differences first: |a|^2 - 2ab + |b|^2 would lose what near pictures differ by."""
+    """(D,), K of (D,) -> (K,).
+
+    Differences first: |a|^2 - 2ab + |b|^2 would lose what near pictures differ by.
+    """
     return torch.stack([nn.functional.mse_loss(a, b, reduction="sum") for b in others])
 
 
 @dataclasses.dataclass
 class IntraLPIPS:
     """Per cluster, in the order of the targets."""
-    clusters: list[float | None]  # mean distance over the pairs of each cluster; None: dropped, fewer than two samples
+    clusters: list[float | None]  # mean distance over the pairs; None: dropped, fewer than two samples
     sizes: list[int]              # samples assigned to each target
     assigned: list[int]           # each sample's target, in the order of the samples
 
@@ -79,30 +50,35 @@ class IntraLPIPS:
 
     @property
     def dropped(self) -> int:
+        """How many clusters are left out."""
         return self.clusters.count(None)
 
 
 @torch.no_grad()
-def intra_lpips(embed: Callable[[Tensor], Tensor], samples: Images, targets: Images, cluster_size: int | None = None, seed: int = 0,
-                batch_size: int = 4, progress: Callable = lambda steps: steps) -> IntraLPIPS:
+def intra_lpips(embed: Callable[[Tensor], Tensor], samples: Images, targets: Images,
+                cluster_size: int | None = None, seed: int = 0, batch_size: int = 4,
+                progress: Callable[[Iterable], Iterable] = iter) -> IntraLPIPS:
     """Diversity within what looks most like the same training picture (section 5.2; Ojha et al. 2021).
 
-    embed            (B, 3, H, W) -> (B, D), such that the distance of two pictures is the squared Euclidean distance of their
-                     features: functools.partial(lpips_features, model)
-    cluster_size     None: the exact mean over all pairs.  Otherwise over at most so many random members of each cluster, chosen by
-                     `seed`; 50 is the reference protocol.
-    Each picture goes through the network once, N + K in all.  In memory at a time: 2K + batch_size rows of features for K targets.
-    Raises InputError if no cluster has two samples.
+    embed         (B, 3, H, W) -> (B, D), such that the distance of two pictures is the squared Euclidean
+                  distance of their features: functools.partial(perceptual.lpips_features, model)
+    cluster_size  None: the exact mean over all pairs.  Otherwise over at most so many random members of each
+                  cluster, chosen by `seed`; 50 is the reference protocol.
+    progress      wraps the batches of samples, e.g. tqdm
+    Each picture goes through the network once, N + K in all.  In memory at a time: 2K + batch_size rows of
+    features for K targets.  Raises ValueError if no cluster has two samples.
     """
-    centres = [f for rows in torch.arange(len(targets)).split(batch_size) for f in embed(_stack(targets, rows))]
-    # The mean over pairs of |f_i - f_j|^2 is 2 / (n - 1) times the sum of |f_i - mean|^2, which is kept up to date one f at a
-    # time (Welford 1962): exact without a loop over pairs, and nothing cancels where the members are nearly equal.
-    means, spreads, counted = [torch.zeros_like(c) for c in centres], [0.0] * len(centres), [0] * len(centres)
-    sizes, assigned = [0] * len(centres), [0] * len(samples)
+    batches = torch.arange(len(targets)).split(batch_size)
+    centres = [f for rows in batches for f in embed(stack(targets, rows))]
+    # The mean over pairs of |f_i - f_j|^2 is 2 / (n - 1) times the sum of |f_i - mean|^2, which is kept up to
+    # date one f at a time (Welford 1962): exact without a loop over pairs, and nothing cancels where the
+    # members are nearly equal.
+    means, spreads = [torch.zeros_like(c) for c in centres], [0.0] * len(centres)
+    counted, sizes, assigned = [0] * len(centres), [0] * len(centres), [0] * len(samples)
     # In a random order the first members of a cluster are a random subset of it.
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     for rows in progress(order.split(batch_size)):
-        for i, f in zip(rows.tolist(), embed(_stack(samples, rows))):
+        for i, f in zip(rows.tolist(), embed(stack(samples, rows))):
             k = assigned[i] = squared_distances(f, centres).argmin().item()
             sizes[k] += 1
             if cluster_size is None or counted[k] < cluster_size:
@@ -112,18 +88,21 @@ def intra_lpips(embed: Callable[[Tensor], Tensor], samples: Images, targets: Ima
                 spreads[k] += delta.square().sum().item() * (counted[k] - 1) / counted[k]
     clusters = [2 * spread / (n - 1) if n > 1 else None for spread, n in zip(spreads, counted)]
     if clusters.count(None) == len(clusters):
-        raise InputError(f"Intra-LPIPS of {len(samples)} samples: no target has two of them; give more samples")
+        raise ValueError(f"Intra-LPIPS of {len(samples)} samples: no target has two of them; "
+                         "give more samples")
     return IntraLPIPS(clusters, sizes, assigned)
 
 
-# ---- distances between sets of features ------------------------------------------------------------------------------
+# ---- distances between sets of features --------------------------------------------------------------------
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """FID (Heusel et al. 2017) of features (N, D), (M, D): |mx - my|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)), covariances over N - 1.
+    """FID (Heusel et al. 2017) of features (N, D), (M, D).
 
-    With the centred features as factors, Sx = X^T X and Sy = Y^T Y, the eigenvalues of Sx Sy are the squared singular values
-    of X Y^T, so the trace of the root is their sum.  No root of a matrix is taken, so fewer samples than dimensions do no harm
-    to the sum (the estimate itself is biased upwards on few samples).  Raises InputError for fewer than two rows.
+    |mx - my|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)), covariances over N - 1.  With the centred features as
+    factors, Sx = X^T X and Sy = Y^T Y, the eigenvalues of Sx Sy are the squared singular values of X Y^T, so
+    the trace of the root is their sum.  No root of a matrix is taken, so fewer samples than dimensions do no
+    harm to the sum (the estimate itself is biased upwards on few samples).  Raises ValueError for fewer than
+    two rows.
     """
     _need_two(x, y)
     x, y = x.cpu().double(), y.cpu().double()
@@ -135,19 +114,34 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """KID (Binkowski et al. 2018) of features (N, D), (M, D): squared MMD with the kernel (ab / D + 1)^3, unbiased.
+    """KID (Binkowski et al. 2018) of features (N, D), (M, D).
 
-    Over all pairs at once; the mean over random subsets that other programs print estimates the same and is noisier.  It may be
-    slightly negative.  Raises InputError for fewer than two rows.
+    The squared MMD with the kernel (ab / D + 1)^3, unbiased: it may be slightly negative.  Over all pairs at
+    once; the mean over random subsets that other programs print estimates the same and is noisier.  Raises
+    ValueError for fewer than two rows.
     """
     _need_two(x, y)
     x, y = x.cpu().double(), y.cpu().double()
-    kernel = lambda inner: (inner / x.shape[1] + 1) ** 3
-    total = lambda a, b: sum(kernel(part @ b.T).sum() for part in a.split(1024))
-    within = lambda a: (total(a, a) - kernel(a.square().sum(1)).sum()) / (len(a) * (len(a) - 1))  # without a picture and itself
-    return (within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))).item()
+    between = _kernel_sum(x, y) / (len(x) * len(y))
+    return (_mean_within(x) + _mean_within(y) - 2 * between).item()
+
+
+def _kernel(inner: Tensor, dimensions: int) -> Tensor:
+    return (inner / dimensions + 1) ** 3
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Over all pairs of a row of x and a row of y; 1024 rows of x at a time."""
+    return sum(_kernel(part @ y.T, x.shape[1]).sum() for part in x.split(1024))
+
+
+def _mean_within(x: Tensor) -> Tensor:
+    """The kernel's mean over the pairs of rows of x, without a row and itself."""
+    diagonal = _kernel(x.square().sum(1), x.shape[1]).sum()
+    return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
 
 def _need_two(*features: Tensor) -> None:
     if min(map(len, features)) < 2:
-        raise InputError(f"FID and KID of {' and '.join(str(len(f)) for f in features)} pictures: at least 2 are needed of each")
+        counts = " and ".join(str(len(f)) for f in features)
+        raise ValueError(f"FID and KID of {counts} pictures: at least 2 are needed of each")

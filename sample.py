@@ -5,77 +5,104 @@
   python sample.py ffhq_p2.pt -n 8                 a published source
   torchrun --nproc_per_node=8 sample.py runs/sunglasses -n 1000
 
-Picture i comes from seed + i alone: the same noise through source and adapted model gives a pair, and the number of
-processes and the batch size change nothing.
+Picture i comes from seed + i alone: the same noise through source and adapted model gives a pair, and the
+number of processes and the batch size change nothing.
 """
 
 import dataclasses
-import math
+import functools
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
-from tqdm import tqdm
+from torch import Tensor
 
 from checkpoints import run_folder
 from classifier import TARGET, log_prob_gradient
 from plumbing import distributed
 from plumbing.files import write_atomic
-from plumbing.options import REQUIRED, InputError, at_least, option, parse, run
+from plumbing.options import InputError, Positional, Unset, at_least, finite, parse, run, seed, short
 from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
+from plumbing.progress import bar
 
 
 @dataclasses.dataclass
 class Options:
-    model: str = option(REQUIRED, "folder of a run, built-in source, file of weights or folder of diffusers", positional=True)
-    n: int = option(64, "number of pictures", short="-n")
-    arch: str | None = option(None, "network of a published file whose shapes do not show it (python -m checkpoints lists them), or a JSON file",
-                              metavar="NAME")
-    steps: int = option(50, "sampling steps")
-    eta: str = option("0", "0: DDIM, 1: DDPM, any number between, or 'large': DDPM with variance beta_t", metavar="X")
-    seed: int = option(0, "seed of the first picture")
-    guidance: float = option(0.0, "gamma of classifier guidance while sampling, with the run's own classifier (Eq. 2; at eta 0 through eps)")
-    batch_size: int = option(64, "pictures at once on a device")
-    output_dir: str = option("", "where they go (default: RUN/drawn, or runs/NAME-samples)")
-    device: str = option("auto", "auto, cpu, cuda or mps")
+    model: Positional[str]
+    """Folder of a run, built-in source, file of weights or folder of diffusers."""
+    n: Annotated[int, short("-n")] = 64
+    """Number of pictures."""
+    arch: Unset[str] = None
+    """Network of a published file that does not show it: see python -m checkpoints, or a JSON file."""
+    steps: int = 50
+    """Sampling steps."""
+    eta: str = "0"
+    """0: DDIM, 1: DDPM, any number between, or 'large': DDPM with variance beta_t."""
+    seed: int = 0
+    """Seed of the first picture."""
+    guidance: float = 0.0
+    """Gamma of classifier guidance with the run's own classifier (Eq. 2; at eta 0 through eps)."""
+    batch_size: int = 64
+    """Pictures at once on a device."""
+    output_dir: Unset[str] = None
+    """Where they go (default: RUN/drawn, or runs/NAME-samples)."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda or mps."""
+
+
+def parse_eta(text: str) -> float | str:
+    """0 to 1, or "large"."""
+    if text == "large":
+        return text
+    try:
+        eta = float(text)
+    except ValueError:
+        eta = -1.0
+    if not 0 <= eta <= 1:
+        raise InputError(f"--eta {text}: give a number from 0 to 1, or 'large'")
+    return eta
+
+
+def save_picture(path: Path, pixels: Tensor) -> None:
+    """uint8 (H, W, 3) -> PNG."""
+    write_atomic(path, lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
 
 
 def main() -> None:
-    options, _ = parse(Options, description=__doc__)
+    options, _ = parse(Options, __doc__)
     device = distributed.setup(options.device)
-    try:
-        eta = "large" if options.eta == "large" else float(options.eta)
-    except ValueError:
-        raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'") from None
-    if eta != "large" and not 0 <= eta <= 1:
-        raise InputError(f"--eta {options.eta}: give a number from 0 to 1, or 'large'")
+    eta = parse_eta(options.eta)
     at_least(options, n=1, batch_size=1, steps=1)
+    finite(options, "guidance")
+    seed(options)
     folder = Path(options.model)
-    if not math.isfinite(options.guidance):
-        raise InputError(f"--guidance {options.guidance}: must be a number")
     network, of_run = run_folder.load_model(options.model, options.arch)
-    out = Path(options.output_dir or (folder / "drawn" if of_run else f"runs/{folder.stem}-samples")).resolve()
+    network.check_steps(options.steps)
     network.to(device)
-    if options.steps > network.schedule.timesteps:
-        raise InputError(f"--steps {options.steps}: this model has {network.schedule.timesteps}")
-    if out.is_dir() and any(out.glob("*.png")):
-        print(f"note: {out} already holds pictures; those of other seeds stay there")
     gradient = None
     if options.guidance:
         classifier = run_folder.load_classifier(folder).model.to(device).requires_grad_(False)
-        gradient = lambda xt, t: log_prob_gradient(classifier, xt, t, TARGET)
+        gradient = functools.partial(log_prob_gradient, classifier, label=TARGET)
 
-    mine = range(options.n)[distributed.share(options.n)]
-    progress = lambda steps: tqdm(steps, leave=False, disable=distributed.rank() != 0)
+    default = folder / "drawn" if of_run else f"runs/{folder.stem}-samples"
+    out = Path(options.output_dir or default).resolve()
+    if out.is_dir() and any(out.glob("*.png")):
+        distributed.say(f"note: {out} already holds pictures; those of other seeds stay there")
     out.mkdir(parents=True, exist_ok=True)
-    for part in (mine[i:i + options.batch_size] for i in range(0, len(mine), options.batch_size)):  # each batch is kept as soon as it is drawn
-        images = network.sample([options.seed + i for i in part], options.steps, eta=eta, gradient=gradient, gamma=options.guidance,
+    seeds = range(options.seed, options.seed + options.n)
+    files = {i: out / f"{i:06d}.png" for i in seeds}
+    mine = seeds[distributed.share(options.n)]
+    progress = functools.partial(bar, text="sampling")
+    for first in range(0, len(mine), options.batch_size):  # each batch is kept as soon as it is drawn
+        part = mine[first:first + options.batch_size]
+        images = network.sample(part, options.steps, eta=eta, gradient=gradient, gamma=options.guidance,
                                 batch_size=options.batch_size, progress=progress)
         for i, pixels in zip(part, to_uint8(images)):
-            write_atomic(out / f"{options.seed + i:06d}.png", lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
+            save_picture(files[i], pixels)
     distributed.barrier()
     if distributed.rank() == 0:
-        shown = [read_array(out / f"{options.seed + i:06d}.png") for i in range(min(options.n, 256))]
+        shown = [read_array(files[i]) for i in seeds[:256]]
         save_grid(out.with_name(out.name + ".png"), to_tensor(torch.stack(shown)), columns=min(16, options.n))
         print(f"{options.n} pictures in {out}/, a grid in {out}.png")
     distributed.cleanup()

@@ -1,133 +1,270 @@
-"""The options of train_tan.py: the paper's numbers, and what suits small sources and latents instead."""
+"""The options of train_tan.py: what a method uses, the paper's numbers, what suits other sources instead."""
 
 import dataclasses
-import math
 from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 import domains
-from checkpoints import run_folder
 from checkpoints.load import BUILT_IN
 from checkpoints.network import Network
 from classifier import AUGMENTATIONS
 from plumbing import distributed
-from plumbing.options import InputError, at_least, option, positive
+from plumbing.options import InputError, Unset, at_least, below, finite, flag, flat, positive, replace, seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a method uses of the paper."""
+
+    text: str
+    loss: str                           # the equation it descends
+    adaptors: bool = True               # psi learns beside a frozen theta (Eq. 9); else all of theta learns
+    guidance: bool = False              # the classifier corrects the noise target (Eqs. 5, 6)
+    adversarial_noise: bool = False     # the noise that is denoised worst (Eqs. 7, 8, 10)
+    pairwise_losses: bool = False       # DDPM-PA (Zhu et al. 2022)
+
 
 METHODS = {
-    "tan": "all of the paper: adaptors, similarity guidance, adversarial noise (Eq. 9)",
-    "guided": "TAN without adversarial noise (Eq. 6)",
-    "adaptor": "adaptors alone (Eq. 1)",
-    "finetune": "all weights (Eq. 1)",
-    "pa": "all weights with the pairwise losses of DDPM-PA (Zhu et al. 2022)",
+    "tan": Method("all of the paper", "Eq. 9", guidance=True, adversarial_noise=True),
+    "guided": Method("TAN without adversarial noise", "Eq. 6", guidance=True),
+    "adaptor": Method("adaptors alone", "Eq. 1"),
+    "finetune": Method("all weights", "Eq. 1", adaptors=False),
+    "pa": Method("all weights with the losses of DDPM-PA", "Eq. 1 and pairwise", adaptors=False,
+                 pairwise_losses=True),
 }
 
 
 @dataclasses.dataclass
+class Guidance:
+    """Similarity-guided training (Eqs. 5, 6)."""
+
+    gamma: float = 5.0
+    """Strength of the guidance."""
+    guidance_power: Literal[1, 2] = 2
+    """Power of sigma_hat before the gradient: 2 as printed, 1 as derived from Eqs. 2-3."""
+    guidance_below: Unset[int] = None
+    """Guide only at timesteps below this (default: at all)."""
+    classifier: Unset[str] = None
+    """What the classifier starts from: a file, 'encoder' (of the source U-Net) or 'scratch'.
+    Default: the built-in one where it fits, else the encoder."""
+    classifier_arch: Unset[str] = None
+    """Network of a published classifier file: imagenet256-classifier, or a JSON file."""
+    classifier_batch_size: int = 40
+    """Pictures a step of its fine-tuning, half source and half target."""
+    classifier_iterations: Unset[int] = None
+    """Steps of its fine-tuning (default: 300; 150 for a small source)."""
+    classifier_learning_rate: float = 1e-4
+    """Its learning rate."""
+    classifier_check: bool = True
+    """Train one with a fifth of the pictures held out first, to see whether guidance means anything."""
+    source_images: Unset[str] = None
+    """Pictures of the source for the classifier: a folder or a built-in source.
+    Default: drawn for a built-in source, else sampled from the source model."""
+    source_count: int = 256
+    """How many of them."""
+    classifier_targets: Unset[str] = None
+    """A folder of more pictures of the target, for the classifier alone (default: those adapted to)."""
+    augment: Unset[tuple[Literal[AUGMENTATIONS], ...]] = None
+    """Changes of the classifier's pictures that keep the domain.
+    Default: flip and shift; for built-in targets what suits."""
+
+
+@dataclasses.dataclass
+class AdversarialNoise:
+    """Adversarial noise selection (Eqs. 7, 8, 10)."""
+
+    omega: float = 0.02
+    """Rate of the gradient ascent."""
+    pgd_steps: Unset[int] = None
+    """Its steps J (default: 10)."""
+    pgd_network: Literal["current", "source"] = "current"
+    """Whose worst noise is sought: current (theta and psi), or source (theta alone, as Eq. 10 prints)."""
+
+
+@dataclasses.dataclass
+class PairwiseLosses:
+    """DDPM-PA (Zhu et al. 2022), for --method pa."""
+
+    pairwise_weights: Unset[tuple[float, ...]] = None
+    """Of the similarities of pictures, of those of their detail, and of the detail itself.
+    Default: 4 4 1, the authors' later release; 0.5 0.5 0.05 for a small source."""
+
+
+@dataclasses.dataclass
+class Pictures:
+    """What a run shows."""
+
+    samples: int = 32
+    """Pictures in samples.png (0: no pictures)."""
+    sample_steps: int = 50
+    """DDIM steps for them."""
+    previews: int = 5
+    """Rows of progress.png after the first."""
+
+
+@dataclasses.dataclass
 class Options:
-    target: str = option("sunglasses", f"what to adapt to: {', '.join(domains.TARGETS)}, or a folder of about ten pictures")
-    source: str | None = option(None, f"what to adapt: {', '.join(BUILT_IN)}, a file of weights or a folder of diffusers (default: the source of a "
-                                "built-in target, else toyfaces)")
-    arch: str | None = option(None, "network of a published file whose shapes do not show it (python -m checkpoints lists them), or a JSON file", metavar="NAME")
-    method: str = option("tan", "; ".join(f"{name}: {text}" for name, text in METHODS.items()), choices=list(METHODS))
-    output_dir: str = option("", "where the run goes (default: runs/TARGET; -SOURCE is added for a built-in target from another source, -METHOD for the other methods)")
-    resume: bool = option(False, "continue the run in --output-dir (or of this target and method); its own options hold")
-    overwrite: bool = option(False, "replace the run in --output-dir")
+    """A run of train_tan.py.  What is None becomes what suits the source and the method: `suited`."""
 
-    iterations: int = option(300, "updates of psi", group="training")
-    batch_size: int = option(40, "pictures an iteration, over all processes", group="training")
-    micro_batch_size: int | None = option(None, "pictures at once on a device, to save memory (default: all)", group="training")
-    learning_rate: float = option(5e-5, "of Adam", group="training")
-    warmup: int = option(0, "iterations of linear warm-up", group="training")
-    ema: float = option(0.99, "decay of the running average of the weights that is used in the end (less at the start)", group="training")
-    flip: bool = option(True, "mirror half of the pictures", group="training")
-    adaptor_width: int | None = option(None, "channels d of the adaptors (default: near the paper's parameter rate)", group="training")
-    precision: str = option("fp32", "fp32, or bf16 autocast", choices=["fp32", "bf16"], group="training")
-    checkpoint_blocks: bool = option(False, "recompute activations instead of storing them: less memory, more time", group="training")
-    seed: int = option(0, "seed of everything random", group="training")
-    device: str = option("auto", "auto, cpu, cuda or mps", group="training")
-
-    gamma: float = option(5.0, "strength of the guidance", group="similarity-guided training (Eq. 6)")
-    guidance_power: int = option(2, "power of sigma_hat before the gradient: 2 as printed, 1 as derived from Eqs. 2-3",
-                                 choices=[1, 2], group="similarity-guided training (Eq. 6)")
-    guidance_below: int | None = option(None, "guide only at timesteps below this (default: at all)", group="similarity-guided training (Eq. 6)")
-    classifier: str | None = option(None, "what the classifier starts from: a file, 'encoder' (of the source U-Net) or 'scratch' "
-                                    "(default: the built-in one where it fits, else the encoder)", group="similarity-guided training (Eq. 6)")
-    classifier_arch: str | None = option(None, "network of a published classifier file: imagenet256-classifier, or a JSON file",
-                                         metavar="NAME", group="similarity-guided training (Eq. 6)")
-    classifier_batch_size: int = option(40, "pictures a step of its fine-tuning, half source and half target",
-                                        group="similarity-guided training (Eq. 6)")
-    classifier_iterations: int = option(300, "steps of its fine-tuning", group="similarity-guided training (Eq. 6)")
-    classifier_learning_rate: float = option(1e-4, "its learning rate", group="similarity-guided training (Eq. 6)")
-    classifier_check: bool = option(True, "train one with a fifth of the pictures held out first, to see whether guidance means anything",
-                                    group="similarity-guided training (Eq. 6)")
-    source_images: str | None = option(None, "pictures of the source for the classifier: a folder or a built-in source (default: drawn "
-                                       "for a built-in source, else sampled from the source model)", group="similarity-guided training (Eq. 6)")
-    source_count: int = option(256, "how many of them", group="similarity-guided training (Eq. 6)")
-    classifier_targets: str | None = option(None, "more pictures of the target, for the classifier alone: a folder (default: those that are adapted to)",
-                                            group="similarity-guided training (Eq. 6)")
-    augment: tuple[str, ...] | None = option(None, "changes of the classifier's pictures that keep the domain: flip, shift, colour (default: "
-                                             "flip and shift, for built-in targets what suits)", choices=AUGMENTATIONS,
-                                             group="similarity-guided training (Eq. 6)")
-
-    omega: float = option(0.02, "rate of the gradient ascent", group="adversarial noise (Eq. 8)")
-    pgd_steps: int = option(10, "its steps J", group="adversarial noise (Eq. 8)")
-    pgd_network: str = option("current", "network whose worst noise is sought: current (theta and psi), or source (theta alone, as "
-                              "Eq. 10 prints)", choices=["current", "source"], group="adversarial noise (Eq. 8)")
-
-    pairwise_weights: tuple[float, ...] = option((4.0, 4.0, 1.0), "of the similarities of pictures, of those of their detail, and of the detail itself; the "
-                                                 "default is that of the authors' later release", group="pairwise losses (--method pa)")
-
-    samples: int = option(32, "pictures in samples.png (0: no pictures)", group="pictures")
-    sample_steps: int = option(50, "DDIM steps for them", group="pictures")
-    previews: int = option(5, "rows of progress.png after the first", group="pictures")
-    save_every: int = option(25, "iterations between checkpoints", group="pictures")
+    target: Annotated[str, tyro.conf.arg(
+        help=f"What to adapt to: {', '.join(domains.TARGETS)}, or a folder of about ten pictures.",
+    )] = "sunglasses"
+    source: Annotated[Unset[str], tyro.conf.arg(
+        help=f"What to adapt: {', '.join(BUILT_IN)}, a file of weights or a folder of diffusers (default: "
+             "the source of a built-in target, else toyfaces).",
+    )] = None
+    arch: Unset[str] = None
+    """Network of a published file whose shapes do not show it: a name, or a JSON file.
+    The names are listed by python -m checkpoints."""
+    method: Annotated[Literal[tuple(METHODS)], tyro.conf.arg(
+        help="; ".join(f"{name}: {method.text} ({method.loss})" for name, method in METHODS.items()) + ".",
+    )] = "tan"
+    output_dir: str = ""
+    """Where the run goes (default: runs/TARGET).
+    Added to it are -SOURCE for a built-in target from another source, and -METHOD for the other methods."""
+    resume: bool = False
+    """Continue the run in --output-dir (or of this target and method); its own options hold."""
+    overwrite: bool = False
+    """Replace the run in --output-dir."""
+    iterations: Unset[int] = None
+    """Updates of psi (default: 300; 80 for a small source, 320 for the targets of toychurches)."""
+    batch_size: Unset[int] = None
+    """Pictures an iteration, over all processes (default: 40; 16 for a small source)."""
+    micro_batch_size: Unset[int] = None
+    """Pictures at once on a device, to save memory (default: all)."""
+    learning_rate: Unset[float] = None
+    """Of Adam (default: 5e-5; 1e-5 for latents; for a small source 2e-3, and 3e-4 without adaptors)."""
+    warmup: int = 0
+    """Iterations of linear warm-up."""
+    ema: float = 0.99
+    """Decay of the running average of the weights that is used in the end (less at the start)."""
+    flip: bool = True
+    """Mirror half of the pictures."""
+    adaptor_width: Unset[int] = None
+    """Channels d of the adaptors (default: near the paper's parameter rate; 8 for a small source)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 autocast."""
+    checkpoint_blocks: bool = False
+    """Recompute activations instead of storing them: less memory, more time."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    save_every: int = 25
+    """Iterations between checkpoints."""
+    guidance: Guidance = dataclasses.field(default_factory=Guidance)
+    adversarial_noise: AdversarialNoise = dataclasses.field(default_factory=AdversarialNoise)
+    pairwise_losses: PairwiseLosses = dataclasses.field(default_factory=PairwiseLosses)
+    pictures: Pictures = dataclasses.field(default_factory=Pictures)
 
 
-# The paper's settings, above, are for 256x256 networks.  What suits small ones (64 pixels and less), chosen on babies:
+# Section 5.2, for 256x256 networks; the pairwise weights are those of the authors' later release.
+PAPER = dict(iterations=300, batch_size=40, learning_rate=5e-5, classifier_iterations=300, pgd_steps=10,
+             pairwise_weights=(4.0, 4.0, 1.0))
+LATENT = dict(learning_rate=1e-5)
+# What suits small networks (64 pixels and less) instead, chosen on babies.
+# All weights at once take smaller steps.
 SMALL = dict(iterations=80, batch_size=16, learning_rate=2e-3, adaptor_width=8)
-
-
+SMALL_FINETUNE = dict(iterations=80, batch_size=16, learning_rate=3e-4)
 SMALL_GUIDED = dict(classifier_iterations=150)
+SMALL_PA = dict(pairwise_weights=(0.5, 0.5, 0.05))
+# For the targets of toychurches, where nearly every pixel changes; chosen on haunted-houses, seed 100.
+CHURCHES = dict(iterations=320)
 
 
-SMALL_FINETUNE = dict(iterations=80, batch_size=16, learning_rate=3e-4)  # all weights at once: smaller steps than for fresh adaptors
-
-
-SMALL_PA = dict(pairwise_weights=(0.5, 0.5, 0.05))  # where the release's do worse
-
-
-CHURCHES = dict(iterations=320)  # instead, for the targets of toychurches, where nearly every pixel changes; chosen on haunted-houses, seed 100
-
-
-LATENT = dict(learning_rate=1e-5)  # the paper's, for published latent models
-
-
-def suited(options: Options, source: Network) -> dict:
-    """What stands in for the paper's settings with this source, target and method: {option: value}."""
+def instead_of_paper(options: Options, source: Network) -> dict:
+    """What suits this source, target and method where the paper's numbers do not: {option: value}."""
+    method = METHODS[options.method]
     if source.image_size > 64:
         return LATENT if source.first_stage else {}
-    small = SMALL_FINETUNE if options.method in run_folder.ALL_WEIGHTS else SMALL
-    more = {"guided": SMALL_GUIDED, "tan": SMALL_GUIDED, "pa": SMALL_PA}.get(options.method, {})
-    return small | more | (CHURCHES if domains.TARGETS.get(options.target) == "toychurches" else {})
+    return {**(SMALL if method.adaptors else SMALL_FINETUNE),
+            **(SMALL_GUIDED if method.guidance else {}), **(SMALL_PA if method.pairwise_losses else {}),
+            **(CHURCHES if domains.TARGETS.get(options.target) == "toychurches" else {})}
 
 
-def check(options: Options, out: Path) -> None:
-    """InputError for a number that makes no sense or an --output-dir that would be written among somebody's pictures."""
-    at_least(options, iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0, seed=0, adaptor_width=1, pgd_steps=0,
-                 classifier_batch_size=2, classifier_iterations=1, source_count=1, samples=0, sample_steps=1, previews=1, save_every=1)
+def suited(options: Options, source: Network) -> Options:
+    """The options with a number for each that is None: what suits the source, or else the paper's."""
+    asked = flat(options)
+    suits = {**PAPER, **instead_of_paper(options, source)}
+    return replace(options, **{name: value for name, value in suits.items() if asked[name] is None})
+
+
+def used_by(method: str) -> frozenset[str]:
+    """The names of the options that a method uses."""
+    uses, options = METHODS[method], Options()
+    unused = {} if uses.adaptors else {"adaptor_width": None}
+    for group in ("guidance", "adversarial_noise", "pairwise_losses"):
+        if not getattr(uses, group):
+            unused |= flat(getattr(options, group))
+    return frozenset(flat(options).keys() - unused.keys())
+
+
+def folder_of(options: Options) -> Path:
+    """--output-dir, or by default runs/TARGET, with -SOURCE and -METHOD where these are unusual."""
+    if options.output_dir:
+        return Path(options.output_dir)
+    usual = domains.TARGETS.get(options.target)
+    name = Path(options.target).resolve().name
+    if usual and options.source not in (None, usual):
+        name += f"-{Path(options.source).stem}"
+    if options.method != Options.method:
+        name += f"-{options.method}"
+    return Path("runs") / name
+
+
+def check(options: Options, typed: frozenset[str], source: Network) -> None:
+    """InputError for a flag that the method does not use, and for a number that makes no sense."""
+    for name in sorted(typed - used_by(options.method)):
+        others = [method for method in METHODS if name in used_by(method)]
+        raise InputError(f"{flag(name)}: --method {options.method} does not use it, only "
+                         f"{', '.join(others)}; leave it out")
+    if "classifier_arch" in typed and options.guidance.classifier in (None, "encoder", "scratch"):
+        raise InputError("--classifier-arch: says what network the file of --classifier holds; give that, "
+                         "too")
+    at_least(options, iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0,
+             adaptor_width=1, save_every=1, ema=0, samples=0, sample_steps=1, previews=1, guidance_below=0,
+             classifier_batch_size=2, classifier_iterations=1, source_count=1, omega=0, pgd_steps=0,
+             pairwise_weights=0)
+    below(options, ema=1)
     positive(options, "learning_rate", "classifier_learning_rate")
-    if len(options.pairwise_weights) != 3 or not all(0 <= w < math.inf for w in options.pairwise_weights):
-        raise InputError(f"--pairwise-weights {' '.join(map(str, options.pairwise_weights))}: must be three numbers of at least 0")
-    if not 0 <= options.ema < 1:
-        raise InputError(f"--ema {options.ema}: must be at least 0 and below 1")
-    for share in {options.batch_size // distributed.world(), -(-options.batch_size // distributed.world())} if options.method == "pa" else ():
-        micro = options.micro_batch_size or share
-        if 1 in (share, micro, share % micro):
-            raise InputError("--method pa compares pictures with each other: --batch-size and --micro-batch-size must leave each process at least 2 at once, "
-                             "in the last micro-batch, too")
-    own = domains.drawn_by(options.source)
-    if own and options.target in domains.TARGETS and domains.TARGETS[options.target] != own:
-        raise InputError(f"--target {options.target}: a target of {domains.TARGETS[options.target]}, not of {own}; leave --source out, or choose among "
-                         f"{', '.join(target for target, of in domains.TARGETS.items() if of == own)}")
-    for folder in (options.target, options.source_images, options.classifier_targets):
+    finite(options, "gamma")
+    seed(options)
+    if options.guidance.classifier_batch_size % 2:
+        raise InputError(f"--classifier-batch-size {options.guidance.classifier_batch_size}: must be even, "
+                         "half source and half target")
+    if len(options.pairwise_losses.pairwise_weights) != 3:
+        raise InputError("--pairwise-weights: give three numbers of at least 0")
+    if options.pictures.samples:
+        source.check_steps(options.pictures.sample_steps, "--sample-steps")
+    if METHODS[options.method].pairwise_losses:
+        _check_company(options)
+    drawn_by, drawn_for = domains.drawn_by(options.source), domains.TARGETS.get(options.target)
+    if drawn_by and drawn_for and drawn_for != drawn_by:
+        fitting = ", ".join(target for target, of in domains.TARGETS.items() if of == drawn_by)
+        raise InputError(f"--target {options.target}: a target of {drawn_for}, not of {drawn_by}; leave "
+                         f"--source out, or choose among {fitting}")
+    out = folder_of(options)
+    for folder in (options.target, options.guidance.source_images, options.guidance.classifier_targets):
         if folder and Path(folder).is_dir() and Path(folder).resolve() == out.resolve():
             raise InputError(f"--output-dir {out}: is the folder of the pictures; choose another one")
+
+
+def compared(options: Options) -> str | None:
+    """Which pictures the loss compares with each other, in words; None for a method that compares none."""
+    if not METHODS[options.method].pairwise_losses:
+        return None
+    micro = options.micro_batch_size or options.batch_size
+    return f"{distributed.world()} process(es) and micro-batches of {micro}"
+
+
+def _check_company(options: Options) -> None:
+    """InputError if a picture of --method pa would go through the network alone."""
+    world = distributed.world()
+    for share in (options.batch_size // world, -(-options.batch_size // world)):
+        micro = options.micro_batch_size or share
+        if 1 in (share, micro, share % micro):
+            raise InputError("--method pa compares pictures with each other: --batch-size and "
+                             "--micro-batch-size must leave each process at least 2 at once, in the last "
+                             "micro-batch, too")

@@ -1,212 +1,218 @@
 """TAN: adapt a pre-trained diffusion model to a new domain from ten pictures (Algorithm 1).
 
-  python train_tan.py --target sunglasses                    built-in faces, built-in target; minutes on a laptop
+  python train_tan.py --target sunglasses                    built-in faces and target; minutes on a laptop
   python train_tan.py --target photos/                       your own pictures instead
   python train_tan.py --source toyfaces-latent               the same on a latent diffusion model
   python train_tan.py --source ffhq_p2.pt --target photos/ --precision bf16    a published checkpoint
-  torchrun --nproc_per_node=8 train_tan.py --source ...      the same on 8 GPUs; --batch-size stays the global one
-  python train_tan.py --target sunglasses --resume           go on after an interruption; on a CPU to the very same weights
+  torchrun --nproc_per_node=8 train_tan.py --source ...      on 8 GPUs; --batch-size stays the global one
+  python train_tan.py --target sunglasses --resume           go on where it stopped, to the very same weights
 
-The defaults below are the paper's, for 256x256 networks; latent ones take its learning rate 1e-5.  A source of 64 pixels or less, as the built-in one, replaces some by
-what suits it and says so when it starts; flags that are typed always hold.
+What is not typed becomes what suits the source (settings.py): the paper's numbers for 256x256 networks,
+others for one of 64 pixels or less, as the built-in ones; the program says which when it starts.
 
-A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below), progress.png (the same
-noises at several iterations), loss.png, metrics.jsonl, options.json, weights.safetensors, classifier.safetensors.
-More pictures from it: python sample.py runs/TARGET -n 64
+A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below),
+progress.png (the same noises at several iterations), loss.png, metrics.jsonl, options.json,
+weights.safetensors, classifier.safetensors. More pictures from it: python sample.py runs/TARGET -n 64
 """
 
-import contextlib
-import copy
-import dataclasses
-import hashlib
-import math
-import sys
-import time
+import functools
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 import adaptor
 import domains
+import settings
 from adversarial_noise import worst_case_noise
-from baselines.pairwise import pairwise_loss, scale_gradient
+from baselines.pairwise import PairwiseLosses
 from checkpoints import run_folder
 from checkpoints.load import load_source, start_classifier
-from checkpoints.network import Network, fingerprint, save_network
-from classifier import guided_loss, similarity_guidance
+from checkpoints.network import Network, save_network
+from classifier import Classifier, guided_loss, make_classifier, similarity_guidance
 from ddpm import predict_eps
-from guidance import make_classifier
-from plumbing import distributed
-from plumbing.files import Metrics, load_checkpoint, save_checkpoint
-from plumbing.options import InputError, parse, run
+from plumbing import distributed, progress
+from plumbing.options import flag, flat, parse, replace, run
 from plumbing.seeds import generator
-from plumbing.training import EMA, Stats, StopSignal, warmup
-from settings import Options, check, suited
+from plumbing.training import EMA, Loop, Stats, warmup
+from settings import METHODS, Options
 
 
-def prepare(options: Options, network: Network) -> list[torch.nn.Parameter]:
-    """Set the source U-Net up for the method; returns what is to be trained."""
-    model = network.model.eval()
-    model.use_checkpoint = options.checkpoint_blocks
-    if options.method in run_folder.ALL_WEIGHTS:
-        return list(model.requires_grad_(True).parameters())
-    adaptor.attach(model, options.adaptor_width)
-    return adaptor.parameters(model)
+def trainable(source: Network, options: Options) -> list[torch.nn.Parameter]:
+    """What learns: psi, attached here beside the frozen theta, or all of theta."""
+    source.model.eval().use_checkpoint = options.checkpoint_blocks
+    if not METHODS[options.method].adaptors:
+        return list(source.model.requires_grad_(True).parameters())
+    adaptor.attach(source.model, options.adaptor_width)
+    return adaptor.parameters(source.model)
+
+
+def source_pictures(source: Network, options: Options) -> Tensor:
+    """Source pictures (N, 3, H, W) for the classifier: of a folder, drawn, or sampled from the model."""
+    count = options.guidance.source_count
+    name = options.guidance.source_images or domains.drawn_by(options.source)
+    if name:
+        return domains.source_images(name, count, source.image_size, options.seed)
+    distributed.say(f"sampling {count} source pictures for the classifier "
+                    "(--source-images FOLDER would save this)")
+    # psi is still zero: the network draws what the source model draws.
+    return source.sample(range(10**6, 10**6 + count), 25, batch_size=options.micro_batch_size or 64,
+                         progress=functools.partial(progress.bar, text="source pictures"))
+
+
+def classifier_inputs(source: Network, targets: Tensor, options: Options) -> tuple[Tensor, Network | None]:
+    """The classifier's target pictures, and what it starts from; InputError where the options are wrong."""
+    wanted = options.guidance
+    if not METHODS[options.method].guidance:
+        return targets, None
+    if wanted.source_images:
+        domains.source_images(wanted.source_images, 1, source.image_size, 0)
+    if wanted.classifier_targets:
+        targets = domains.target_images(wanted.classifier_targets, source.image_size)
+    return targets, start_classifier(wanted.classifier, wanted.classifier_arch, options.source, source)
+
+
+def run_classifier(source: Network, targets: Tensor, untrained: Network, options: Options, out: Path,
+                   device: torch.device) -> Classifier:
+    """p_phi (Eq. 5) of the run in `out`; if it is not there yet, rank 0 makes it from the targets."""
+    wanted, path = options.guidance, out / "classifier.safetensors"
+
+    def start() -> Classifier:
+        torch.manual_seed(options.seed)  # the new head
+        model = start_classifier(wanted.classifier, wanted.classifier_arch, options.source, source).model
+        model.to(device).use_checkpoint = options.checkpoint_blocks
+        return model
+
+    if distributed.rank() == 0 and not path.exists():
+        pictures = source_pictures(source, options).to(device)
+        kinds = wanted.augment or domains.AUGMENT.get(options.target, ("flip", "shift"))
+        model, accuracy = make_classifier(
+            start, source.schedule, pictures, targets.to(device), kinds, wanted.classifier_iterations,
+            wanted.classifier_batch_size, wanted.classifier_learning_rate,
+            functools.partial(generator, options.seed), source.encode if source.first_stage else None,
+            wanted.classifier_check, options.micro_batch_size, progress.bar)
+        description = dict(untrained.description, held_out_accuracy=accuracy)
+        save_network(path, Network(model, source.schedule, description))
+    distributed.barrier()
+    network = run_folder.load_classifier(out)
+    if accuracy := network.description["held_out_accuracy"]:
+        distributed.say("classifier, accuracy on held-out pictures for t in the 1st, 2nd, 3rd, 4th quarter "
+                        "(0.5 is chance): " + ", ".join(f"{share:.2f}" for share in accuracy))
+    return network.model.to(device).requires_grad_(False)
+
+
+def describe(source: Network, psi: list[torch.nn.Parameter], targets: Tensor, asked: Options,
+             options: Options, device: torch.device) -> None:
+    """Print what is adapted, to what, and which numbers are not the paper's."""
+    model, size = source.model, source.image_size
+    learning = sum(p.numel() for p in psi)
+    theta = sum(p.numel() for name, p in model.named_parameters() if ".adaptor." not in name)
+    latent = f", as latents {'x'.join(map(str, source.shape))}" if source.first_stage else ""
+    distributed.say(
+        f"source {options.source}: {size}x{size}{latent}, {theta / 1e6:.2f} M parameters; "
+        f"training {learning / 1e6:.3f} M ({learning / theta:.1%}) with {options.method} on {len(targets)} "
+        f"pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
+    before, after = flat(asked), flat(options)
+    filled = [name for name in settings.instead_of_paper(options, source) if before[name] is None]
+    if filled:
+        distributed.say(f"settings for a {'small' if size <= 64 else 'latent'} source: "
+                        + ", ".join(f"{flag(name)} {after[name]}" for name in filled))
+
+
+def pairwise_losses(source: Network, pictures: Tensor, options: Options) -> PairwiseLosses | None:
+    """What DDPM-PA adds to the loss of pictures (N, ...), the x_0 trained on; None for the other methods."""
+    if not METHODS[options.method].pairwise_losses:
+        return None
+    largest = pictures.abs().max().item() if source.first_stage else 1.0
+    return PairwiseLosses(source.model, source.schedule, largest, options.pairwise_losses.pairwise_weights)
+
+
+def watch(loop: Loop, line: dict[str, Any]) -> None:
+    """Warn where the guidance drowns the noise that it corrects."""
+    for quarter, strength in enumerate(line.get("guidance_rms", []), start=1):
+        if strength is not None and strength > 0.5:
+            loop.warn(f"in timestep quarter {quarter} the guidance has over half the strength of the noise "
+                      "itself; a lower --gamma is safer")
 
 
 def main() -> None:
-    options, given = parse(Options, description=__doc__)
+    options, typed = parse(Options, __doc__)
     device = distributed.setup(options.device)
-    main_rank = distributed.rank() == 0
-    say = print if main_rank else lambda *a: None
-    own = domains.TARGETS.get(options.target)
-    other = f"-{Path(options.source).stem}" if own and options.source not in (None, own) else ""
-    out = Path(options.output_dir or f"runs/{Path(options.target).resolve().name}{other}" + ("" if options.method == "tan" else f"-{options.method}"))
-    if options.resume:
-        options = run_folder.resumed(out, options, given)
-    elif options.source is None:
-        options = dataclasses.replace(options, source=own or "toyfaces")
-    source = load_source(options.source, options.arch)
-    suits = suited(options, source)
-    if not options.resume:
-        options = dataclasses.replace(options, **{k: v for k, v in suits.items() if k not in given})
-    check(options, out)
-    if options.samples and options.sample_steps > source.schedule.timesteps:
-        raise InputError(f"--sample-steps {options.sample_steps}: this model has {source.schedule.timesteps}")
-    size, theta = source.image_size, fingerprint(source)
-    targets = domains.target_images(options.target, size)
-    shown = domains.target_images(options.classifier_targets, size) if options.classifier_targets else targets
-    if options.source_images:
-        domains.source_images(options.source_images, 1, size, 0)  # a wrong folder is found out now
-    pictures = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
-    state = load_checkpoint(out / "checkpoint.pt") if options.resume and (out / "checkpoint.pt").exists() else None
-    if state and state["source"] != theta:
-        raise InputError(f"{out}: belongs to another source than the present {options.source}")
-    if state and state["pictures"] != pictures:
-        raise InputError(f"{options.target}: the pictures have changed since the run in {out} began; start anew with --overwrite or another --output-dir")
-    if state and state["iteration"] > options.iterations:
-        raise InputError(f"--iterations {options.iterations}: the run in {out} has done {state['iteration']} already")
-    if options.method in ("guided", "tan"):
-        start_classifier(options.classifier, options.classifier_arch, options.source, source)  # a wrong file is found out now
-    start = state["iteration"] if state else 0
-    run_folder.open_run(out, options, start)
 
+    # What is adapted, to what, with which numbers.
+    # All that can be wrong is found out before anything is written.
+    out = settings.folder_of(options)
+    if options.resume:
+        options = run_folder.resumed(out, options, typed)
+    elif options.source is None:
+        options = replace(options, source=domains.TARGETS.get(options.target, "toyfaces"))
+    source = load_source(options.source, options.arch)
+    asked, options = options, settings.suited(options, source)
+    settings.check(options, typed, source)
+    method, noise, b = METHODS[options.method], options.adversarial_noise, options.batch_size
+    micro = options.micro_batch_size or b
+    targets = domains.target_images(options.target, source.image_size)
+    examples, untrained = classifier_inputs(source, targets, options)
+    belongs = run_folder.identity(source, targets, settings.compared(options))
+    state = run_folder.open_run(out, flat(options), belongs)  # from which a resumed run goes on
+
+    # Require: binary classifier p_phi (Eq. 5), pre-trained eps_theta and psi (Eq. 9), learning rate
     torch.manual_seed(options.seed)
     model, schedule = source.to(device).model, source.schedule
-    total = sum(p.numel() for p in model.parameters())
-    parameters = prepare(options, source)
-    trained = sum(p.numel() for p in parameters)
-    rate = 1 if options.method in run_folder.ALL_WEIGHTS else adaptor.parameter_rate(model)
-    form = f", as latents {'x'.join(map(str, source.shape))}" if source.first_stage else ""
-    say(f"source {options.source}: {size}x{size}{form}, {total / 1e6:.2f} M parameters; training {trained / 1e6:.3f} M ({rate:.1%}) with "
-        f"{options.method} on {len(targets)} pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
-    if replaced := [name for name in suits if name not in given]:
-        say(f"settings for a {'small' if size <= 64 else 'latent'} source: " + ", ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in replaced))
+    psi = trainable(source, options)
+    describe(source, psi, targets, asked, options, device)
+    classifier = (run_classifier(source, examples, untrained, options, out, device)
+                  if method.guidance else None)
+    optimizer, ema = torch.optim.Adam(psi, lr=options.learning_rate), EMA(psi, options.ema)
+    # The network whose worst noise is sought
+    adversary = adaptor.source_model(model) if noise.pgd_network == "source" else model
 
-    classifier = None
-    if options.method in ("guided", "tan"):
-        if main_rank and not (out / "classifier.safetensors").exists():
-            network, accuracy = make_classifier(options, source, shown, device, say)
-            network.description["held_out_accuracy"] = accuracy
-            save_network(out / "classifier.safetensors", network)
-        distributed.barrier()
-        classifier_network = run_folder.load_classifier(out)
-        classifier = classifier_network.model.to(device).requires_grad_(False)
-        accuracy = classifier_network.description["held_out_accuracy"]
-        if accuracy is not None:
-            say("classifier, accuracy on held-out pictures for t in the 1st, 2nd, 3rd, 4th quarter (0.5 is chance): "
-                + ", ".join(f"{a:.2f}" for a in accuracy))
+    # q(x_0): the pictures and their mirror images, as the network sees them
+    pictures = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
 
-    unadapted = copy.deepcopy(model).requires_grad_(False) if options.method == "pa" else None
-    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
-    ema = EMA(parameters, options.ema)
-    if state:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, [p.to(device) for p in state["parameters"]])
-        optimizer.load_state_dict(state["optimizer"]), ema.load_state_dict(state["ema"])
-        say(f"resuming at iteration {start}")
-    metrics = Metrics(out / "metrics.jsonl", start)
-    report = run_folder.Report(out, options, source, theta, targets, ema, device)
-    if start == 0:
-        report.preview(0)
-
-    def save(done: int) -> None:
-        save_checkpoint(out / "checkpoint.pt", dict(parameters=[p.detach() for p in parameters], optimizer=optimizer.state_dict(),
-                                                    ema=ema.state_dict(), iteration=done, source=theta, pictures=pictures))
-
-    latents, mirrored = (source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3)))  # pixel models: the pictures
-    bound = latents.abs().max().item() if source.first_stage else 1.0
-    b, micro = options.batch_size, options.micro_batch_size or options.batch_size
+    pairwise = pairwise_losses(source, pictures[:len(targets)], options)
+    report = run_folder.Report(out, flat(options), source, belongs["source"], targets, ema, device)
+    loop = Loop(out, options.method, options.iterations, options.save_every, b, psi, optimizer, ema,
+                lambda iteration: options.learning_rate * warmup(iteration, options.warmup), device, state,
+                belongs, report.preview)
     mine = distributed.share(b)
-    stages = {round(options.iterations * (i + 1) / options.previews) for i in range(options.previews)}
-    warned = False
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
-    bar = tqdm(range(start, options.iterations), initial=start, total=options.iterations, desc=options.method, disable=not main_rank)
-    with StopSignal() as stop:
-        for iteration in bar:                                                       # Algorithm 1, line 1
-            started = time.time()
-            g = generator(options.seed, 0, iteration)  # every rank draws the global batch and works on its share
-            chosen = torch.randint(len(targets), (b,), generator=g)
-            x0 = latents[chosen]                                                    # line 2
-            t = torch.randint(schedule.timesteps, (b,), generator=g)                # line 3
-            eps = torch.randn(x0.shape, generator=g)                                # line 4
-            if options.flip:
-                x0 = torch.where(torch.rand(b, 1, 1, 1, generator=g) < 0.5, mirrored[chosen], x0)
-            x0, t, eps = x0[mine].to(device), t[mine].to(device), eps[mine].to(device)
+    for iteration in loop:                                                 # Algorithm 1, line 1
+        g = generator(options.seed, 0, iteration)                          # every rank draws the global batch
+        chosen = torch.randint(len(targets), (b,), generator=g)
+        t = torch.randint(schedule.timesteps, (b,), generator=g)           # line 3
+        eps = torch.randn(b, *source.shape, generator=g)                   # line 4
+        mirrored = torch.rand(b, generator=g) < 0.5 if options.flip else torch.zeros(b, dtype=torch.bool)
+        x0 = pictures[chosen + len(targets) * mirrored]                    # line 2
+        x0, t, eps = (values[mine].to(device) for values in (x0, t, eps))  # and works on its share
 
-            optimizer.zero_grad()
-            stats = Stats(schedule.timesteps, device)
-            for part in range(0, len(x0), micro):
-                x0_, t_, eps_ = x0[part:part + micro], t[part:part + micro], eps[part:part + micro]
-                ascent = []
-                if options.method == "tan":                                         # lines 5-7
-                    network = adaptor.detached(model) if options.pgd_network == "source" else contextlib.nullcontext()
-                    with network, autocast():
-                        eps_, ascent = worst_case_noise(model, schedule, x0_, t_, eps_, options.pgd_steps, options.omega)
-                xt = schedule.add_noise(x0_, t_, eps_)
-                with autocast():
-                    guidance = similarity_guidance(classifier, schedule, xt, t_, options.gamma, options.guidance_power, options.guidance_below)
-                    eps_predicted = predict_eps(model, xt, t_)
-                losses = guided_loss(eps_, eps_predicted, guidance)                 # line 8, Eq. 9
-                if options.method == "pa":
-                    with torch.no_grad(), autocast():
-                        eps_source = predict_eps(unadapted, xt, t_)
-                    # Bounded, as in sampling: where noise is nearly all, an error of eps is a hundredfold one of x_0.
-                    adapted, kept = (schedule.predict_x0(xt, t_, e).clamp(-bound, bound) for e in (eps_predicted, eps_source))
-                    losses = losses + pairwise_loss(scale_gradient(adapted, schedule.at(t_, adapted)), kept, x0_, *options.pairwise_weights)
-                (losses.sum() / b).backward()
-                stats.add(t_, losses.detach(), guidance, ascent)
-            distributed.sum_gradients(parameters)
-            line = stats.reduce()
-            gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
-            if not math.isfinite(line["loss"] + gradient_norm):
-                save(iteration)  # this step has not been taken: the weights are still good
-                raise InputError(f"loss {line['loss']}, gradient {gradient_norm} at iteration {iteration}; the state before it is in "
-                                 f"{out}/checkpoint.pt; start again with --overwrite and a lower --learning-rate or --gamma, or --precision fp32")
-            optimizer.param_groups[0]["lr"] = options.learning_rate * warmup(iteration, options.warmup)
-            optimizer.step()                                                        # line 9
-            ema.update()
+        stats = Stats(schedule.timesteps, device)
+        for x0_, t_, eps_ in zip(x0.split(micro), t.split(micro), eps.split(micro)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                eps_star, ascent = eps_, []
+                if method.adversarial_noise:                               # lines 5-7, Eq. 8
+                    eps_star, ascent = worst_case_noise(adversary, schedule, x0_, t_, eps_, noise.pgd_steps,
+                                                        noise.omega)
+                xt = schedule.add_noise(x0_, t_, eps_star)
+                guidance = similarity_guidance(
+                    classifier, schedule, xt, t_, options.guidance.gamma, options.guidance.guidance_power,
+                    options.guidance.guidance_below)
+                eps_theta = predict_eps(model, xt, t_)
+                losses = guided_loss(eps_star, eps_theta, guidance)        # line 8, Eq. 9
+                if pairwise:
+                    losses = losses + pairwise(xt, t_, eps_theta, x0_)
+            (losses.sum() / b).backward()
+            stats.add(t_, losses.detach(), guidance, ascent)
+        distributed.sum_gradients(psi)
 
-            done, seconds = iteration + 1, time.time() - started
-            metrics.write(iteration=iteration, **line, gradient_norm=gradient_norm, seconds=seconds, images_per_second=b / seconds)
-            bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-            swamped = [q + 1 for q, r in enumerate(line.get("guidance_rms", [])) if r is not None and r > 0.5]
-            if swamped and not warned and main_rank:
-                warned = True
-                bar.write(f"warning: in timestep quarter {swamped[0]} the guidance has over half the strength of the noise itself; "
-                          "a lower --gamma is safer")
-            stopping = distributed.any_rank(stop.received, device)
-            if done in stages:
-                report.preview(done)
-            if stopping or done % options.save_every == 0 or done == options.iterations:
-                save(done)
-            if stopping and done < options.iterations:
-                bar.close()
-                say(f"\nstopped and saved after {done} iterations; continue with --resume")
-                distributed.cleanup()
-                sys.exit(130)
-    report.finish()
+        line = stats.reduce()
+        remedy = "start again with --overwrite and a lower --learning-rate or --gamma, or --precision fp32"
+        gradient_norm = loop.check(line["loss"], remedy)
+        optimizer.step()                                                   # line 9
+        ema.update()
+        loop.record(**line, gradient_norm=gradient_norm)
+        watch(loop, line)
+    report.finish(method.loss)
     distributed.barrier()
     distributed.cleanup()
 

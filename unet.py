@@ -1,14 +1,16 @@
-"""The U-Net of guided-diffusion (ADM: Dhariwal & Nichol 2021), with its parameter names, so that published weights load strictly.
+"""The U-Net of guided-diffusion (ADM: Dhariwal & Nichol 2021), with its parameter names.
 
-Options turn it into those of Ho et al. 2020 and of latent diffusion (Rombach et al. 2022); published.py maps their names.
+So published weights load strictly.  Options turn it into those of Ho et al. 2020 and of latent diffusion
+(Rombach et al. 2022); checkpoints/layouts.py maps their names.
 
-    x_t, t  ->  time_embed -> input_blocks -> middle_block -> output_blocks -> out  ->  eps (and, with learned sigma, C more channels)
+    x_t, t  ->  time_embed -> input_blocks -> middle_block -> output_blocks -> out  ->  eps
 
-`Encoder` is the first half; `UNet` here and `Classifier` in classifier.py are built on it.  A residual block has one hook,
-`adaptor`, empty until adaptor.attach() fills it (Eq. 9).
+`Encoder` is the first half; `UNet` here and `Classifier` in classifier.py are built on it.  A residual
+block has one hook, `adaptor`, empty until adaptor.attach() fills it (Eq. 9).
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:
     """Sinusoids of the timestep: int (B,) -> float32 (B, dim), dim even.
 
-    guided-diffusion has the cosines first and frequencies 10000^(-i / half); Ho et al. 2020 have the sines first and half - 1 (freq_shift 1).
+    guided-diffusion has the cosines first and frequencies 10000^(-i / half); Ho et al. 2020 have the sines
+    first and half - 1 (freq_shift 1).
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift))
+    i = torch.arange(half, device=t.device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(10_000) * i / (half - freq_shift))
     angles = t[:, None].float() * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()], dim=1)
 
@@ -36,8 +40,9 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention on channels-first tokens: (B, heads, width, L) each -> (B, heads * width, L)."""
-    h = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))  # (B, heads, L, width)
-    return h.transpose(2, 3).flatten(1, 2)                                                       # (B, heads * width, L)
+    q, k, v = (tokens.transpose(2, 3) for tokens in (q, k, v))
+    h = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, L, width)
+    return h.transpose(2, 3).flatten(1, 2)                              # (B, heads * width, L)
 
 
 class Upsample(nn.Module):
@@ -52,11 +57,11 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided 3x3 convolution or by averaging.  With padding 0 the convolution pads right and bottom alone."""
+    """Half the size by a strided 3x3 convolution or by averaging; padding 0 pads right and bottom alone."""
 
     def __init__(self, channels: int, with_conv: bool, padding: int = 1):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if with_conv else nn.AvgPool2d(2)
+        self.op = nn.Conv2d(channels, channels, 3, 2, padding) if with_conv else nn.AvgPool2d(2)
         self.pad = (0, 1, 0, 1) if with_conv and padding == 0 else (0, 0, 0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,42 +69,48 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})  (Eq. 9): the residual block theta^l and, once attached, its adaptor psi^l.
+    """x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})  (Eq. 9): the residual block and, once attached, its adaptor.
 
-    `resample` is None, "up" or "down"; the time embedding enters additively or, with `scale_shift`, as scale and shift
-    after the second norm.
+    `resample` is None, "up" or "down"; the time embedding enters additively or, with `scale_shift`, as
+    scale and shift after the second norm.
     """
 
-    def __init__(self, channels: int, emb_channels: int, out_channels: int, *, dropout: float, scale_shift: bool,
-                 norm_groups: int, norm_eps: float = 1e-5, resample: str | None = None):
+    def __init__(self, channels: int, emb_channels: int, out_channels: int, *, dropout: float,
+                 scale_shift: bool, norm_groups: int, norm_eps: float = 1e-5, resample: str | None = None):
         super().__init__()
         self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels
         self.scale_shift = scale_shift
-        self.resample = {None: nn.Identity, "up": lambda: Upsample(channels, False), "down": lambda: Downsample(channels, False)}[resample]()
-        self.in_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels, norm_eps), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels))
-        self.out_layers = nn.Sequential(nn.GroupNorm(norm_groups, out_channels, norm_eps), nn.SiLU(), nn.Dropout(dropout),
+        self.resample = nn.Identity()
+        if resample:
+            self.resample = {"up": Upsample, "down": Downsample}[resample](channels, with_conv=False)
+        self.in_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels, norm_eps), nn.SiLU(),
+                                       nn.Conv2d(channels, out_channels, 3, padding=1))
+        emb_out_channels = 2 * out_channels if scale_shift else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out_channels))
+        self.out_layers = nn.Sequential(nn.GroupNorm(norm_groups, out_channels, norm_eps), nn.SiLU(),
+                                        nn.Dropout(dropout),
                                         zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
         self.register_module("adaptor", None)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm_act, conv = self.in_layers[:-1], self.in_layers[-1]
-        h = conv(self.resample(norm_act(x)))                                     # (B, C, H, W) -> (B, C', H', W')
-        emb_out = self.emb_layers(emb)[:, :, None, None]                         # (B, E) -> (B, C' or 2C', 1, 1)
+        h = conv(self.resample(norm_act(x)))                            # (B, C, H, W) -> (B, C', H', W')
+        emb_out = self.emb_layers(emb)[:, :, None, None]                # (B, E) -> (B, C' or 2C', 1, 1)
         if self.scale_shift:
-            scale, shift = emb_out.chunk(2, dim=1)                               # (B, C', 1, 1) each
+            scale, shift = emb_out.chunk(2, dim=1)                      # (B, C', 1, 1) each
             h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
         else:
             h = self.out_layers(h + emb_out)
-        h = self.skip_connection(self.resample(x)) + h                           # theta^l(x)
+        h = self.skip_connection(self.resample(x)) + h                  # theta^l(x)
         if self.adaptor is not None:
-            h = h + self.adaptor(x, emb)                                         # Eq. 9: + psi^l(x)
+            h = h + self.adaptor(x, emb)                                # Eq. 9: + psi^l(x)
         return h
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels, heads laid out as in guided-diffusion's legacy order: (heads, [q k v], width)."""
+    """Self-attention over all pixels; channels in guided-diffusion's legacy order (heads, [q k v], width)."""
 
     def __init__(self, channels: int, num_heads: int, norm_groups: int, norm_eps: float = 1e-5):
         super().__init__()
@@ -109,9 +120,10 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2)                                                           # (B, C, H, W) -> (B, C, L)
-        q, k, v = self.qkv(self.norm(tokens)).unflatten(1, (self.num_heads, 3, -1)).unbind(2)  # (B, heads, width, L) each
-        return (tokens + self.proj_out(attend(q, k, v))).view_as(x)                     # (B, C, L) -> (B, C, H, W)
+        tokens = x.flatten(2)                                                    # (B, C, H, W) -> (B, C, L)
+        qkv = self.qkv(self.norm(tokens)).unflatten(1, (self.num_heads, 3, -1))  # (B, heads, 3, width, L)
+        q, k, v = qkv.unbind(2)                                                  # (B, heads, width, L) each
+        return (tokens + self.proj_out(attend(q, k, v))).view_as(x)              # (B, C, L) -> (B, C, H, W)
 
 
 class Stage(nn.Sequential):
@@ -119,47 +131,53 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
-            # Not by class: diffusers runs an exported copy of this file anew at each load, and then ResBlock is another class.
-            x = layer(x, emb) if hasattr(layer, "emb_layers") else layer(x)
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
 class Encoder(nn.Module):
     """Time embedding, input blocks and middle block: what the U-Net and the classifier have in common.
 
-    image_size            pixels per side the network was made for (the U-Net itself takes any multiple of its downsampling)
-    attention_resolutions downsampling factors (not pixel sizes) at which attention follows each residual block
+    image_size            pixels per side the network was made for (the U-Net itself takes any multiple of
+                          its downsampling)
+    attention_resolutions downsampling factors (not pixel sizes) where attention follows each residual block
     num_heads             attention heads, unless num_head_channels gives the width of each head instead
     resblock_updown       resample inside a residual block; otherwise by a strided convolution
-    norm_groups           32 in every published network; smaller for networks with few channels, where 32 groups would
-                          leave one channel a group and wipe out its mean
+    norm_groups           32 in every published network; smaller for networks with few channels, where 32
+                          groups would leave one channel a group and wipe out its mean
     use_checkpoint        recompute each block in the backward pass instead of storing its activations
     flip_sin_to_cos, freq_shift, norm_eps, downsample_padding
-                          named as in diffusers; as guided-diffusion has them, or False, 1, 1e-6 and 0 for the network of Ho et al. 2020
+                          named as in diffusers; as guided-diffusion has them, or False, 1, 1e-6 and 0 for
+                          the network of Ho et al. 2020
     """
 
-    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
-                 attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...], num_heads: int = 1,
-                 num_head_channels: int | None = None, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
-                 dropout: float = 0.0, norm_groups: int = 32, use_checkpoint: bool = False, flip_sin_to_cos: bool = True,
-                 freq_shift: int = 0, norm_eps: float = 1e-5, downsample_padding: int = 1):
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int,
+                 num_res_blocks: int, attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...],
+                 num_heads: int = 1, num_head_channels: int | None = None, use_scale_shift_norm: bool = False,
+                 resblock_updown: bool = False, dropout: float = 0.0, norm_groups: int = 32,
+                 use_checkpoint: bool = False, flip_sin_to_cos: bool = True, freq_shift: int = 0,
+                 norm_eps: float = 1e-5, downsample_padding: int = 1):
         super().__init__()
-        self.config = dict(image_size=image_size, in_channels=in_channels, model_channels=model_channels, out_channels=out_channels,
-                           num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, channel_mult=channel_mult,
-                           num_heads=num_heads, num_head_channels=num_head_channels, use_scale_shift_norm=use_scale_shift_norm,
-                           resblock_updown=resblock_updown, dropout=dropout, norm_groups=norm_groups, flip_sin_to_cos=flip_sin_to_cos,
+        self.config = dict(image_size=image_size, in_channels=in_channels, model_channels=model_channels,
+                           out_channels=out_channels, num_res_blocks=num_res_blocks,
+                           attention_resolutions=attention_resolutions, channel_mult=channel_mult,
+                           num_heads=num_heads, num_head_channels=num_head_channels,
+                           use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
+                           dropout=dropout, norm_groups=norm_groups, flip_sin_to_cos=flip_sin_to_cos,
                            freq_shift=freq_shift, norm_eps=norm_eps, downsample_padding=downsample_padding)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
-        self.model_channels, self.norm_groups, self.use_checkpoint = model_channels, norm_groups, use_checkpoint
+        self.model_channels, self.norm_groups = model_channels, norm_groups
+        self.use_checkpoint = use_checkpoint
         self.emb_channels = 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, self.emb_channels), nn.SiLU(),
                                         nn.Linear(self.emb_channels, self.emb_channels))
 
-        def res(channels, out, resample=None):
-            return ResBlock(channels, self.emb_channels, out, dropout=dropout, scale_shift=use_scale_shift_norm,
-                            norm_groups=norm_groups, norm_eps=norm_eps, resample=resample)
+        def res(channels: int, out: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(channels, self.emb_channels, out, dropout=dropout,
+                            scale_shift=use_scale_shift_norm, norm_groups=norm_groups,
+                            norm_eps=norm_eps, resample=resample)
 
-        def attention(channels):
+        def attention(channels: int) -> AttentionBlock:
             return AttentionBlock(channels, self.heads(channels), norm_groups, norm_eps)
 
         channels = model_channels * channel_mult[0]
@@ -175,7 +193,10 @@ class Encoder(nn.Module):
                 self.input_blocks.append(Stage(*layers))
                 self.skip_channels.append(channels)
             if level < len(channel_mult) - 1:
-                down = res(channels, channels, "down") if resblock_updown else Downsample(channels, True, downsample_padding)
+                if resblock_updown:
+                    down = res(channels, channels, "down")
+                else:
+                    down = Downsample(channels, True, downsample_padding)
                 self.input_blocks.append(Stage(down))
                 self.skip_channels.append(channels)
                 factor *= 2
@@ -189,23 +210,27 @@ class Encoder(nn.Module):
         if width in (None, -1):
             return self.config["num_heads"]
         if channels % width:
-            raise ValueError(f"{channels} channels where there is attention: not a multiple of the {width} of a head")
+            raise ValueError(f"{channels} channels where there is attention: not a multiple of the {width} "
+                             "of a head")
         return channels // width
 
     def run(self, stage: Stage, h: Tensor, emb: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
-            # The reentrant form would drop the gradient where no weight needs one; PGD wants it for the input alone.
+            # The reentrant form would drop the gradient where no weight needs one; PGD wants it for the
+            # input alone.
             return checkpoint(stage, h, emb, use_reentrant=False)
         return stage(h, emb)
 
     def encode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(B, C, H, W), (B,) -> middle features (B, C', H/factor, W/factor), time embedding (B, E), skip tensors."""
+        """(B, C, H, W), (B,) -> middle features (B, C', H/factor, W/factor), time embedding (B, E), skips."""
         if x.shape[1] != self.in_channels:
             raise ValueError(f"input of {x.shape[1]} channels: this network takes {self.in_channels}")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(f"image of {x.shape[2]}x{x.shape[3]}: this network needs sides divisible by {self.factor}")
-        sinusoids = timestep_embedding(t, self.model_channels, self.config["flip_sin_to_cos"], self.config["freq_shift"])
-        emb = self.time_embed(sinusoids.to(x.dtype))                       # (B,) -> (B, model_channels) -> (B, E)
+            raise ValueError(f"image of {x.shape[2]}x{x.shape[3]}: this network needs sides divisible by "
+                             f"{self.factor}")
+        sinusoids = timestep_embedding(t, self.model_channels, self.config["flip_sin_to_cos"],
+                                       self.config["freq_shift"])               # (B,) -> (B, model_channels)
+        emb = self.time_embed(sinusoids.to(x.dtype))                            # -> (B, E)
         skips, h = [], x
         for stage in self.input_blocks:
             h = self.run(stage, h, emb)
@@ -214,15 +239,18 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """eps_theta(x_t, t): float (B, C, H, W), int (B,) -> (B, out_channels, H, W); the first C output channels are eps.
+    """eps_theta(x_t, t): float (B, C, H, W), int (B,) -> (B, out_channels, H, W).
+
+    The first C output channels are eps.
 
     The options are `Encoder`'s.  out_channels = 2C for networks with learned sigma.
     """
 
-    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
-                 attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...], resblock_updown: bool = False, **options):
-        super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
-                         channel_mult, resblock_updown=resblock_updown, **options)
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int,
+                 num_res_blocks: int, attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...],
+                 resblock_updown: bool = False, **options: Any):
+        super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks,
+                         attention_resolutions, channel_mult, resblock_updown=resblock_updown, **options)
         skip_channels, channels, factor = list(self.skip_channels), self.channels, self.factor
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -232,14 +260,15 @@ class UNet(Encoder):
                 if factor in attention_resolutions:
                     layers.append(self._attention(channels))
                 if level > 0 and i == num_res_blocks:
-                    layers.append(self._res(channels, channels, "up") if resblock_updown else Upsample(channels, True))
+                    up = self._res(channels, channels, "up") if resblock_updown else Upsample(channels, True)
+                    layers.append(up)
                     factor //= 2
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, channels, self.config["norm_eps"]), nn.SiLU(),
                                  zero_init(nn.Conv2d(channels, out_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        h, emb, skips = self.encode(x, t)                                           # (B, C, H, W) -> (B, C', h, w)
+        h, emb, skips = self.encode(x, t)                                    # (B, C, H, W) -> (B, C', h, w)
         for stage in self.output_blocks:
-            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb)            # back up to (B, C', H, W)
-        return self.out(h)                                                          # -> (B, out_channels, H, W)
+            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb)     # back up to (B, C', H, W)
+        return self.out(h)                                                   # -> (B, out_channels, H, W)

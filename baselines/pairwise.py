@@ -1,15 +1,46 @@
-"""The losses of DDPM-PA (Zhu et al. 2022), the paper's diffusion baseline: keep how alike the pictures of a batch are.
+"""DDPM-PA (Zhu et al. 2022), the paper's diffusion baseline: keep how alike the pictures of a batch are.
 
-What the network being adapted makes of a noised batch (its predicted x_0) shall be spread as the source network's is, once in the
-pictures and once in their fine detail; a third term pulls the detail towards the training pictures.  "Batch" is what goes through the
-network at once: with micro-batches or several processes, each compares its own pictures.  train_tan.py scales each picture's gradient with
-alpha_bar_t, which the paper does not: an error of eps becomes sqrt((1 - alpha_bar_t) / alpha_bar_t) times as large in x_0, a factor of 157 at
-the noisiest timestep, and without the scale those few pictures drown Eq. 1.
+What the network being adapted makes of a noised batch (its predicted x_0) shall be spread as the source
+network's is, once in the pictures and once in their fine detail; a third term pulls the detail towards the
+training pictures. "Batch" is what goes through the network at once: with micro-batches or several
+processes, each compares its own.
 """
+
+import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ddpm import Schedule, predict_eps
+
+
+class PairwiseLosses:
+    """What DDPM-PA adds to Eq. 1, picture by picture.  Made before training: it copies the source network.
+
+    bound      the predicted x_0 is limited to [-bound, bound], as in sampling: where noise is nearly all,
+               an error of eps is a hundredfold one of x_0
+    weights    of the three terms, as in `pairwise_loss`
+    """
+
+    def __init__(self, model: nn.Module, schedule: Schedule, bound: float,
+                 weights: tuple[float, float, float]):
+        self.source = copy.deepcopy(model).requires_grad_(False)
+        self.schedule, self.bound, self.weights = schedule, bound, weights
+
+    def __call__(self, xt: Tensor, t: Tensor, eps_predicted: Tensor, x0: Tensor) -> Tensor:
+        """x_t, timesteps, the adapted network's eps and the training pictures, (B, ...) each -> (B,).
+
+        Each picture's gradient is scaled with alpha_bar_t, which the paper does not: an error of eps
+        becomes sqrt((1 - alpha_bar_t) / alpha_bar_t) times as large in x_0, a factor of 157 at the noisiest
+        timestep, and without the scale those few pictures drown Eq. 1.
+        """
+        with torch.no_grad():
+            eps_source = predict_eps(self.source, xt, t)
+        adapted, source = (self.schedule.predict_x0(xt, t, eps).clamp(-self.bound, self.bound)
+                           for eps in (eps_predicted, eps_source))
+        adapted = scale_gradient(adapted, self.schedule.at(t, adapted))
+        return pairwise_loss(adapted, source, x0, *self.weights)
 
 
 def high_frequency(x: Tensor) -> Tensor:
@@ -27,15 +58,20 @@ def log_similarities(x: Tensor) -> Tensor:
 
 
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
-    """x itself, whose gradient is multiplied by `factor`.  A weight on each picture's loss would not do: x_i enters the others' losses, too."""
+    """x itself, whose gradient is multiplied by `factor`.
+
+    A weight on each picture's loss would not do: x_i enters the others' losses, too.
+    """
     return factor * x + (1 - factor) * x.detach()
 
 
-def pairwise_loss(adapted: Tensor, source: Tensor, x0: Tensor, image: float, detail: float, detail_mse: float) -> Tensor:
-    """(B, C, H, W) predicted x_0 of the adapted and of the source network, and the training pictures -> (B,), to be added to Eq. 1.
+def pairwise_loss(adapted: Tensor, source: Tensor, x0: Tensor, image: float, detail: float,
+                  detail_mse: float) -> Tensor:
+    """(B, C, H, W) predicted x_0 of the adapted and of the source network, and the training pictures -> (B,).
 
-    `image` and `detail` weigh KL(adapted || source) of the similarities, as the paper prints it, of pictures and of their detail,
-    `detail_mse` the detail's mean squared error.  With one picture there is nothing to compare and the first two are 0.
+    `image` and `detail` weigh KL(adapted || source) of the similarities, as the paper prints it, of
+    pictures and of their detail, `detail_mse` the detail's mean squared error.  With one picture the first
+    two are 0.
     """
     def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
         p, q = log_similarities(ours), log_similarities(theirs)
@@ -43,4 +79,5 @@ def pairwise_loss(adapted: Tensor, source: Tensor, x0: Tensor, image: float, det
 
     fine = high_frequency(adapted)
     mse = (fine - high_frequency(x0)).square().flatten(1).mean(1)
-    return image * divergence(adapted, source) + detail * divergence(fine, high_frequency(source)) + detail_mse * mse
+    divergences = image * divergence(adapted, source) + detail * divergence(fine, high_frequency(source))
+    return divergences + detail_mse * mse

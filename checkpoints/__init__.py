@@ -1,1 +1,1 @@
-"""Networks in files: read, recognised, converted, exported.  `python -m checkpoints FILE` says what a file is."""
+"""Networks in files: read, recognised, converted, exported.  `python -m checkpoints FILE`: what a file is."""

@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,8 +19,6 @@ from plumbing.options import InputError
 from unet import UNet
 
 FIRST_STAGES = {"VQ": autoencoder.VQ, "KL": autoencoder.KL}
-
-
 NETWORKS = {"UNet": UNet, "Classifier": Classifier, **FIRST_STAGES}
 
 
@@ -27,11 +26,15 @@ NETWORKS = {"UNet": UNet, "Classifier": Classifier, **FIRST_STAGES}
 class Network:
     """A network, the schedule it was trained with, and what its file says about itself.
 
-    A latent model has a first stage, and its x_0 is scale_factor times the latent of a picture; for a pixel model, x_0 is the picture.
+    A latent model has a first stage, and its x_0 is scale_factor times the latent of a picture; for a pixel
+    model, x_0 is the picture.
+
+    description  network, config and schedule; of latent models first_stage and scale_factor; layout, and what
+                 else a file says (made_by, converted_from, ...)
     """
     model: nn.Module
     schedule: Schedule
-    description: dict  # network, config, schedule, of latent models first_stage and scale_factor; layout, and what else a file says
+    description: dict[str, Any]
     first_stage: nn.Module | None = None
     scale_factor: float = 1.0
 
@@ -59,44 +62,58 @@ class Network:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """x_0 -> pictures (B, 3, H, W), of a latent model limited to [-1, 1]; both on the network's device."""
+        """x_0 -> pictures (B, 3, H, W), of a latent model within [-1, 1]; both on the network's device."""
         return self.first_stage.decode(x0 / self.scale_factor).clamp(-1, 1) if self.first_stage else x0
 
-    def sample(self, seeds: Sequence[int], steps: int = 50, **options) -> Tensor:
+    def sample(self, seeds: Sequence[int], steps: int = 50, **options: Any) -> Tensor:
         """Pictures (N, 3, H, W) on the CPU, one for each seed; the options are those of ddpm.sample."""
         device = next(self.model.parameters()).device
-        x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.first_stage is None, device=device, **options)
-        return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(64)]) if self.first_stage and len(x0) else x0
+        x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.first_stage is None,
+                    device=device, **options)
+        if self.first_stage is None or len(x0) == 0:
+            return x0
+        return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(64)])
+
+    def check_steps(self, steps: int, flag: str = "--steps") -> None:
+        """InputError that names the flag for more sampling steps than the schedule has timesteps."""
+        if steps > self.schedule.timesteps:
+            raise InputError(f"{flag} {steps}: this model has {self.schedule.timesteps}")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All weights under the names they have in our own files: the network's, and first_stage. before the first stage's."""
-        first_stage = self.first_stage.state_dict() if self.first_stage else {}
-        return {**self.model.state_dict(), **{f"first_stage.{key}": value for key, value in first_stage.items()}}
+        """All weights, named as in our own files: the network's, and the first stage's after first_stage."""
+        first_stage = self.first_stage.state_dict(prefix="first_stage.") if self.first_stage else {}
+        return {**self.model.state_dict(), **first_stage}
 
 
-def build(description: dict, where: str) -> Network:
-    """An untrained network from its description; InputError if an option is wrong."""
+def build(description: dict[str, Any], where: str) -> Network:
+    """An untrained network from its description, which is from `where`; InputError if an option is wrong."""
     try:
         model = NETWORKS[description["network"]](**description["config"]).eval()
         network = Network(model, Schedule(**description.get("schedule", {})), description)
         if stage := description.get("first_stage"):
-            network.first_stage = FIRST_STAGES[stage["network"]](**stage["config"]).eval().requires_grad_(False)
+            first_stage = FIRST_STAGES[stage["network"]](**stage["config"])
+            network.first_stage = first_stage.eval().requires_grad_(False)
             network.scale_factor = float(description.get("scale_factor", 1.0))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: does not describe a network this program can build ({type(error).__name__}: {error})") from None
+        raise InputError(f"{where}: does not describe a network this program can build "
+                         f"({type(error).__name__}: {error})") from None
     if network.first_stage and network.first_stage.embed_dim != model.in_channels:
-        raise InputError(f"{where}: the first stage gives latents of {network.first_stage.embed_dim} channels, the U-Net takes {model.in_channels}")
+        latent = network.first_stage.embed_dim
+        raise InputError(f"{where}: the first stage gives latents of {latent} channels, "
+                         f"the U-Net takes {model.in_channels}")
     return network
 
 
 def save_network(path: Path, network: Network) -> None:
-    """Weights (of a latent model with its first stage) and description in one safetensors file, atomically."""
+    """Weights, of a latent model with its first stage, and description in one file, atomically."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     save_tensors(path, tensors, network.description)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], description: dict) -> None:
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, {"description": json.dumps(description)}))
+def save_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """A safetensors file with a description in its metadata, atomically."""
+    metadata = {"description": json.dumps(description)}
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def fingerprint(network: Network) -> str:
@@ -107,18 +124,20 @@ def fingerprint(network: Network) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_fit(shapes: dict[str, list[int]], tensors: dict[str, Tensor], path: Path) -> None:
+def check_fit(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor], path: Path) -> None:
     """InputError that names the first keys which are missing, unexpected or misshapen."""
-    faults = [f"missing {k}" for k in shapes if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in shapes]
-    faults += [f"{k} is {list(tensors[k].shape)}, expected {list(shape)}" for k, shape in shapes.items()
-               if k in tensors and list(tensors[k].shape) != list(shape)]
+    faults = [f"missing {key}" for key in shapes if key not in tensors]
+    faults += [f"unexpected {key}" for key in tensors if key not in shapes]
+    faults += [f"{key} is {list(tensors[key].shape)}, expected {list(shape)}" for key, shape in shapes.items()
+               if key in tensors and list(tensors[key].shape) != list(shape)]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise InputError(f"{path}: weights do not fit the network: {'; '.join(faults[:3])}{more}; is --arch right?")
+        raise InputError(f"{path}: weights do not fit the network: {'; '.join(faults[:3])}{more}; "
+                         "is --arch right?")
 
 
 @torch.no_grad()
-def load_strictly(own: nn.Module | Network, tensors: dict[str, Tensor], path: Path) -> None:
+def load_strictly(own: nn.Module | Network, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Fill the network; InputError if the keys are not exactly its own."""
     state = own.state_dict()
     check_fit({key: value.shape for key, value in state.items()}, tensors, path)

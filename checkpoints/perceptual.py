@@ -1,33 +1,36 @@
-"""The published networks that pictures are compared by: LPIPS (Zhang et al. 2018) and the Inception network of FID."""
+"""The published networks that pictures are compared by: LPIPS (Zhang et al. 2018) and the Inception of FID.
+
+Their packages are imported where they are needed: that takes a second, and the built-in domains do without.
+"""
 
 import io
 import re
 import socket
 import warnings
+from collections.abc import Callable, Iterable
 from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints.load import read_tensors
+from metrics import Images, stack
 from plumbing.options import InputError
+from plumbing.pictures import to_uint8
 
 BACKBONES = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
 }
-
-
-INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-
-
+INCEPTION = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+             "weights-inception-2015-12-05-6726825d.pth")
 TIMEOUT = 30  # seconds without a byte
 
 
-def published_weights(url: str, flag: str, path: Path | None = None, download: bool = False) -> Path:
-    """Where the file of `url` lies: `path` if given, else torch hub's cache, into which it is downloaded only if allowed.
+def published_weights(url: str, flag: str, path: str | Path | None = None, download: bool = False) -> Path:
+    """Where the file of `url` lies: `path` if given, else torch hub's cache, which only `download` fills.
 
     Raises InputError that says what to fetch, where to put it, and that `flag` takes it from elsewhere.
     """
@@ -44,18 +47,19 @@ def published_weights(url: str, flag: str, path: Path | None = None, download: b
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: not the bytes that the name promises
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: not the bytes of that name
         raise InputError(f"{cached}: could not be downloaded ({error}); {remedy}") from None
     finally:
         socket.setdefaulttimeout(before)
     return cached
 
 
-def load_lpips(net: str = "vgg", backbone: Path | None = None, download: bool = False) -> nn.Module:
-    """lpips.LPIPS v0.1 over `net` ("vgg", as in the paper, "alex" or "squeeze"), in evaluation mode, on the CPU.
+def load_lpips(net: str = "vgg", backbone: str | Path | None = None, download: bool = False) -> nn.Module:
+    """lpips.LPIPS v0.1 over `net` ("vgg" as in the paper, "alex" or "squeeze"), ready to use, on the CPU.
 
-    The linear weights come with the package.  backbone: torchvision's ImageNet weights, the whole network or `features` alone;
-    None looks for them as published_weights does.  Raises InputError if they are not there, damaged, or of another network.
+    The linear weights come with the package.  backbone: torchvision's ImageNet weights, the whole network or
+    `features` alone; None looks for them as published_weights does.  Raises InputError if they are not there,
+    damaged, or of another network.
     """
     import lpips
     path = published_weights(BACKBONES[net], "--lpips-backbone", backbone, download)
@@ -63,27 +67,67 @@ def load_lpips(net: str = "vgg", backbone: Path | None = None, download: bool = 
     with warnings.catch_warnings():  # the package calls torchvision in an outdated way
         warnings.simplefilter("ignore", UserWarning)
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).requires_grad_(False)
-    # It cuts torchvision's `features` into slices and keeps the numbers: features.5.weight is slice2.5.weight.
+    # It cuts torchvision's `features` into slices, keeping the numbers: slice2.5.weight is features.5.weight.
     names = {re.sub(r"slice\d+", "features", name): name for name in model.net.state_dict()}
+    weights = {names.get(key, key): t for key, t in tensors.items() if not key.startswith("classifier.")}
     try:
-        model.net.load_state_dict({names.get(k, k): v for k, v in tensors.items() if not k.startswith("classifier.")})
+        model.net.load_state_dict(weights)
     except RuntimeError:
-        raise InputError(f"{path}: not torchvision's weights for {net}; give --lpips-backbone the file of {BACKBONES[net]}") from None
+        raise InputError(f"{path}: not torchvision's weights for {net}; "
+                         f"give --lpips-backbone the file of {BACKBONES[net]}") from None
     return model
 
 
-def load_inception(weights: Path | None = None, download: bool = False) -> nn.Module:
-    """torch-fidelity's Inception v3, the very network of the original FID code, down to its 2048 pooled features.
+@torch.no_grad()
+def lpips_features(model: nn.Module, images: Tensor) -> Tensor:
+    """Features between which LPIPS is the squared Euclidean distance: (B, 3, H, W) in [-1, 1] -> (B, D).
 
-    weights: the file of INCEPTION; None looks for it as published_weights does.  Raises InputError as load_lpips does.
+    model   lpips.LPIPS with its linear layers.  LPIPS (Zhang et al. 2018, Eq. 1) sums over layers l the mean
+            over pixels of sum_c w_lc (a_lc - b_lc)^2, where a, b are the layer's activations scaled to length
+            1 at each pixel and no w_lc is negative: put sqrt(w_lc / pixels_l) into the features and a plain
+            sum of squares is left.
+    D is 8.0 million for VGG at 256x256: 32 MB a picture, on the model's device.
+    """
+    import lpips
+    layers = []
+    scaled = model.scaling_layer(images.to(model.scaling_layer.shift))
+    for activations, linear in zip(model.net(scaled), model.lins):
+        a = lpips.normalize_tensor(activations)                              # (B, C, h, w)
+        w = linear.model[-1].weight                                          # (1, C, 1, 1)
+        layers.append(a.mul_((w / a[0, 0].numel()).sqrt()).flatten(1))       # (B, C h w)
+    return torch.cat(layers, dim=1)                                          # (B, D)
+
+
+def load_inception(weights: str | Path | None = None, download: bool = False) -> nn.Module:
+    """torch-fidelity's Inception v3: the network of the original FID code, down to its 2048 pooled features.
+
+    weights: the file of INCEPTION; None looks for it as published_weights does.  Raises InputError as
+    load_lpips does.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     path = published_weights(INCEPTION, "--inception-weights", weights, download)
-    # The package would unpickle the file, whatever is in it; it gets the tensors that were read safely, written anew.
+    # The package would unpickle the file, whatever is in it: it gets the tensors, read safely, written anew.
     clean = io.BytesIO()
     torch.save(read_tensors(path)[0], clean)
     clean.seek(0)
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=clean)
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
+                                           feature_extractor_weights_path=clean)
     except RuntimeError:
-        raise InputError(f"{path}: not the Inception weights of FID; give --inception-weights the file of {INCEPTION}") from None
+        raise InputError(f"{path}: not the Inception weights of FID; "
+                         f"give --inception-weights the file of {INCEPTION}") from None
+
+
+@torch.no_grad()
+def inception_features(model: nn.Module, images: Images, batch_size: int = 32,
+                       progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
+    """What FID and KID compare: N pictures of any one size -> float32 (N, 2048), CPU.
+
+    They are rounded to 8 bits, and scaled to 299x299 by the network itself.  `progress` wraps the batches.
+    """
+    device = next(model.parameters()).device
+    features = []
+    for rows in progress(torch.arange(len(images)).split(batch_size)):
+        pixels = to_uint8(stack(images, rows)).permute(0, 3, 1, 2)           # (B, 3, H, W)
+        features.append(model(pixels.to(device))[0].cpu())                   # (B, 2048)
+    return torch.cat(features)

@@ -1,7 +1,10 @@
 """The built-in image domains: which there are, and reproducible pictures of each with labels.
+
+  python -m domains            32 pictures of each, in runs/domains/
 """
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +14,40 @@ from domains import churches, faces, paintings
 from plumbing.options import InputError
 from plumbing.pictures import ImageFolder, load_folder, to_tensor
 
-SOURCES = {"toyfaces": faces.sample_face, "toychurches": churches.sample_church}  # source -> what samples its scenes
-ATTRIBUTES = {"toyfaces": faces.ATTRIBUTES, "toychurches": churches.ATTRIBUTES}   # source -> {attribute: its values}, the labels
-TARGETS = {"sunglasses": "toyfaces", "sketches": "toyfaces", "babies": "toyfaces", "modigliani": "toyfaces", "raphael": "toyfaces",
-           "haunted-houses": "toychurches", "landscape-drawings": "toychurches"}  # target -> its source
-PAINTERS = {"toyfaces": faces.paint_toyfaces, "sunglasses": faces.paint_sunglasses, "sketches": faces.paint_sketches, "babies": faces.paint_babies,
-            "modigliani": paintings.paint_modigliani, "raphael": paintings.paint_raphael,
-            "toychurches": churches.paint_toychurches, "haunted-houses": churches.paint_haunted_houses,
-            "landscape-drawings": churches.paint_landscape_drawings}
+# source -> what samples its scenes
+SOURCES = {"toyfaces": faces.sample_face, "toychurches": churches.sample_church}
+# source -> {attribute: its values}, the labels
+ATTRIBUTES = {"toyfaces": faces.ATTRIBUTES, "toychurches": churches.ATTRIBUTES}
+# target -> its source
+TARGETS = {
+    "sunglasses": "toyfaces",
+    "sketches": "toyfaces",
+    "babies": "toyfaces",
+    "modigliani": "toyfaces",
+    "raphael": "toyfaces",
+    "haunted-houses": "toychurches",
+    "landscape-drawings": "toychurches",
+}
+# Built-in targets that stay what they are when their colours change; others are flipped and shifted only.
+AUGMENT = {"sunglasses": ("flip", "shift", "colour"), "babies": ("flip", "shift", "colour")}
+PAINTERS = {
+    "toyfaces": faces.paint_toyfaces,
+    "sunglasses": faces.paint_sunglasses,
+    "sketches": faces.paint_sketches,
+    "babies": faces.paint_babies,
+    "modigliani": paintings.paint_modigliani,
+    "raphael": paintings.paint_raphael,
+    "toychurches": churches.paint_toychurches,
+    "haunted-houses": churches.paint_haunted_houses,
+    "landscape-drawings": churches.paint_landscape_drawings,
+}
 STREAMS = {"train": 0, "shots": 1, "eval": 2}
-SHOTS_SEEDS = {"toyfaces": 986, "toychurches": 31}  # chosen for ten scenes that together show every value of every attribute
+# Chosen for ten scenes that together show every value of every attribute.
+SHOTS_SEEDS = {"toyfaces": 986, "toychurches": 31}
 
 
-def _draw(domain, n, seed, size, stream, progress=False):
+def _draw(domain: str, n: int, seed: int, size: int, stream: str,
+          progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     if domain not in PAINTERS:
         raise ValueError(f"unknown domain {domain!r}; known: {', '.join(PAINTERS)}")
     source = TARGETS.get(domain, domain)
@@ -39,39 +63,54 @@ def _draw(domain, n, seed, size, stream, progress=False):
     return pictures, labels
 
 
-def draw(domain: str, n: int, seed: int, size: int = 32, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Draws n pictures, uint8 (n, size, size, 3), and labels, int64 (n, A) in the order of the A attributes of its source in ATTRIBUTES.
+def draw(domain: str, n: int, seed: int, size: int = 32,
+         progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """n pictures, uint8 (n, size, size, 3), with labels, int64 (n, A), of the A attributes of their source.
 
-    Picture i depends on (domain, seed, i) alone. A target shows the scenes that its source has for the same seed, and its
-    labels are theirs. Raises ValueError for an unknown domain or a negative seed.
+    Picture i depends on (domain, seed, i) alone. A target shows the scenes that its source has for the same
+    seed, and its labels are theirs. Raises ValueError for an unknown domain or a negative seed.
     """
     return _draw(domain, n, seed, size, "train", progress)
 
 
 def ten_shots(target: str, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """The ten fixed training pictures of a target, as `draw` returns them: the same scenes at each size, never drawn by `draw`."""
+    """The ten fixed training pictures of a target, as `draw` returns them.
+
+    The same scenes at each size, and from a random stream of their own: never those of `draw`.
+    """
     return _draw(target, 10, SHOTS_SEEDS.get(TARGETS.get(target, target), 0), size, "shots")
 
 
 def evaluation_pictures(domain: str, n: int, size: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Fresh pictures, as `draw` returns them, from a random stream of their own: never those of `draw` or `ten_shots`."""
+    """Fresh pictures, as `draw` returns them, from a third random stream: none of `draw` or `ten_shots`."""
     return _draw(domain, n, seed, size, "eval")
 
 
+def family(source: str) -> list[str]:
+    """A source and its targets."""
+    return [source, *(target for target, of in TARGETS.items() if of == source)]
+
+
+def draw_family(source: str, n: int, seed: int, size: int = 32,
+                progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """About n pictures of a source and its targets, as `draw` returns them; the domain is the last label."""
+    names = family(source)
+    drawn = [draw(domain, n // len(names), seed, size, progress) for domain in names]
+    labels = [np.column_stack([labels, np.full(len(labels), i)]) for i, (_, labels) in enumerate(drawn)]
+    return np.concatenate([pictures for pictures, _ in drawn]), np.concatenate(labels)
+
+
 def drawn_by(source: str) -> str | None:
-    """The domain of a built-in source model, pixel or latent (toyfaces-latent: toyfaces); None for any other name."""
+    """The domain of a built-in source model, pixel or latent (toyfaces-latent: toyfaces); None for others."""
     domain = source.removesuffix("-latent")
     return domain if domain in SOURCES else None
 
 
-# Built-in targets that stay what they are when their colours change; others are flipped and shifted only.
-AUGMENT = {"sunglasses": ("flip", "shift", "colour"), "babies": ("flip", "shift", "colour")}
+def target_images(name_or_folder: str | Path, size: int) -> torch.Tensor:
+    """The pictures to adapt to: the ten of a built-in target, all of a folder -> float32 (N, 3, size, size).
 
-
-def target_images(name_or_folder, size):
-    """The pictures to adapt to: the ten of a built-in target, or all of a folder -> float32 (N, 3, size, size).
-
-    A built-in name wins over a folder of that name; `./sunglasses` means the folder. Raises InputError for neither.
+    A built-in name wins over a folder of that name; `./sunglasses` means the folder.  Raises InputError for
+    neither, and as pictures.load_folder does.
     """
     if name_or_folder in TARGETS:
         return to_tensor(ten_shots(name_or_folder, size=size)[0])
@@ -79,19 +118,21 @@ def target_images(name_or_folder, size):
     return load_folder(name_or_folder, size)
 
 
-def source_images(name_or_folder, n, size, seed):
-    """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else picked from a folder.
+def source_images(name_or_folder: str | Path, n: int, size: int, seed: int) -> torch.Tensor:
+    """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else from a folder.
 
     From a folder they are distinct, and all there are if fewer than n. The same seed gives the same pictures.
+    Raises InputError as target_images does.
     """
     if name_or_folder in SOURCES:
         return to_tensor(draw(name_or_folder, n, seed, size=size)[0])
     _need_folder(name_or_folder, "source", SOURCES)
     folder = ImageFolder(name_or_folder, size)
-    return folder.batch(torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed))[:n])
+    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed))
+    return folder.batch(order[:n])
 
 
-def _need_folder(name, role, built_in):
+def _need_folder(name: str | Path, role: str, built_in: Collection[str]) -> None:
     if not Path(name).exists():
         raise InputError(f"{name}: neither a folder nor a built-in {role}; "
                          f"give a folder of images or one of: {', '.join(sorted(built_in))}")

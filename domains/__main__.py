@@ -7,20 +7,24 @@ import dataclasses
 from pathlib import Path
 
 from domains import PAINTERS, draw
-from plumbing.options import at_least, option, parse, run
+from plumbing.options import at_least, parse, run, seed
 from plumbing.pictures import save_grid, to_tensor
 
 
 @dataclasses.dataclass
 class Options:
-    size: int = option(32, "pixels per side")
-    seed: int = option(0, "of the scenes")
-    output_dir: str = option("runs/domains", "where they go")
+    size: int = 32
+    """Pixels per side."""
+    seed: int = 0
+    """Of the scenes."""
+    output_dir: str = "runs/domains"
+    """Where they go."""
 
 
 def main() -> None:
-    options, _ = parse(Options, description=__doc__)
-    at_least(options, size=8, seed=0)
+    options, _ = parse(Options, __doc__)
+    at_least(options, size=8)
+    seed(options)
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for domain in PAINTERS:

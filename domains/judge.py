@@ -1,12 +1,15 @@
-"""What is in a picture of a built-in domain: the network that evaluate.py counts and measures with, and nothing is trained with.
+"""The judge of a built-in domain: a network that tells what is in a picture, and how it scores a run.
 
-`pretrain.py --network judge` taught it the attributes and the domain of freshly drawn pictures of a source and all its targets.
-Its features stand in for Inception's and LPIPS's, whose weights have to be downloaded: the figures are called toy FID and toy
-Intra-LPIPS, and compare with each other only.
+`pretrain.py --network judge` taught it the attributes and the domain of freshly drawn pictures of a source
+and its targets; nothing is trained with it.  Its features stand in for those of Inception and LPIPS, whose
+weights have to be downloaded: the figures are called toy FID and toy Intra-LPIPS, and compare with each other
+only.
 """
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,14 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import domains
-from checkpoints.load import ASSETS, load_network
-from checkpoints.network import Network
+from checkpoints import run_folder
+from checkpoints.load import ASSETS, load_network, load_source
+from checkpoints.network import Network, fingerprint
 from metrics import IntraLPIPS, frechet_distance, intra_lpips, kernel_distance, squared_distances
+from plumbing.files import write_atomic
+from plumbing.options import InputError
 from plumbing.pictures import to_tensor
+from plumbing.progress import bar
 
 FRESH = 1000  # newly drawn target pictures to compare with
-VISIBLE = 0.8  # an attribute counts in a target if the judge reads it there at least so often; sunglasses hide the eyes
+VISIBLE = 0.8  # an attribute counts in a target if it is read right there so often; sunglasses hide the eyes
+FIRST_SEED = 20_000  # of the noises that every run is scored with, beyond those of its pictures
+PAIRED = 250  # at most so many of them also go through the source model, to see what of its samples is kept
 
+
+# ---- what the judge sees ---------------------------------------------------------------------------------
 
 @functools.cache
 def load_judge(source: str) -> Network:
@@ -35,43 +46,61 @@ def fit(judge: Network, images: Tensor) -> Tensor:
     return images if images.shape[2] == size else F.interpolate(images, (size, size), mode="area")
 
 
+def _clean(images: Tensor) -> Tensor:
+    """The timesteps (N,) of pictures without noise."""
+    return torch.zeros(len(images), dtype=torch.long)
+
+
 @torch.no_grad()
 def attributes(judge: Network, images: Tensor) -> dict[str, Tensor]:
     """(N, 3, H, W) -> {attribute: index of its most likely value (N,)}, "domain" among them."""
     known = judge.description["attributes"]
-    logits = torch.cat([judge.model(x, torch.zeros(len(x), dtype=torch.long)) for x in fit(judge, images).split(128)])
-    return {name: group.argmax(1) for name, group in zip(known, logits.split([len(v) for v in known.values()], dim=1))}
+    logits = torch.cat([judge.model(x, _clean(x)) for x in fit(judge, images).split(128)])
+    groups = logits.split([len(values) for values in known.values()], dim=1)
+    return {name: group.argmax(1) for name, group in zip(known, groups)}
 
 
 @torch.no_grad()
 def features(judge: Network, images: Tensor) -> Tensor:
-    """What toy FID compares: (N, 3, H, W) -> the middle features' mean and standard deviation over the picture (N, 2C)."""
-    middle = [judge.model.encode(x, torch.zeros(len(x), dtype=torch.long))[0].flatten(2) for x in fit(judge, images).split(128)]
+    """What toy FID compares: (N, 3, H, W) -> mean and standard deviation of the middle features (N, 2C)."""
+    middle = [judge.model.encode(x, _clean(x))[0].flatten(2) for x in fit(judge, images).split(128)]
     return torch.cat([torch.cat([m.mean(2), m.std(2)], 1) for m in middle])
 
 
 @torch.no_grad()
 def perceptual_features(judge: Network, images: Tensor) -> Tensor:
-    """As LPIPS, without its learnt weights: each level's activations scaled to length 1 at each pixel -> (N, D), whose squared
-    Euclidean distance is the toy LPIPS."""
-    _, _, levels = judge.model.encode(fit(judge, images), torch.zeros(len(images), dtype=torch.long))
-    return torch.cat([(F.normalize(a, dim=1) / (len(levels) * a[0, 0].numel()) ** 0.5).flatten(1) for a in levels], 1)
+    """(N, 3, H, W) -> (N, D), whose squared Euclidean distance is the toy LPIPS.
+
+    As LPIPS without its learnt weights: each level's activations, scaled to length 1 at each pixel.
+    """
+    _, _, levels = judge.model.encode(fit(judge, images), _clean(images))
+    scaled = [F.normalize(a, dim=1) / (len(levels) * a[0, 0].numel()) ** 0.5 for a in levels]
+    return torch.cat([a.flatten(1) for a in scaled], 1)
 
 
 def intra(judge: Network, pictures: Tensor, shots: Tensor) -> IntraLPIPS:
-    """Toy Intra-LPIPS of pictures (N, 3, H, W) around training pictures (K, 3, H, W)."""
-    return intra_lpips(functools.partial(perceptual_features, judge), fit(judge, pictures), fit(judge, shots), batch_size=64)
+    """Toy Intra-LPIPS of pictures (N, 3, H, W) around training pictures (K, 3, H, W).
+
+    Raises ValueError as metrics.intra_lpips does.
+    """
+    embed = functools.partial(perceptual_features, judge)
+    return intra_lpips(embed, fit(judge, pictures), fit(judge, shots), batch_size=64)
 
 
 def nearest(judge: Network, pictures: Tensor, shots: Tensor) -> list[float]:
-    """Toy LPIPS from each picture (N, 3, H, W) to the nearest training picture (K, 3, H, W) or its mirror image, which training shows as often."""
+    """Toy LPIPS from each picture (N, 3, H, W) to the nearest training picture (K, 3, H, W) or its mirror
+    image, which training shows as often.
+    """
     centres = list(perceptual_features(judge, torch.cat([shots, shots.flip(3)])))
-    return [squared_distances(f, centres).min().item() for rows in pictures.split(64) for f in perceptual_features(judge, rows)]
+    return [squared_distances(f, centres).min().item()
+            for part in pictures.split(64) for f in perceptual_features(judge, part)]
 
+
+# ---- scores ----------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Reference:
-    """What samples of a target are compared with: FRESH of its pictures that no run has seen, reduced to the judge's size."""
+    """What samples of a target are compared with: FRESH of its pictures that no run has seen."""
     shots: Tensor                    # the ten training pictures (10, 3, H, W)
     features: Tensor                 # of the fresh pictures, for toy FID and KID
     visible: list[str]               # attributes that can be read in the target's pictures
@@ -89,28 +118,90 @@ def reference(target: str, size: int) -> Reference:
     seen, truth = attributes(judge, fresh), dict(zip(known, labels.T))  # the labels lack the last, "domain"
     visible = [name for name in truth if (seen[name].numpy() == truth[name]).mean() >= VISIBLE]
     shares = {name: np.bincount(truth[name], minlength=len(known[name])) / FRESH for name in visible}
-    return Reference(shots, features(judge, fresh), visible, shares, float(np.median(nearest(judge, fresh, shots))))
+    median = float(np.median(nearest(judge, fresh, shots)))
+    return Reference(shots, features(judge, fresh), visible, shares, median)
 
 
 def score(samples: Tensor, of_source: Tensor, target: str) -> dict[str, float]:
-    """Adapted samples (N, 3, H, W), and the source model's from the first M <= N of their noises (M, 3, H, W) -> figures, by name.
+    """Adapted samples (N, 3, H, W), and the source model's from the first M <= N of their noises (M, 3, H, W)
+    -> figures, by name.
 
     target      share of samples the judge puts in the target domain
     kept        share of visible attributes that agree with the source sample from the same noise
-    covered     share of the values of visible attributes that appear at least a quarter as often as in fresh target pictures
+    covered     share of the values of visible attributes that appear at least a quarter as often as in fresh
+                target pictures
     toy FID     to FRESH new target pictures; too high for few samples, so it compares at the same N
     toy KID     to the same, times 1000; unbiased: near 0 for fresh target pictures however few
     toy Intra-LPIPS, its std   diversity among the samples that are nearest to the same training picture
-    memorised   median distance to the nearest training picture or its mirror image, over that of fresh target pictures: far below 1 are copies
+    memorised   median distance to the nearest training picture or its mirror image, over that of fresh target
+                pictures: far below 1 are copies
+
+    Raises InputError for so few samples that no two of them are nearest to the same training picture.
     """
     judge, fresh = load_judge(domains.TARGETS[target]), reference(target, samples.shape[2])
     known = judge.description["attributes"]
     before, after = attributes(judge, of_source), attributes(judge, samples)
-    covered = [np.bincount(after[name], minlength=len(share)) / len(samples) >= share / 4 for name, share in fresh.shares.items()]
-    diversity, seen = intra(judge, samples, fresh.shots), features(judge, samples)
-    return {"target": (after["domain"] == known["domain"].index(target)).float().mean().item(),
-            "kept": torch.stack([(after[name][:len(of_source)] == before[name]).float().mean() for name in fresh.visible]).mean().item(),
-            "covered": float(np.concatenate(covered).mean()),
-            "toy FID": frechet_distance(seen, fresh.features), "toy KID": 1000 * kernel_distance(seen, fresh.features),
-            "toy Intra-LPIPS": diversity.mean, "toy Intra-LPIPS std": diversity.std,
-            "memorised": float(np.median(nearest(judge, samples, fresh.shots))) / fresh.nearest}
+    kept = [(after[name][:len(of_source)] == before[name]).float().mean() for name in fresh.visible]
+    covered = [np.bincount(after[name], minlength=len(share)) / len(samples) >= share / 4
+               for name, share in fresh.shares.items()]
+    try:
+        diversity = intra(judge, samples, fresh.shots)
+    except ValueError as error:
+        raise InputError(f"-n {len(samples)}: {error}") from None
+    seen = features(judge, samples)
+    return {
+        "target": (after["domain"] == known["domain"].index(target)).float().mean().item(),
+        "kept": torch.stack(kept).mean().item(),
+        "covered": float(np.concatenate(covered).mean()),
+        "toy FID": frechet_distance(seen, fresh.features),
+        "toy KID": 1000 * kernel_distance(seen, fresh.features),
+        "toy Intra-LPIPS": diversity.mean,
+        "toy Intra-LPIPS std": diversity.std,
+        "memorised": float(np.median(nearest(judge, samples, fresh.shots))) / fresh.nearest,
+    }
+
+
+def protocol(target: str, n: int, steps: int) -> dict[str, int | str]:
+    """How the runs to a built-in target are scored; figures compare where all of it is the same."""
+    judge = load_judge(domains.TARGETS[target])
+    return dict(n=n, steps=steps, paired=min(n, PAIRED), fresh=FRESH, judge=fingerprint(judge))
+
+
+def _draw(network: Network, n: int, steps: int, name: str) -> Tensor:
+    """Samples (n, 3, H, W) from the noises that all runs are scored with."""
+    seeds = range(FIRST_SEED, FIRST_SEED + n)
+    return network.sample(seeds, steps, progress=functools.partial(bar, text=name))
+
+
+@functools.lru_cache(maxsize=2)
+def source_samples(source: str, n: int, steps: int, device: torch.device) -> Tensor:
+    """What a built-in source model makes of the noises that runs are scored with: (n, 3, H, W)."""
+    return _draw(load_source(source).to(device), n, steps, source)
+
+
+def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict[str, dict]:
+    """{"run": what was scored and how, "score": the figures of `score`}; kept in score.json beside the run.
+
+    Samples are drawn anew only if the run, `n` or `steps` has changed.  Raises InputError for what is not a
+    finished run from a built-in source to one of its targets, for more steps than the model has, and as
+    `score` does.
+    """
+    network, options = run_folder.load_run(folder)
+    source, target = options["source"], options["target"]
+    drawn = domains.drawn_by(source)
+    if drawn is None or domains.TARGETS.get(target) != drawn:
+        raise InputError(
+            f"{folder}: from {source} to {target}; the judge knows built-in sources and their targets "
+            f"only. For other pictures: python sample.py {folder} -n 1000, then "
+            f"evaluate.py --samples {folder}/drawn --target DIR --size {network.image_size}")
+    network.check_steps(steps)
+    run = {name: options[name] for name in ("source", "target", "method", "seed", "iterations")}
+    run |= protocol(target, n, steps) | dict(weights=fingerprint(network))
+    path = folder / "score.json"
+    if path.exists() and (kept := json.loads(path.read_text()))["run"] == run:
+        return kept
+    samples = _draw(network.to(device), n, steps, str(folder))
+    figures = score(samples, source_samples(source, min(n, PAIRED), steps, device), target)
+    found = dict(run=run, score=figures)
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(found, indent=1)))
+    return found

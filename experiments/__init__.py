@@ -1,1 +1,1 @@
-"""Section 5 in one command each: the tables and figures on the built-in domains, and the measurements in two dimensions."""
+"""Section 5 in one command each: the tables on the built-in domains, the measurements in two dimensions."""

@@ -1,44 +1,47 @@
-"""Runs of train_tan.py that another program needs: started, resumed, or left alone if they are there with the settings of today."""
+"""Runs of train_tan.py that an experiment needs: started, resumed, or left alone if they are as of today."""
 
-import dataclasses
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from checkpoints import run_folder
 from checkpoints.load import load_source
-from plumbing.options import InputError
-from settings import METHODS, Options, suited
+from checkpoints.run_folder import MAY_CHANGE
+from plumbing.options import InputError, flag, flat, replace
+from settings import Options, suited, used_by
 
-# Which methods the groups of Options concern, where not all.
-CONCERNS = {"similarity-guided training (Eq. 6)": ("guided", "tan"), "adversarial noise (Eq. 8)": ("tan",), "pairwise losses (--method pa)": ("pa",),
-            "pictures": ()}
-UNSEEN = run_folder.MAY_CHANGE - {"iterations"} | {"overwrite", "classifier_check"}  # nothing of them shows in the result
+TRAIN = Path(__file__).parents[1] / "train_tan.py"
+# Options of which nothing shows in the weights.
+UNSEEN = MAY_CHANGE - {"iterations"} | {"overwrite", "classifier_check"} | flat(Options().pictures).keys()
 
 
-def settings(options: dict) -> dict:
-    """Of the options of a run, what its figures depend on: {name: value as in JSON}."""
-    found = {}
-    for field in dataclasses.fields(Options):
-        concerned = options["method"] in CONCERNS.get(field.metadata["group"], METHODS) and field.name not in UNSEEN
-        if concerned and not (field.name == "adaptor_width" and options["method"] in run_folder.ALL_WEIGHTS):
-            found[field.name] = json.loads(json.dumps(options.get(field.name)))
+def settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's (flat) options, those that its figures depend on: {name: value as in JSON}."""
+    found = {name: options[name] for name in flat(Options()) if name in used_by(options["method"]) - UNSEEN}
     if found.get("classifier_targets"):
         found["classifier_targets"] = Path(found["classifier_targets"]).name  # the folder of runs may move
-    return found
+    return json.loads(json.dumps(found))
 
 
-def settings_today(**flags) -> dict:
+known_source = functools.cache(load_source)
+
+
+def settings_today(**flags: Any) -> dict[str, Any]:
     """`settings` of a run that is started now with these options of train_tan.py."""
-    options = Options(**flags)
-    return settings({**dataclasses.asdict(options), **suited(options, load_source(options.source)), **flags})
+    options = replace(Options(), **flags)
+    return settings(flat(suited(options, known_source(options.source))))
 
 
 def call_train(arguments: list[str], log: Path) -> int:
-    """Exit status of train_tan.py with these arguments, its output added to `log`.  When this program is told to stop, so is that one, which then saves."""
+    """Exit status of train_tan.py with these arguments, its output added to `log`.
+
+    When this program is told to stop, so is that one, which then saves.
+    """
     with open(log, "a") as file:
-        process = subprocess.Popen([sys.executable, str(Path(__file__).parents[1] / "train_tan.py"), *arguments], stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen([sys.executable, str(TRAIN), *arguments], stdout=file, stderr=file,
+                                   start_new_session=True)
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -47,32 +50,48 @@ def call_train(arguments: list[str], log: Path) -> int:
             raise
 
 
-def train(folder: Path, device: str, **flags) -> Path:
-    """A finished run of train_tan.py with these options in `folder`; what is there is resumed or left alone.  Returns the folder.
+def check_known(folder: Path, known: dict[str, Any], today: dict[str, Any], goes_on: bool) -> None:
+    """InputError if the run in the folder has other settings than it would have today.
 
-    Raises InputError if the run stops, or if the one in the folder has other settings.
+    goes_on    whether it may have done fewer iterations than are wanted
+    """
+    for name, value in settings(known).items():
+        continues = name == "iterations" and goes_on and value <= today[name]
+        if value != today[name] and not continues:
+            raise InputError(f"{folder}: was trained with {flag(name)} {value}, wanted is {today[name]}; "
+                             "remove the folder, or choose another --output-dir")
+
+
+def train(folder: Path, device: str, **flags: Any) -> Path:
+    """A finished run of train_tan.py with these options in `folder`, which is returned.
+
+    What is there is resumed or left alone.  Raises InputError if the run stops, or if the one in the folder
+    has other settings.
     """
     today = settings_today(**flags)
-    known = json.loads((folder / "options.json").read_text()) if (folder / "options.json").exists() else None
-    if known:
-        for name, value in settings(known).items():
-            goes_on = name == "iterations" and name in flags and value <= today[name]
-            if value != today[name] and not goes_on:
-                raise InputError(f"{folder}: was trained with --{name.replace('_', '-')} {value}, wanted is {today[name]}; "
-                                 "remove the folder, or choose another --output-dir")
-        if (folder / "weights.safetensors").exists() and known["iterations"] == today["iterations"]:
-            return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    file, weights = folder / "options.json", folder / "weights.safetensors"
+    known = json.loads(file.read_text()) if file.exists() else None
     arguments = ["--output-dir", folder, "--device", device]
-    arguments += ["--resume"] if known else [text for name, value in flags.items() if name != "iterations" for text in (f"--{name.replace('_', '-')}", value)]
-    arguments += ["--iterations", flags["iterations"]] if "iterations" in flags else []
-    if not known:
-        arguments += ["--samples", 0, "--no-classifier-check"]  # pictures are drawn here, the classifier's accuracy is not asked for
+    if known:
+        check_known(folder, known, today, "iterations" in flags)
+        if weights.exists() and known["iterations"] == today["iterations"]:
+            return folder
+        arguments.append("--resume")
+    else:
+        for name, value in flags.items():
+            arguments += [flag(name), value] if name != "iterations" else []
+    if "iterations" in flags:
+        arguments += ["--iterations", flags["iterations"]]
+    if not known:  # pictures are drawn by who asks for the run; the classifier's accuracy is not asked for
+        arguments += ["--samples", 0]
+        arguments += ["--no-classifier-check"] if "classifier_check" in used_by(today["method"]) else []
+    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "train.log"
     before = log.stat().st_size if log.exists() else 0
     status = call_train(list(map(str, arguments)), log)
-    if status or not (folder / "weights.safetensors").exists():
+    if status or not weights.exists():
         said = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
-        raise InputError(f"{folder}: training stopped (see {log}){': ' + said[-1] if said else ''}"
-                         + ("" if status == 2 else "; run the same command again to continue"))
+        reason = f": {said[-1]}" if said else ""
+        remedy = "" if status == 2 else "; run the same command again to continue"
+        raise InputError(f"{folder}: training stopped (see {log}){reason}{remedy}")
     return folder

@@ -1,10 +1,10 @@
-"""The tables and curves of section 5 from what tables.py measured: rows of judge.py's figures, each with the run it belongs to."""
+"""The tables and curves of section 5 from what tables.py measured: rows of figures, each with its run."""
 
 import itertools
 import statistics
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 
 import domains
@@ -13,87 +13,162 @@ from plumbing.figures import save_figure
 from plumbing.pictures import to_uint8
 from settings import METHODS
 
+Row = dict[str, Any]
+"""One scored run: "run" (method, target, seed ...), "score" (figures by name), "rate" and "seconds"."""
+
 # What the paper has on photographs, for DDPM-TAN, LMD-TAN (Table 1 only) and DDPM-PA.
-PAPER_INTRA = {"babies": (0.592, 0.601, 0.599), "sunglasses": (0.613, 0.613, 0.604), "raphael": (0.621, 0.592, 0.581),
-               "haunted-houses": (0.648, 0.653, 0.628), "landscape-drawings": (0.723, 0.738, 0.706)}
+PAPER = (("TAN", "1.3%"), ("LMD-TAN", "1.6%"), ("DDPM-PA", "100%"))  # method, parameter rate
+PAPER_INTRA = {"babies": (0.592, 0.601, 0.599), "sunglasses": (0.613, 0.613, 0.604),
+               "raphael": (0.621, 0.592, 0.581), "haunted-houses": (0.648, 0.653, 0.628),
+               "landscape-drawings": (0.723, 0.738, 0.706)}
 PAPER_FID = {"babies": (46.70, None, 48.92), "sunglasses": (20.06, None, 34.75)}
 PAPER_CLASSIFIER = {"10": (0.621, 20.06), "100": (0.637, 22.84)}  # Table 3
 
 
 def mean_std(values: list[float]) -> str:
-    """Mean, standard deviation and number of runs."""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f} ({len(values)})" if len(values) > 1 else "")
+    """Mean, standard deviation and number of runs; nothing of nothing."""
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.3f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.3f} ({len(values)})"
 
 
 def markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join([title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
+    """A table under its title."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([title, "", lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def of(found: list[dict], **what) -> list[dict]:
+def of(found: list[Row], **what: Any) -> list[Row]:
     """Those of these runs with this method, target ..."""
-    return [f for f in found if all(f["run"].get(name) == value for name, value in what.items())]
+    return [row for row in found if all(row["run"].get(name) == value for name, value in what.items())]
 
 
-def main_tables(found: list[dict]) -> list[str]:
-    """Tables 1 and 2 and what the judge reads: a row a method, a column a target, mean and standard deviation over seeds."""
+def scores(found: list[Row], name: str, **what: Any) -> list[float]:
+    """This figure of those runs."""
+    return [row["score"][name] for row in of(found, **what)]
+
+
+# ---- Tables 1 and 2 --------------------------------------------------------------------------------------
+
+def score_table(found: list[Row], name: str, title: str, paper: dict[str, tuple] | None = None,
+                digits: int = 3) -> str:
+    """One figure: a row a method, a column a target, mean and standard deviation over seeds."""
+    targets, methods = shown(found)
+    rows = []
+    for method in methods:
+        rates = sorted({f"{row['rate']:.1%}" for row in of(found, method=method) if "rate" in row})
+        cells = [mean_std(scores(found, name, method=method, target=target)) for target in targets]
+        rows.append([method, " / ".join(rates), *cells])
+    for i, (method, rate) in enumerate(PAPER if paper else ()):
+        numbers = [paper[target][i] if target in paper else None for target in targets]
+        if any(numbers):
+            cells = ["" if number is None else f"{number:.{digits}f}" for number in numbers]
+            rows.append([f"paper, photographs: {method}", rate, *cells])
+    return markdown(title, ["method", "parameter rate", *targets], rows)
+
+
+def shown(found: list[Row]) -> tuple[list[str], list[str]]:
+    """The targets and methods of these runs in their usual order, between the two ends of the scale."""
     targets = [target for target in domains.TARGETS if of(found, target=target)]
-    methods = [method for method in ("source model", *METHODS, "fresh pictures") if of(found, method=method)]
-
-    def table(name: str, title: str, digits: int = 3, paper: dict | None = None) -> str:
-        rows = []
-        for method in methods:
-            rates = sorted({f"{f['rate']:.1%}" for f in of(found, method=method) if "rate" in f})
-            cells = [[f["score"][name] for f in of(found, method=method, target=target)] for target in targets]
-            rows.append([method, " / ".join(rates), *(mean_std(values) if values else "" for values in cells)])
-        for i, (method, rate) in enumerate((("TAN", "1.3%"), ("LMD-TAN", "1.6%"), ("DDPM-PA", "100%"))):
-            numbers = [paper[t][i] if paper and t in paper else None for t in targets]
-            if any(numbers):
-                rows.append([f"paper, photographs: {method}", rate, *("" if x is None else f"{x:.{digits}f}" for x in numbers)])
-        return markdown(title, ["method", "parameter rate", *targets], rows)
-
-    def wins(name: str, title: str, sign: int) -> str:
-        values = {(f["run"]["method"], f["run"]["target"], f["run"]["seed"]): sign * f["score"][name] for f in found if "seed" in f["run"]}
-        trained = [method for method in METHODS if method in methods]
-        won = lambda a, b: [value > values[(b, *run)] for (method, *run), value in values.items() if method == a and (b, *run) in values]
-        return markdown(title, ["", *trained], [[a, *(f"{sum(won(a, b))} of {len(won(a, b))}" if a != b else "" for b in trained)] for a in trained])
-
-    seconds = [[method, *(f"{statistics.mean(values):.2f}" if (values := [f["seconds"] for f in of(found, method=method, target=target)]) else ""
-                          for target in targets)] for method in methods[1:-1]]
-    iterations = ["iterations", *(" / ".join(map(str, sorted({f["run"]["iterations"] for f in of(found, target=target) if "seed" in f["run"]}))) for target in targets)]
-    return [table("toy Intra-LPIPS", "Table 1, toy Intra-LPIPS (higher is more diverse)", 3, PAPER_INTRA),
-            table("toy FID", "Table 2, toy FID (lower is better)", 2, PAPER_FID),
-            table("toy KID", "Toy KID, times 1000 (lower is better; unlike FID not too high for few samples)"),
-            table("target", "Share of samples in the target domain"),
-            table("kept", "Share of attributes as in the source model's sample from the same noise (two independent pictures: about a quarter)"),
-            table("covered", "Share of attribute values that appear"),
-            table("memorised", "Distance to the nearest training picture or its mirror image over that of fresh pictures"),
-            wins("toy FID", "In how many pairs of runs with the same target and seed the method of the row has the lower toy FID than that of the column", -1),
-            wins("toy Intra-LPIPS", "The same, higher toy Intra-LPIPS", 1),
-            markdown("Seconds an iteration (median of a run)", ["method", *targets], [*seconds, iterations])]
+    methods = ("source model", *METHODS, "fresh pictures")
+    return targets, [method for method in methods if of(found, method=method)]
 
 
-def classifier_table(found: list[dict]) -> list[str]:
+def pairs_table(found: list[Row], name: str, title: str, sign: int) -> str:
+    """In how many pairs of runs (same target and seed) the row's method has the larger sign * figure."""
+    trained = [method for method in METHODS if of(found, method=method)]
+    values = {method: {(row["run"]["target"], row["run"]["seed"]): sign * row["score"][name]
+                       for row in of(found, method=method)} for method in trained}
+
+    def cell(a: str, b: str) -> str:
+        if a == b:
+            return ""
+        won = [values[a][pair] > values[b][pair] for pair in values[a] if pair in values[b]]
+        return f"{sum(won)} of {len(won)}"
+
+    return markdown(title, ["", *trained], [[a, *(cell(a, b) for b in trained)] for a in trained])
+
+
+def time_table(found: list[Row]) -> str:
+    """Seconds an iteration, and how many there were."""
+    targets, _ = shown(found)
+    rows = []
+    for method in METHODS:
+        if of(found, method=method):
+            runs = [of(found, method=method, target=target) for target in targets]
+            means = [statistics.mean(row["seconds"] for row in cell) if cell else None for cell in runs]
+            rows.append([method, *("" if mean is None else f"{mean:.2f}" for mean in means)])
+    trained = [row for row in found if "seed" in row["run"]]
+    counts = [sorted({row["run"]["iterations"] for row in of(trained, target=target)}) for target in targets]
+    rows.append(["iterations", *(" / ".join(map(str, of_target)) for of_target in counts)])
+    return markdown("Seconds an iteration (median of a run)", ["method", *targets], rows)
+
+
+def main_tables(found: list[Row]) -> list[str]:
+    """Tables 1 and 2 and what the judge reads."""
+    return [score_table(found, "toy Intra-LPIPS", "Table 1, toy Intra-LPIPS (higher is more diverse)",
+                        PAPER_INTRA),
+            score_table(found, "toy FID", "Table 2, toy FID (lower is better)", PAPER_FID, 2),
+            score_table(found, "toy KID",
+                        "Toy KID, times 1000 (lower is better; unlike FID not too high for few samples)"),
+            score_table(found, "target", "Share of samples in the target domain"),
+            score_table(found, "kept", "Share of attributes as in the source model's sample from the same "
+                        "noise (two independent pictures: about a quarter)"),
+            score_table(found, "covered", "Share of attribute values that appear"),
+            score_table(found, "memorised", "Distance to the nearest training picture or its mirror image "
+                        "over that of fresh pictures"),
+            pairs_table(found, "toy FID", "In how many pairs of runs with the same target and seed the "
+                        "method of the row has the lower toy FID than that of the column", -1),
+            pairs_table(found, "toy Intra-LPIPS", "The same, higher toy Intra-LPIPS", 1),
+            time_table(found)]
+
+
+# ---- Table 3, and the curves -----------------------------------------------------------------------------
+
+def classifier_table(found: list[Row]) -> list[str]:
     """Table 3."""
     names, rows = ("toy Intra-LPIPS", "toy FID", "toy KID", "target", "kept"), []
     for target, method, pictures in itertools.product(domains.TARGETS, METHODS, PAPER_CLASSIFIER):
-        if mine := of(found, target=target, method=method, pictures=pictures):
-            rows.append([target, method, pictures, *(mean_std([f["score"][name] for f in mine]) for name in names)])
-    rows += [["paper, photographs", "TAN", pictures, f"{intra:.3f}", f"{fid:.2f}", "", "", ""] for pictures, (intra, fid) in PAPER_CLASSIFIER.items()]
-    return [markdown("Table 3, classifier from 10 and from 100 pictures", ["target", "method", "pictures", *names], rows)]
+        what = dict(target=target, method=method, pictures=pictures)
+        if of(found, **what):
+            cells = [mean_std(scores(found, name, **what)) for name in names]
+            rows.append([target, method, pictures, *cells])
+    for pictures, (intra, fid) in PAPER_CLASSIFIER.items():
+        rows.append(["paper, photographs", "TAN", pictures, f"{intra:.3f}", f"{fid:.2f}", "", "", ""])
+    head = ["target", "method", "pictures", *names]
+    return [markdown("Table 3, classifier from 10 and from 100 pictures", head, rows)]
 
 
-def draw_iterations(path: Path, target: str, found: list[dict]) -> None:
-    """Toy FID against iterations and against training time: a point a run, a line through the means over seeds."""
+def iterations_table(found: list[Row]) -> list[str]:
+    """The points of the curves."""
+    names = ("toy FID", "toy KID", "toy Intra-LPIPS", "target", "kept", "memorised")
+    counts, rows = sorted({row["run"]["iterations"] for row in found}), []
+    for target, method, count in itertools.product(domains.TARGETS, METHODS, counts):
+        what = dict(target=target, method=method, iterations=count)
+        if mine := of(found, **what):
+            seconds = statistics.median(row["seconds"] for row in mine) * count
+            cells = [mean_std(scores(found, name, **what)) for name in names]
+            rows.append([target, method, str(count), f"{seconds:.0f}", *cells])
+    return [markdown("Against iterations", ["target", "method", "iterations", "seconds", *names], rows)]
+
+
+def draw_iterations(path: Path, target: str, found: list[Row]) -> None:
+    """Toy FID against iterations and training time: a point a run, a line through the means over seeds."""
+    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
-    for colour, method in enumerate(METHODS):
-        if not of(found, method=method):
+    for i, method in enumerate(METHODS):
+        runs = of(found, method=method)
+        if not runs:
             continue
-        counts = sorted({f["run"]["iterations"] for f in of(found, method=method)})
-        runs = [of(found, method=method, iterations=count) for count in counts]
-        seconds = statistics.median(f["seconds"] for f in of(found, method=method))
+        counts = sorted({row["run"]["iterations"] for row in runs})
+        means = [statistics.mean(scores(runs, "toy FID", iterations=count)) for count in counts]
+        points = [(row["run"]["iterations"], row["score"]["toy FID"]) for row in runs]
+        seconds = statistics.median(row["seconds"] for row in runs)
         for ax, unit in zip(axes, (1, seconds)):
-            ax.plot([unit * count for count in counts], [statistics.mean(f["score"]["toy FID"] for f in mine) for mine in runs], color=f"C{colour}", label=method)
-            ax.plot(*zip(*((unit * count, f["score"]["toy FID"]) for count, mine in zip(counts, runs) for f in mine)), ".", color=f"C{colour}", alpha=0.6)
+            ax.plot([unit * count for count in counts], means, color=f"C{i}", label=method)
+            at, fids = [unit * count for count, _ in points], [fid for _, fid in points]
+            ax.plot(at, fids, ".", color=f"C{i}", alpha=0.6)
     for ax, label in zip(axes, ("iterations", "seconds of training on this machine, classifier left out")):
         ax.set(xscale="log", xlabel=label)
         ax.set_ylim(bottom=0)
@@ -103,24 +178,19 @@ def draw_iterations(path: Path, target: str, found: list[dict]) -> None:
     save_figure(path, figure)
 
 
-def iterations_table(found: list[dict]) -> list[str]:
-    """The points of the curves."""
-    names, rows = ("toy FID", "toy KID", "toy Intra-LPIPS", "target", "kept", "memorised"), []
-    for target, method, count in itertools.product(domains.TARGETS, METHODS, sorted({f["run"]["iterations"] for f in found})):
-        if mine := of(found, target=target, method=method, iterations=count):
-            seconds = statistics.median(f["seconds"] for f in mine) * count
-            rows.append([target, method, str(count), f"{seconds:.0f}", *(mean_std([f["score"][name] for f in mine]) for name in names)])
-    return [markdown("Against iterations", ["target", "method", "iterations", "seconds", *names], rows)]
-
-
 def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations: list[int]) -> None:
-    """Each picture of two noises (2, 3, H, W) at each stage, with its distance to the nearest training picture or its mirror image, as in the paper's Figure 1."""
-    network, shots = judge.load_judge(domains.TARGETS[target]), judge.reference(target, stages[0].shape[2]).shots
-    figure, axes = plt.subplots(2, len(iterations), figsize=(1.35 * len(iterations), 3.2), layout="constrained")
-    for column, (pictures, i) in enumerate(zip(stages, iterations)):
-        for ax, pixels, distance in zip(axes[:, column], to_uint8(pictures), judge.nearest(network, pictures, shots)):
+    """Figure 1: pictures of two noises (2, 3, H, W) at each stage, with how near a training picture is."""
+    import matplotlib.pyplot as plt
+    network = judge.load_judge(domains.TARGETS[target])
+    shots = judge.reference(target, stages[0].shape[2]).shots
+    size = (1.35 * len(iterations), 3.2)
+    figure, axes = plt.subplots(2, len(iterations), figsize=size, layout="constrained")
+    for column, (pictures, count) in enumerate(zip(stages, iterations)):
+        distances = judge.nearest(network, pictures, shots)
+        for ax, pixels, distance in zip(axes[:, column], to_uint8(pictures), distances):
             ax.imshow(pixels.numpy())
             ax.set(xticks=[], yticks=[], xlabel=f"{distance:.2f}")
-        axes[0, column].set_title(f"{i}", fontsize=10)
-    figure.suptitle("iterations of finetune; below each picture its toy LPIPS to the nearest training picture or its mirror image", fontsize=10)
+        axes[0, column].set_title(f"{count}", fontsize=10)
+    figure.suptitle("iterations of finetune; below each picture its toy LPIPS to the nearest training "
+                    "picture or its mirror image", fontsize=10)
     save_figure(path, figure)

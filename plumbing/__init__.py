@@ -1,1 +1,1 @@
-"""Nothing about diffusion: options, files, pictures, processes, and what every training program does after a step."""
+"""Nothing about diffusion: options, files, pictures, processes, and what comes after each training step."""

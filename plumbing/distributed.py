@@ -1,7 +1,7 @@
-"""Plain torch.distributed: one process a GPU under torchrun, or one process alone with no difference to the caller.
+"""Plain torch.distributed: one process a GPU under torchrun, or one alone; the caller sees no difference.
 
-Every rank draws the same global batch from the same generator and keeps its own share; gradients are summed once an
-iteration.  So N processes and one process with the same global batch compute the same step, up to rounding.
+Every rank draws the same global batch from the same generator and keeps its own share; gradients are summed
+once an iteration.  So N processes and one with the same global batch compute the same step, up to rounding.
 """
 
 import datetime
@@ -14,35 +14,45 @@ from plumbing.options import InputError
 
 
 def setup(device: str = "auto") -> torch.device:
-    """Join the process group if torchrun started us; returns this process's device.  `device`: auto, cpu, cuda, cuda:1, mps."""
+    """Join the process group if torchrun started us; returns this process's device.
+
+    device    auto, cpu, cuda, cuda:1 or mps; InputError for another, or one that is not there
+    """
     launched = "LOCAL_RANK" in os.environ
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not launched else "cpu"
+        mps = torch.backends.mps.is_available() and not launched
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}[torch.device(device).type]
-    except (RuntimeError, KeyError):
-        raise InputError(f"--device {device}: not a device; give auto, cpu, cuda or mps") from None
-    if not available():
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if kind not in available:
+        raise InputError(f"--device {device}: not a device; give auto, cpu, cuda or mps")
+    if not available[kind]:
         raise InputError(f"--device {device}: not available on this machine; --device cpu always is")
     if launched and device not in ("cuda", "cpu"):
         raise InputError(f"--device {device}: under torchrun give cuda (one GPU a process), cpu, or nothing")
     if launched and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs of this machine")
+            gpus = torch.cuda.device_count()
+            raise InputError(f"--nproc_per_node: more processes than the {gpus} GPUs of this machine")
     if launched and not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
-                                timeout=datetime.timedelta(hours=2))  # rank 0 trains the classifier while the others wait
+                                timeout=datetime.timedelta(hours=2))  # others wait while rank 0 trains p_phi
     return torch.device(device)
 
 
 def rank() -> int:
+    """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -69,15 +79,23 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank if it is on one: what a signal told one process, all must heed at the same iteration."""
+    """True on every rank if it is on one: what a signal told one process, all must heed together."""
     return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
 
 
 def barrier() -> None:
+    """Wait until every rank is here."""
     if world() > 1:
         dist.barrier()
 
 
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def cleanup() -> None:
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()

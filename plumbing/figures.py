@@ -1,25 +1,31 @@
-"""Figures: curves and matplotlib pages as PNG."""
+"""Figures: curves and matplotlib pages as PNG.
+
+matplotlib is imported where it draws: that takes a second, and most commands draw nothing.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 import torch
 
 from plumbing.files import write_atomic
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def save_figure(path: Path, figure: plt.Figure, dpi: int = 110) -> None:
+
+def save_figure(path: Path, figure: "Figure", dpi: int = 110) -> None:
     """A matplotlib figure as PNG, and closed."""
+    import matplotlib.pyplot as plt
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
     plt.close(figure)
 
 
 def save_curve(path: Path, values: list[float], ylabel: str, smooth: int = 25) -> None:
-    """A curve over iterations as PNG: each value faint, its running mean on top."""
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    """A curve over iterations as PNG: each value faint, its running mean over `smooth` of them on top."""
+    from matplotlib.figure import Figure  # unlike pyplot it asks for no window, whatever the user's settings
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(values, color="tab:blue", alpha=0.25, linewidth=0.8)
     if len(values) >= smooth:
         mean = torch.tensor(values).unfold(0, smooth, 1).mean(1)

@@ -1,80 +1,134 @@
-"""One way for every program here to turn a documented dataclass into a command line.
+"""The command line of every program: a dataclass read by tyro, one-line errors, Ctrl-C.
 
     @dataclasses.dataclass
     class Options:
-        source: str = option("toyfaces", "built-in source or a folder of images", positional=True)
-        gamma: float = option(5.0, "strength of the classifier's correction", group="the paper")
+        model: Positional[str]
+        '''Folder of a run, or a source.'''
+        n: Annotated[int, short("-n")] = 64
+        '''Number of pictures.'''
+        source: Unset[str] = None
+        '''What to adapt (default: the source of the target).'''
+        guidance: Guidance = dataclasses.field(default_factory=Guidance)     # a group of --help
 
-    options, given = parse(Options, description=__doc__)
+    options, typed = parse(Options, __doc__)
 """
-import argparse
+
 import dataclasses
 import math
 import sys
-import types
-import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-REQUIRED = dataclasses.MISSING  # as a default: the user has to give this one
+import tyro
+from tyro.conf import Positional  # noqa: F401 - for the programs' options
+
+T = TypeVar("T")
+Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+"""An option that is None unless typed; its help says what that means."""
+
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 
 
 class InputError(Exception):
-    """Something the user gave is wrong; the message is one line that names the file or flag and says what to do."""
+    """Something the user gave is wrong; the message is one line: the file or flag, and what to do."""
 
 
-def option(default, help, choices=None, metavar=None, positional=False, group=None, short=None):
-    """Dataclass field that knows its command line: `--name` (`short` instead, or a positional), under `group` in --help."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, metavar=metavar, positional=positional, group=group, short=short))
+def short(name: str) -> Any:
+    """Annotation of an option that has a short form, such as -n."""
+    return tyro.conf.arg(aliases=[name])
 
 
-def flag(field):
-    """How a field stands on the command line: `--name`, its short form, or a positional's bare name."""
-    return field.name if field.metadata.get("positional") else field.metadata.get("short") or "--" + field.name.replace("_", "-")
+def parse(options: type[T], description: str | None,
+          argv: list[str] | None = None) -> tuple[T, frozenset[str]]:
+    """Read `argv` (default: this program's) into a dataclass; also the names of the flags that were typed.
 
-
-def parse(cls, argv=None, description=None):
-    """Read `argv` (default: this program's) into the dataclass `cls`.
-
-    Field types: int, float, str, bool, these `| None`, and tuple[int, ...] and the like (several values after one flag).
-    Returns (options, given): an instance of `cls`, and the frozenset of the field names that stood on the command line.
-    A wrong flag or value prints one line of usage and one of what is wrong, and exits with status 2.
+    A wrong flag or value is answered by tyro, with what it suggests, and ends the program with status 2.
     """
-    fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, usage=" ".join(["%(prog)s [options]"] + _positionals(fields)),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110))
-    groups = {None: parser}
-    for field in fields:
-        title = field.metadata.get("group")
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        _add(groups[title], field, hints[field.name])
-    # What was not typed is None or [], for argparse is told no defaults: the dataclass has them.
-    values = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None and value != []}
-    for name, value in values.items():
-        if isinstance(value, list):  # argparse collects into lists
-            values[name] = tuple(value)
-    return cls(**values), frozenset(values)
+    argv = sys.argv[1:] if argv is None else argv
+    words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("-")}
+    words |= {word.removeprefix("no_") for word in words}
+    found = tyro.cli(options, prog=_program(), description=description, args=argv, config=CONFIG)
+    return found, frozenset(words & flat(found).keys())
 
 
-def at_least(options, **bounds):
-    """InputError that names the flag of the first field in `bounds` whose value lies below its bound; None passes."""
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    for name, low in bounds.items():
-        value = getattr(options, name)
-        if value is not None and not value >= low:  # nan is not, either
-            raise InputError(f"{flag(fields[name])} {value}: must be at least {low}")
+def _program() -> str:
+    """How this program was called: python train_tan.py, python -m checkpoints."""
+    module = sys.modules["__main__"].__spec__
+    if module is None:
+        return f"python {Path(sys.argv[0]).name}"
+    return f"python -m {module.name.removesuffix('.__main__')}"
 
 
-def positive(options, *names):
-    """InputError that names the flag of the first of these fields that is not a positive, finite number."""
-    for name in names:
-        if not 0 < getattr(options, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be a positive number")
+def flag(name: str) -> str:
+    """How an option stands on the command line: --batch-size, -n."""
+    return f"-{name}" if len(name) == 1 else "--" + name.replace("_", "-")
 
 
-def run(main):
-    """Call `main()`; an InputError, or a file that cannot be read or written, becomes one line on stderr and exit status 2, Ctrl-C one
-    and 130, without a traceback."""
+def flat(options: Any) -> dict[str, Any]:
+    """Every option by name, those of the groups among them."""
+    found = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
+def replace(options: T, **values: Any) -> T:
+    """A copy with other values of options named as in `flat`; TypeError for a name that there is not."""
+    if unknown := values.keys() - flat(options).keys():
+        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    changed = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            of_group = {name: values[name] for name in flat(value) if name in values}
+            changed[field.name] = replace(value, **of_group)
+        elif field.name in values:
+            changed[field.name] = values[field.name]
+    return dataclasses.replace(options, **changed)
+
+
+def _refuse(options: Any, names: tuple[str, ...], sound: Callable[[Any], bool], must: str) -> None:
+    """InputError that names the flag of the first of these whose number is not sound; None is sound."""
+    for name, value in flat(options).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if name in names and not all(number is None or sound(number) for number in numbers):
+            raise InputError(f"{flag(name)} {' '.join(map(str, numbers))}: must be {must}")
+
+
+def at_least(options: Any, **lowest: float) -> None:
+    """InputError that names the flag of the first option below its bound, infinite or not a number."""
+    for name, low in lowest.items():
+        _refuse(options, (name,), lambda number, low=low: low <= number < math.inf, f"at least {low}")
+
+
+def below(options: Any, **bounds: float) -> None:
+    """InputError that names the flag of the first option that is not below its bound."""
+    for name, bound in bounds.items():
+        _refuse(options, (name,), lambda number, bound=bound: number < bound, f"below {bound}")
+
+
+def positive(options: Any, *names: str) -> None:
+    """InputError that names the flag of the first of these that is not a positive, finite number."""
+    _refuse(options, names, lambda number: 0 < number < math.inf, "a positive number")
+
+
+def finite(options: Any, *names: str) -> None:
+    """InputError that names the flag of the first of these that is infinite or not a number."""
+    _refuse(options, names, math.isfinite, "a number")
+
+
+def seed(options: Any) -> None:
+    """InputError for a --seed that the generators do not take: 0 to 2^63 - 1."""
+    _refuse(options, ("seed", "seeds"), lambda number: 0 <= number < 2 ** 63, "from 0 to 2^63 - 1")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main()`; what goes wrong becomes one line on stderr and an exit status, without a traceback.
+
+    Status 2 for an InputError or a file that cannot be read or written, 130 for Ctrl-C.
+    """
     try:
         main()
     except InputError as error:
@@ -88,43 +142,3 @@ def run(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _positionals(fields):
-    """How the positional fields look in the usage line."""
-    found = [f for f in fields if f.metadata.get("positional")]
-    names = [(f.metadata["metavar"] or f.name) + (" ..." if isinstance(f.default, tuple) else "") for f in found]
-    return [name if f.default is REQUIRED else f"[{name}]" for name, f in zip(names, found)]
-
-
-def _add(group, field, kind):
-    """Add one dataclass field to an argparse parser or group."""
-    metadata, default = field.metadata, field.default
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:  # `float | None` reads a float
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    several = typing.get_origin(kind) is tuple
-    kind = typing.get_args(kind)[0] if several else kind
-
-    if default is REQUIRED:
-        note = " (required)"
-    elif default in (None, "", ()):  # the help text says what that means
-        note = ""
-    elif kind is bool and not several:
-        note = " (default: on)" if default else " (default: off)"
-    else:
-        note = f" (default: {' '.join(map(str, default)) if several else default})"
-    how = dict(help=(metadata.get("help", "") + note).replace("%", "%%"))
-    if kind is bool and not several:
-        group.add_argument(flag(field), action=argparse.BooleanOptionalAction, required=default is REQUIRED, **how)
-        return
-    how.update(type=kind, choices=metadata.get("choices"), metavar=metadata.get("metavar"))
-    if metadata.get("positional"):
-        nargs = {(False, False): "?", (False, True): None, (True, False): "*", (True, True): "+"}
-        group.add_argument(field.name, nargs=nargs[several, default is REQUIRED], **how)
-        return
-    if several and how["choices"]:  # argparse would print the choices twice
-        how["metavar"] = "NAME"
-        how["help"] += f"; of {' '.join(how['choices'])}" if how["choices"] != list(default or ()) else ""
-    if how["metavar"] is None and how["choices"] is None and kind in (int, float):
-        how["metavar"] = "N" if kind is int else "X"
-    group.add_argument(flag(field), dest=field.name, nargs="+" if several else None, required=default is REQUIRED, **how)

@@ -1,60 +1,67 @@
-"""Pictures in, tensors out: image files, folders of them, and the built-in domains by name.
+"""Pictures in, tensors out: image files and folders of them; and a grid of pictures as one PNG.
 
 Everything returned here is float32 (N, 3, size, size) in [-1, 1] unless it says uint8.
 """
+
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from plumbing.files import write_atomic
 from plumbing.options import InputError
 
 # Pillow "opens" these without decoding them, except for EPS and WMF, which it hands to another program.
 NOT_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in set(Image.OPEN) - NOT_PICTURES}
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
+            if kind in set(Image.OPEN) - NOT_PICTURES}
 FORMATS = sorted(set(Image.OPEN) - NOT_PICTURES)
 CACHE_BYTES = 512 * 2**20
 
 
-def to_tensor(pixels):
+def to_tensor(pixels: np.ndarray | Tensor) -> Tensor:
     """uint8 (N, H, W, 3), array or tensor -> float32 (N, 3, H, W) in [-1, 1]."""
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
-def to_uint8(images):
+def to_uint8(images: Tensor) -> Tensor:
     """float (N, 3, H, W), [-1, 1] (beyond it is clamped) -> uint8 tensor (N, H, W, 3) on the CPU."""
     pixels = ((images.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 
-def read_array(path):
+def read_array(path: str | Path) -> Tensor:
     """A PNG written by this program, as it is -> uint8 tensor (H, W, 3)."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB")))
 
 
-def load_image(path, size):
-    """One image file -> float32 (3, size, size) in [-1, 1]: upright, centre square, antialiased, transparency on white.
+def load_image(path: str | Path, size: int) -> Tensor:
+    """One image file -> float32 (3, size, size) in [-1, 1].
 
-    Raises InputError for what is not an intact image, and for a picture whose shorter side is under size / 2.
+    Turned upright, cut to its centre square, scaled with antialiasing, transparent parts on white.  Raises
+    InputError for what is not an intact image, and for a picture whose shorter side is under size / 2.
     """
     return to_tensor(read_pixels(path, size)[None])[0]
 
 
-def read_pixels(path, size):
+def read_pixels(path: str | Path, size: int) -> Tensor:
     """As load_image, but as a uint8 tensor (size, size, 3)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if min(image.size) < size / 2:  # before decoding: turning it upright does not change the shorter side
+                # Before decoding: turning it upright does not change the shorter side.
+                if min(image.size) < size / 2:
                     raise InputError(f"{path}: too small ({image.width}x{image.height}) for size {size}; "
                                      f"its shorter side must be at least {(size + 1) // 2} pixels")
                 image.load()
-                image = ImageOps.fit(_to_rgb(ImageOps.exif_transpose(image), path), (size, size), Image.Resampling.LANCZOS)
+                upright = _to_rgb(ImageOps.exif_transpose(image), path)
+                square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
     except InputError:
         raise
     except FileNotFoundError:
@@ -64,16 +71,17 @@ def read_pixels(path, size):
     except PermissionError:
         raise InputError(f"{path}: cannot be read, permission denied; check its permissions") from None
     except UnidentifiedImageError:
-        raise InputError(f"{path}: is not an image, or of a kind that cannot be read; remove or convert it") from None
+        raise InputError(f"{path}: is not an image, or of a kind that cannot be read; "
+                         "remove or convert it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
         cause = " ".join(str(error).split())
         raise InputError(f"{path}: broken or truncated image ({cause}); remove or replace it") from error
-    return torch.from_numpy(np.array(image))
+    return torch.from_numpy(np.array(square))
 
 
-def _to_rgb(image, path):
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     """Pillow image of any mode -> mode RGB."""
     if image.mode[0] in "IF":
         return _wide_grey(image, path).convert("RGB")
@@ -83,22 +91,28 @@ def _to_rgb(image, path):
     return image.convert("RGB")
 
 
-def _wide_grey(image, path):
-    """Grey of more than 8 bits -> mode L. Pillow's own conversion would clip at 255 what ranges to 65535 or only to 1."""
+def _wide_grey(image: Image.Image, path: Path) -> Image.Image:
+    """Grey of more than 8 bits -> mode L.
+
+    Pillow's own conversion would clip at 255 what ranges to 65535 or only to 1.
+    """
     values = np.asarray(image).astype(np.float64)
     white = 65535 if image.mode[0] == "I" else 1 if values.max() <= 1 else 255
     if not (values.min() >= 0 and values.max() <= white):  # also true for NaN
-        raise InputError(f"{path}: grey values from {values.min():g} to {values.max():g} have no known white; "
-                         "save it with 8 or 16 bits a pixel, or as floats in 0..1")
+        raise InputError(f"{path}: grey values from {values.min():g} to {values.max():g} have no known "
+                         "white; save it with 8 or 16 bits a pixel, or as floats in 0..1")
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
-def _is_image(path):
+def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
-def list_images(folder):
-    """Paths of the image files right in `folder`, by suffix, sorted, hidden ones left out. At least one, or InputError."""
+def list_images(folder: str | Path) -> list[Path]:
+    """Paths of the image files right in `folder`, by suffix, sorted, hidden ones left out.
+
+    Raises InputError for what is not a folder with at least one of them.
+    """
     folder = Path(folder)
     try:
         paths = sorted(path for path in folder.iterdir() if _is_image(path))
@@ -109,32 +123,36 @@ def list_images(folder):
     except PermissionError:
         raise InputError(f"{folder}: cannot be read, permission denied; check its permissions") from None
     if not paths:
-        deeper = next((path.parent for path in folder.rglob("*") if _is_image(path)), None)
-        raise InputError(f"{folder}: no images in this folder " + (
-            f"itself, only in its subfolders; give one of them, such as {deeper}" if deeper
-            else "(.png, .jpg, .webp, .tif and the like)"))
+        if deeper := next((path.parent for path in folder.rglob("*") if _is_image(path)), None):
+            raise InputError(f"{folder}: no images in this folder itself, only in its subfolders; "
+                             f"give one of them, such as {deeper}")
+        raise InputError(f"{folder}: no images in this folder (.png, .jpg, .webp, .tif and the like)")
     return paths
 
 
-def load_folder(folder, size):
-    """All images of `folder` by name -> float32 (N, 3, size, size), all in memory.  Raises InputError as list_images and load_image do."""
+def load_folder(folder: str | Path, size: int) -> Tensor:
+    """All images of `folder` by name -> float32 (N, 3, size, size), all in memory.
+
+    Raises InputError as list_images and load_image do.
+    """
     return torch.stack([load_image(path, size) for path in list_images(folder)])
 
 
 class ImageFolder:
-    """A folder of any size, read as needed: `folder[i]` is float32 (3, size, size), `folder.batch(indices)` stacks them.
+    """A folder of any size, read as needed: `folder[i]` is one picture, float32 (3, size, size).
 
-    Decoded images stay in memory if all of them fit in CACHE_BYTES. Raises InputError as list_images and load_image do.
+    Decoded images stay in memory if all of them fit in CACHE_BYTES.  Raises InputError as list_images and
+    load_image do.
     """
 
-    def __init__(self, folder, size):
+    def __init__(self, folder: str | Path, size: int) -> None:
         self.paths, self.size = list_images(folder), size
         self.cache = {} if len(self.paths) * size * size * 3 <= CACHE_BYTES else None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def _pixels(self, i):
+    def _pixels(self, i: int) -> Tensor:
         path = self.paths[i]
         if self.cache is None:
             return read_pixels(path, self.size)
@@ -142,18 +160,19 @@ class ImageFolder:
             self.cache[path] = read_pixels(path, self.size)
         return self.cache[path]
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Tensor:
         return to_tensor(self._pixels(i)[None])[0]
 
-    def batch(self, indices):
+    def batch(self, indices: Iterable[int]) -> Tensor:
         """indices (B,), tensor or list -> float32 (B, 3, size, size)."""
         return to_tensor(torch.stack([self._pixels(int(i)) for i in indices]))
 
 
+def save_grid(path: Path, images: Tensor, columns: int, gap_after: int | None = None,
+              labels: list[str] | None = None) -> None:
+    """images (N, 3, H, W) in [-1, 1], row by row -> one PNG.
 
-
-def save_grid(path: Path, images: torch.Tensor, columns: int, gap_after: int | None = None, labels: list[str] | None = None) -> None:
-    """images (N, 3, H, W) in [-1, 1], row by row -> one PNG; small ones are enlarged, with hard edges, to about 128 pixels.
+    Small ones are enlarged, with hard edges, to about 128 pixels.
 
     gap_after   a wider gap below every so many rows, to show pairs of rows; the last row must be full
     labels      a text to the left of each row
@@ -166,11 +185,13 @@ def save_grid(path: Path, images: torch.Tensor, columns: int, gap_after: int | N
     tops = [r * (height + gap) + (r // gap_after * 3 * gap if gap_after else 0) for r in range(rows)]
     font = ImageFont.load_default(20)
     margin = round(max(map(font.getlength, labels))) + 16 if labels else 0
-    canvas = torch.full((tops[-1] + height, margin + columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
+    page = tops[-1] + height, margin + columns * (width + gap) - gap
+    canvas = torch.full((*page, 3), 255, dtype=torch.uint8)
     for i, picture in enumerate(pixels):
         top, left = tops[i // columns], margin + i % columns * (width + gap)
         canvas[top:top + height, left:left + width] = picture
     image = Image.fromarray(canvas.numpy())
+    pen = ImageDraw.Draw(image)
     for top, label in zip(tops, labels or []):
-        ImageDraw.Draw(image).text((margin - 8, top + height / 2), label, fill="black", anchor="rm", font=font)
+        pen.text((margin - 8, top + height / 2), label, fill="black", anchor="rm", font=font)
     write_atomic(path, lambda temporary: image.save(temporary, "PNG"))

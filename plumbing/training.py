@@ -1,45 +1,59 @@
-"""What the two training programs share: seeded randomness, EMA, learning rate, stopping politely, checkpoints, metrics.
+"""What every training program shares: averaged weights, learning rates, and what comes after each step.
 
-A run can be killed at any moment.  All randomness of iteration i comes from a generator made of (seed, i), and a checkpoint
-holds weights, EMA and optimiser, so a resumed run computes the very same numbers as one that was never interrupted.
+A run can be killed at any moment.  All randomness of iteration i comes from a generator made of (seed, i),
+and a checkpoint holds weights, average and optimiser: a resumed run computes the very numbers of one never
+stopped.
 """
 
 import math
 import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from plumbing.distributed import sum_over_ranks
+from plumbing import distributed, progress
+from plumbing.files import add_metrics, save_checkpoint, trim_metrics
+from plumbing.options import InputError
 
 
 class EMA:
     """Exponential moving average of parameters.
 
-    The decay of update i (from 0) is min(decay, (1 + i) / (10 + i)), so that a short run is not an average over its start.
+    Update i (from 0) has decay min(decay, (1 + i) / (10 + i)): a short run is no average over its start.
     """
 
-    def __init__(self, parameters: list[torch.Tensor], decay: float):
+    def __init__(self, parameters: list[Tensor], decay: float):
         self.parameters, self.decay, self.updates = parameters, decay, 0
         self.average = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the averages towards the live parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        for average, p in zip(self.average, self.parameters, strict=True):
+            average.lerp_(p.detach(), 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averages and the live parameters; calling it again undoes it."""
-        for average, p in zip(self.average, self.parameters):
+        for average, p in zip(self.average, self.parameters, strict=True):
             held = p.detach().clone()
             p.copy_(average)
             average.copy_(held)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
         return dict(average=self.average, updates=self.updates)
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         self.updates = state["updates"]
         for average, saved in zip(self.average, state["average"], strict=True):
             average.copy_(saved)
@@ -56,45 +70,154 @@ def cosine_decay(iteration: int, iterations: int) -> float:
 
 
 class StopSignal:
-    """Within the `with` block Ctrl-C and SIGTERM only set `received`; the loop stops when it suits.  A second Ctrl-C kills."""
+    """In the `with` block Ctrl-C and SIGTERM only set `received`: the loop stops when it suits.
+
+    A second one kills.
+    """
 
     def __enter__(self) -> "StopSignal":
         self.received = False
         self.previous = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def on_signal(self, number, frame) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The handler of both signals."""
         if self.received:
             raise KeyboardInterrupt
         self.received = True
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exception: object) -> None:
         for s, handler in self.previous.items():
             signal.signal(s, handler)
 
 
+class Loop:
+    """The iterations of a training program, and what comes before and after each step.
+
+        for iteration in loop:
+            ...                                       the gradients, summed over the ranks
+            gradient_norm = loop.check(loss, remedy)
+            optimizer.step()
+            ema.update()
+            loop.record(loss=loss, ...)
+
+    Goes on from a checkpoint; sets the learning rate and clears the gradients; writes metrics.jsonl and
+    moves the bar.  Saves checkpoint.pt every `save_every` iterations, at the end, and on Ctrl-C or SIGTERM,
+    which end the program with status 130.
+
+    parameters       what learns, with its optimizer and its average
+    learning_rate    of an iteration
+    batch_size       pictures an iteration, over all ranks
+    state            of a checkpoint to go on from
+    keep             what else a checkpoint holds
+    after            called before the first iteration and after each with the number done and whether it
+                     was saved
+    """
+
+    def __init__(self, out: Path, text: str, iterations: int, save_every: int, batch_size: int,
+                 parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA,
+                 learning_rate: Callable[[int], float], device: torch.device, state: dict[str, Any] | None,
+                 keep: dict[str, Any], after: Callable[[int, bool], None]):
+        self.out, self.iterations, self.save_every, self.batch_size = out, iterations, save_every, batch_size
+        self.parameters, self.optimizer, self.ema = parameters, optimizer, ema
+        self.learning_rate, self.device, self.keep, self.after = learning_rate, device, keep, after
+        self.start = self.restore(state) if state else 0
+        if distributed.rank() == 0:
+            trim_metrics(out / "metrics.jsonl", self.start)
+        self.bar = progress.bar(range(self.start, iterations), text, True, iterations, self.start)
+        self.warned: set[str] = set()
+
+    def restore(self, state: dict[str, Any]) -> int:
+        """Go on from what `save` kept; returns how many iterations are done."""
+        with torch.no_grad():
+            for p, saved in zip(self.parameters, state["parameters"], strict=True):
+                p.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+        distributed.say(f"resuming at iteration {state['iteration']}")
+        return state["iteration"]
+
+    def save(self, done: int) -> None:
+        """checkpoint.pt after so many iterations."""
+        state = dict(self.keep, parameters=[p.detach() for p in self.parameters], iteration=done,
+                     optimizer=self.optimizer.state_dict(), ema=self.ema.state_dict())
+        if distributed.rank() == 0:
+            save_checkpoint(self.out / "checkpoint.pt", state)
+
+    def __iter__(self) -> Iterator[int]:
+        self.after(self.start, False)
+        with StopSignal() as stop:
+            for iteration in self.bar:
+                self.iteration, self.started, done = iteration, time.time(), iteration + 1
+                self.optimizer.param_groups[0]["lr"] = self.learning_rate(iteration)
+                self.optimizer.zero_grad()
+                yield iteration
+                stopping = distributed.any_rank(stop.received, self.device)
+                saving = stopping or done % self.save_every == 0 or done == self.iterations
+                if saving:  # before any pictures: who was told to stop has little time
+                    self.save(done)
+                if stopping and done < self.iterations:
+                    self.bar.close()
+                    distributed.say(f"\nstopped and saved after {done} iterations; continue with --resume")
+                    distributed.cleanup()
+                    sys.exit(130)
+                self.after(done, saving)
+
+    def check(self, loss: float, remedy: str) -> float:
+        """The norm of all gradients; InputError if it or the loss is not finite.
+
+        The state before the step is saved first.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters]).item()
+        if not math.isfinite(loss + norm):
+            self.save(self.iteration)
+            self.bar.close()
+            raise InputError(f"loss {loss}, gradient {norm} at iteration {self.iteration}; the state before "
+                             f"it is in {self.out}/checkpoint.pt; {remedy}")
+        return norm
+
+    def record(self, **line: Any) -> None:
+        """A line of metrics.jsonl, and the loss beside the bar."""
+        seconds, rate = time.time() - self.started, self.optimizer.param_groups[0]["lr"]
+        speed = dict(learning_rate=rate, seconds=seconds, images_per_second=self.batch_size / seconds)
+        if distributed.rank() == 0:
+            add_metrics(self.out / "metrics.jsonl", iteration=self.iteration, **line, **speed)
+        self.bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+
+    def warn(self, text: str) -> None:
+        """Print a warning above the bar, once a run."""
+        if text not in self.warned and distributed.rank() == 0:
+            self.bar.write(f"warning: {text}", file=sys.stderr)
+        self.warned.add(text)
+
+
 class Stats:
-    """Sums over one iteration's pictures, over micro-batches and ranks: loss, and what a run should be watched by."""
+    """Sums over an iteration's pictures, micro-batches and ranks: the loss, and what to watch a run by."""
 
     def __init__(self, timesteps: int, device: torch.device):
         # rows: loss, pictures, guidance^2, first and last loss of the PGD; columns: quarters of the timesteps
-        self.timesteps, self.sums, self.guided, self.ascended = timesteps, torch.zeros(5, 4, device=device, dtype=torch.float32), False, False
+        self.timesteps, self.sums = timesteps, torch.zeros(5, 4, device=device, dtype=torch.float32)
+        self.guided, self.ascended = False, False
 
-    def add(self, t: torch.Tensor, losses: torch.Tensor, guidance: torch.Tensor | float, ascent: list[torch.Tensor]) -> None:
+    def add(self, t: Tensor, losses: Tensor, guidance: Tensor | float, ascent: list[Tensor]) -> None:
         """t, losses (B,); guidance (B, ...) or 0; ascent: losses (B,) at each PGD step, or an empty list."""
-        self.guided, self.ascended = isinstance(guidance, torch.Tensor), bool(ascent)
-        strength = guidance.detach().square().flatten(1).mean(1) if self.guided else torch.zeros_like(losses)
-        first, last = (ascent[0], ascent[-1]) if ascent else (torch.zeros_like(losses),) * 2
+        self.guided, self.ascended = isinstance(guidance, Tensor), bool(ascent)
+        none = torch.zeros_like(losses)
+        strength = guidance.detach().square().flatten(1).mean(1) if self.guided else none
+        first, last = (ascent[0], ascent[-1]) if ascent else (none, none)
         rows = torch.stack([losses, torch.ones_like(losses), strength, first, last])        # (5, B)
         self.sums.index_add_(1, t * 4 // self.timesteps, rows)
 
-    def reduce(self) -> dict:
+    def reduce(self) -> dict[str, Any]:
         """The line for metrics.jsonl, the same on every rank.  Quarters without a picture are None."""
-        sums = sum_over_ranks(self.sums).cpu()
-        mean = lambda row: [(s / n).item() if n else None for s, n in zip(sums[row], sums[1])]
-        line = dict(loss=(sums[0].sum() / sums[1].sum()).item(), loss_by_quarter=mean(0))
+        losses, pictures, strength, first, last = distributed.sum_over_ranks(self.sums).cpu()
+
+        def mean(row: Tensor) -> list[float | None]:
+            return [(s / n).item() if n else None for s, n in zip(row, pictures, strict=True)]
+
+        line = dict(loss=(losses.sum() / pictures.sum()).item(), loss_by_quarter=mean(losses))
         if self.guided:  # relative to eps, whose root mean square is 1
-            line["guidance_rms"] = [None if m is None else m ** 0.5 for m in mean(2)]
+            line["guidance_rms"] = [None if m is None else m ** 0.5 for m in mean(strength)]
         if self.ascended:
-            line["pgd_gain"] = (sums[4].sum() / sums[3].sum()).item()
+            line["pgd_gain"] = (last.sum() / first.sum()).item()
         return line

@@ -1,4 +1,4 @@
-"""A tiny world for the programs: an untrained source at 16x16, folders of pictures, and a way to run train_tan.py on them."""
+"""A tiny world for the programs: an untrained source at 16x16, folders of pictures, a way to run train_tan.py."""
 
 import sys
 from pathlib import Path
@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import train_tan
 from checkpoints.network import Network, build, save_network
 from checkpoints.published import LINEAR
+from plumbing.options import flag
+from settings import used_by
 
-TINY = dict(image_size=16, in_channels=3, model_channels=16, out_channels=3, num_res_blocks=1, attention_resolutions=[2],
-            channel_mult=[1, 2], num_head_channels=16, use_scale_shift_norm=True, norm_groups=8)
+ROOT = Path(__file__).parent.parent
+TINY = dict(image_size=16, in_channels=3, model_channels=16, out_channels=3, num_res_blocks=1,
+            attention_resolutions=[2], channel_mult=[1, 2], num_head_channels=16, use_scale_shift_norm=True, norm_groups=8)
 
 
 def call(main, *argv) -> None:
@@ -38,7 +38,10 @@ def tiny_network(seed: int = 0, **options) -> Network:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Paths: `source` (a file of weights), `targets` (five dark pictures), `sources` (eight bright ones); `flags` of a tiny run."""
+    """Paths: `source` (a file of weights), `targets` (five dark pictures), `sources` (eight bright ones).
+
+    flags(method) are those of a tiny run.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     save_network(folder / "source.safetensors", tiny_network())
     rng = np.random.default_rng(0)
@@ -46,17 +49,24 @@ def tiny(tmp_path_factory):
         (folder / name).mkdir()
         for i in range(n):
             Image.fromarray(rng.integers(low, low + 128, (16, 16, 3), np.uint8)).save(folder / name / f"{i}.png")
-    flags = (f"--source {folder}/source.safetensors --target {folder}/targets --source-images {folder}/sources --source-count 8 "
-             "--classifier-iterations 3 --iterations 6 --batch-size 4 --pgd-steps 2 --adaptor-width 4 --samples 0 --sample-steps 2 "
-             "--previews 1 --device cpu").split()
-    return SimpleNamespace(source=folder / "source.safetensors", targets=folder / "targets", sources=folder / "sources", flags=flags)
+    options = dict(source=folder / "source.safetensors", target=folder / "targets", source_images=folder / "sources",
+                   source_count=8, classifier_iterations=3, iterations=6, batch_size=4, pgd_steps=2, adaptor_width=4,
+                   samples=0, sample_steps=2, previews=1, device="cpu")
+
+    def flags(method="tan"):
+        given = {name: value for name, value in options.items() if name in used_by(method)}
+        return [word for name, value in given.items() for word in (flag(name), str(value))]
+
+    return SimpleNamespace(source=options["source"], targets=options["target"], sources=options["source_images"],
+                           flags=flags)
 
 
 @pytest.fixture(scope="session")
 def train(tiny):
     """train(out, *flags): a run of train_tan.py on the tiny source; later flags win.  Returns its folder."""
     def train(out, *flags):
-        call(train_tan.main, *tiny.flags, "--output-dir", out, *flags)
+        method = flags[flags.index("--method") + 1] if "--method" in flags else "tan"
+        call(train_tan.main, *tiny.flags(method), "--output-dir", out, *flags)
         return out
     return train
 

@@ -84,9 +84,8 @@ def test_adaptor_sees_image_and_time_and_adds_to_its_block():
     psi = block.adaptor(x, emb)
     assert (psi - block.adaptor(x + randn(*x.shape, seed=1), emb)).abs().max() > 1e-3
     assert (psi - block.adaptor(x, emb + 1)).abs().max() > 1e-3
-    with adaptor.detached(unet):
-        theta = block(x, emb)
-    torch.testing.assert_close(block(x, emb), theta + psi)  # Eq. 9
+    alone = adaptor.source_model(unet).get_submodule("middle_block.0")
+    torch.testing.assert_close(block(x, emb), alone(x, emb) + psi)  # Eq. 9
 
 
 # ---- what learns -----------------------------------------------------------------------------------------------------
@@ -115,16 +114,16 @@ def test_no_branch_is_dead(config):
 
 # ---- off and on ------------------------------------------------------------------------------------------------------
 
-def test_detached_is_the_source():
+def test_the_source_model_shares_theta_and_lacks_psi():
     unet, x = source(), randn(2, 3, 16, 16)
     before = unet(x, T)
     adaptor.attach(unet)
     perturb(adaptor.parameters(unet))
-    adapted = unet(x, T)
-    with pytest.raises(ZeroDivisionError), adaptor.detached(unet):
-        assert unet(x, T).equal(before) and not adaptor.state_dict(unet)
-        1 / 0
+    adapted, theta = unet(x, T), adaptor.source_model(unet)
+    assert theta(x, T).equal(before) and not adaptor.state_dict(theta)
     assert unet(x, T).equal(adapted) and not adapted.equal(before)
+    own = dict(unet.named_parameters())
+    assert all(p is own[name] for name, p in theta.named_parameters())
 
 
 def test_attaching_twice_is_refused():

@@ -9,15 +9,17 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, VectorQuantizer
 from test_unet import GOLDEN, filled
 
-from autoencoder import KL, KL_F8, VQ, VQ_F4, first_stage_loss
-from checkpoints.layouts import diffusers_config, diffusers_names
+from autoencoder import KL, VQ, first_stage_loss
+from checkpoints.diffusers_folder import first_stage_config, first_stage_names
+from checkpoints.published import KL_F8, VQ_F4
 
 
 def small(kind: str, seed: int = 0, **options):
-    """A random first stage with three levels, attention at two of them, and more latent channels than the decoder's in the VQ."""
+    """A random first stage: three levels, attention at two of them, embed_dim beyond z_channels in a VQ."""
     torch.manual_seed(seed)
-    ddconfig = dict(dict(double_z=kind == "kl", z_channels=4, resolution=16, ch=8, ch_mult=[1, 2, 3], num_res_blocks=1,
-                         attn_resolutions=[8, 4], norm_groups=4), **options)
+    ddconfig = dict(double_z=kind == "kl", z_channels=4, resolution=16, ch=8, ch_mult=[1, 2, 3],
+                    num_res_blocks=1, attn_resolutions=[8, 4], norm_groups=4)
+    ddconfig |= options
     return (KL(ddconfig, embed_dim=4) if kind == "kl" else VQ(ddconfig, embed_dim=5, n_embed=32)).eval()
 
 
@@ -35,10 +37,11 @@ def places(latents):
 def test_golden(name, cls):
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
     model = filled(cls, golden)
-    x = torch.from_numpy(np.random.RandomState(12345).standard_normal(golden["input_shape"]).astype(np.float32))
-    latent = model.encode(x)
+    x = np.random.RandomState(12345).standard_normal(golden["input_shape"]).astype(np.float32)
+    latent = model.encode(torch.from_numpy(x))
     assert (latent - torch.tensor(golden["latent"]).view(golden["latent_shape"])).abs().max() < 1e-4
-    assert (model.decode(latent) - torch.tensor(golden["output"]).view(golden["output_shape"])).abs().max() < 1e-4
+    output = torch.tensor(golden["output"]).view(golden["output_shape"])
+    assert (model.decode(latent) - output).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["vq", "kl"])
@@ -47,13 +50,15 @@ def test_diffusers_with_the_same_weights(kind):
     model, x = small(kind), images(side=32)
     if kind == "vq":  # every fourth latent is an entry, so that the choice matters
         model.quantize.embedding.weight.copy_(places(model.encode(x))[::4])
-    config = diffusers_config(model, scaling_factor=1.0)
-    assert config["down_block_types"] == ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+    config = first_stage_config(model, scaling_factor=1.0)
+    assert config["down_block_types"] == ["DownEncoderBlock2D"] + ["AttnDownEncoderBlock2D"] * 2
     theirs = getattr(diffusers, config["_class_name"]).from_config(config).eval()
-    shapes, names = theirs.state_dict(), diffusers_names(model)
-    theirs.load_state_dict({names[key]: value.view_as(shapes[names[key]]) for key, value in model.state_dict().items()})
+    shapes, names = theirs.state_dict(), first_stage_names(model)
+    weights = {names[key]: value for key, value in model.state_dict().items()}
+    theirs.load_state_dict({name: value.view_as(shapes[name]) for name, value in weights.items()})
     latent, encoded = model.encode(x), theirs.encode(x)
-    torch.testing.assert_close(latent, encoded.latents if kind == "vq" else encoded.latent_dist.mode(), atol=1e-5, rtol=1e-4)
+    expected = encoded.latents if kind == "vq" else encoded.latent_dist.mode()
+    torch.testing.assert_close(latent, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.decode(latent), theirs.decode(latent).sample, atol=1e-5, rtol=1e-4)
     if kind == "vq":
         assert len(places(model.quantise(latent)).unique(dim=0)) == 32
@@ -61,16 +66,19 @@ def test_diffusers_with_the_same_weights(kind):
         torch.testing.assert_close(model.posterior(x)[1], encoded.latent_dist.logvar, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cls, config, parameters, latent", [(VQ, VQ_F4, 55_322_782, (3, 64, 64)), (KL, KL_F8, 83_653_863, (4, 32, 32))])
+@pytest.mark.parametrize("cls, config, parameters, latent", [
+    (VQ, VQ_F4, 55_322_782, (3, 64, 64)), (KL, KL_F8, 83_653_863, (4, 32, 32))])
 def test_published_sizes(cls, config, parameters, latent):
     with torch.device("meta"):
         model = cls(**config)
         z = model.encode(torch.empty(1, 3, 256, 256))
         assert z.shape[1:] == latent and model.decode(z).shape == (1, 3, 256, 256)
-        theirs = getattr(diffusers, "VQModel" if cls is VQ else "AutoencoderKL").from_config(diffusers_config(model, 1.0))
-    names = diffusers_names(model)
+        their_class = getattr(diffusers, "VQModel" if cls is VQ else "AutoencoderKL")
+        theirs = their_class.from_config(first_stage_config(model, 1.0)).state_dict()
+    names = first_stage_names(model)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert {names[k]: v.numel() for k, v in model.state_dict().items()} == {k: v.numel() for k, v in theirs.state_dict().items()}
+    sizes = {names[key]: value.numel() for key, value in model.state_dict().items()}
+    assert sizes == {key: value.numel() for key, value in theirs.items()}
 
 
 @pytest.mark.parametrize("kind", ["vq", "kl"])
@@ -96,9 +104,11 @@ def test_vq_loss_and_straight_through_gradient():
     torch.testing.assert_close(parts["reconstruction"], (model.decode(z) - x).abs().mean())
 
     codebook, encoder = model.quantize.embedding.weight, model.encoder.conv_in.weight
-    for part, reached in dict(reconstruction=[True, False], codebook=[False, True], commitment=[True, False]).items():
+    for part, reached in (("reconstruction", [True, False]), ("codebook", [False, True]),
+                          ("commitment", [True, False])):
         loss, _ = first_stage_loss(model, x, weights=dict.fromkeys(parts, 0.0) | {part: 1.0})
-        assert [bool(g.abs().max() > 0) for g in torch.autograd.grad(loss, [encoder, codebook])] == reached, part
+        gradients = torch.autograd.grad(loss, [encoder, codebook])
+        assert [bool(g.abs().max() > 0) for g in gradients] == reached, part
 
 
 def test_kl_loss_draws_from_the_posterior():
@@ -135,4 +145,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="double_z must be true"):
         KL(vq.config["ddconfig"], embed_dim=4)
     with pytest.raises(ValueError, match="diffusers wants"):
-        diffusers_config(small("kl", ch_mult=[2, 2, 3]), 1.0)
+        first_stage_config(small("kl", ch_mult=[2, 2, 3]), 1.0)

@@ -1,4 +1,4 @@
-"""checkpoints.py: what is saved loads, what does not fit is named, and nothing in a file is run."""
+"""checkpoints/: what is saved loads, what does not fit is named, and nothing in a file is run."""
 
 import json
 import os
@@ -6,12 +6,21 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, tiny_network
+from conftest import TINY, call, tiny_network
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints import run_folder
-from checkpoints.load import load_network, load_source, read_tensors, start_classifier
+from checkpoints.__main__ import main
+from checkpoints.load import (
+    ASSETS,
+    BUILT_IN,
+    NOT_SOURCES,
+    built_in,
+    load_network,
+    load_source,
+    read_tensors,
+    start_classifier,
+)
 from checkpoints.network import build, fingerprint, save_network
 from checkpoints.published import LINEAR
 from classifier import from_unet
@@ -32,7 +41,7 @@ def rewrite(source, path, change):
     return path
 
 
-# ---- what is saved loads ---------------------------------------------------------------------------------------------
+# ---- what is saved loads -----------------------------------------------------------------------------------
 
 def test_round_trip(tmp_path):
     network = tiny_network()
@@ -40,8 +49,10 @@ def test_round_trip(tmp_path):
     network.schedule = Schedule(**network.description["schedule"])
     save_network(tmp_path / "a.safetensors", network)
     loaded = load_network(tmp_path / "a.safetensors")
-    assert isinstance(loaded.model, UNet) and not loaded.model.training and loaded.model(X, T).equal(network.model(X, T))
-    assert loaded.description["made_by"] == "a test" and loaded.schedule.alpha_bar.equal(network.schedule.alpha_bar)
+    assert isinstance(loaded.model, UNet) and not loaded.model.training
+    assert loaded.model(X, T).equal(network.model(X, T))
+    assert loaded.schedule.alpha_bar.equal(network.schedule.alpha_bar)
+    assert loaded.description["made_by"] == "a test"
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -68,7 +79,8 @@ def test_half_precision_files(tmp_path, dtype):
     torch.save({k: v.to(dtype) for k, v in model.state_dict().items()}, tmp_path / "half.pt")
     (tmp_path / "arch.json").write_text(json.dumps(dict(config=TINY, schedule=dict(LINEAR, timesteps=10))))
     network = load_network(tmp_path / "half.pt", str(tmp_path / "arch.json"))
-    assert {p.dtype for p in network.model.parameters()} == {torch.float32} and network.schedule.timesteps == 10
+    assert {p.dtype for p in network.model.parameters()} == {torch.float32}
+    assert network.schedule.timesteps == 10
     torch.testing.assert_close(network.model.out[2].weight, model.out[2].weight, rtol=0.01, atol=0)
 
 
@@ -80,7 +92,43 @@ def test_fingerprint():
     assert fingerprint(network) != before
 
 
-# ---- what does not fit is named --------------------------------------------------------------------------------------
+# ---- built-in names are a list -----------------------------------------------------------------------------
+
+def test_every_file_in_assets_has_a_name():
+    assert {built_in(name) for name in BUILT_IN + NOT_SOURCES} == set(ASSETS.glob("*.safetensors"))
+
+
+@pytest.fixture
+def beside(tiny, tmp_path):
+    """A name with neighbours of which one is a source and one its classifier, but itself no file."""
+    shutil.copy(tiny.source, tmp_path / "model.safetensors")
+    scratch = start_classifier("scratch", None, "", tiny_network())
+    save_network(tmp_path / "model-classifier.safetensors", scratch)
+    return tmp_path / "model"
+
+
+def test_a_path_is_no_built_in_name(beside):
+    assert built_in(str(beside)) is None and built_in(str(ASSETS / "toyfaces")) is None
+    with pytest.raises(InputError, match="model: no such file"):
+        load_source(str(beside))
+    with pytest.raises(InputError, match="model: no such file"):
+        call(main, beside)
+
+
+def test_a_neighbour_is_no_built_in_classifier(beside):
+    source = tiny_network()
+    ours = start_classifier(None, None, str(beside), source)
+    assert "started_from" not in ours.description
+    encoder = start_classifier("encoder", None, "", source).model
+    assert ours.model.time_embed[0].weight.equal(encoder.time_embed[0].weight)
+
+
+def test_the_built_in_classifier_is_found():
+    classifier = start_classifier(None, None, "toyfaces", load_source("toyfaces"))
+    assert classifier.description["started_from"] == str(ASSETS / "toyfaces-classifier.safetensors")
+
+
+# ---- what does not fit is named ----------------------------------------------------------------------------
 
 KEY, PSI = "time_embed.0.weight", "input_blocks.1.0.adaptor.up.weight"
 
@@ -88,9 +136,10 @@ KEY, PSI = "time_embed.0.weight", "input_blocks.1.0.adaptor.up.weight"
 @pytest.mark.parametrize("change, says", [
     (lambda t: t.pop(KEY), f"missing {KEY}"),
     (lambda t: t.update(extra=torch.ones(1)), "unexpected extra"),
-    (lambda t: t.update({PSI: torch.ones(1)}), f"unexpected {PSI}"),  # load_state_dict(strict=True) would drop psi without a word
+    # load_state_dict(strict=True) would drop psi without a word
+    (lambda t: t.update({PSI: torch.ones(1)}), f"unexpected {PSI}"),
     (lambda t: t.update({KEY: t[KEY].T.contiguous()}), rf"{KEY} is \[16, 64\], expected \[64, 16\]"),
-    (lambda t: [t.pop(k) for k in list(t)[:5]], "missing .*; missing .*; missing .* and 2 more; is --arch right"),
+    (lambda t: [t.pop(k) for k in list(t)[:5]], "missing .*; missing .*; missing .* and 2 more; is --arch"),
 ])
 def test_keys(tiny, tmp_path, change, says):
     with pytest.raises(InputError, match=f"broken.safetensors: weights do not fit the network: {says}"):
@@ -101,9 +150,12 @@ def test_keys(tiny, tmp_path, change, says):
     (None, "a.pt: the file does not say which network it is for; add --arch {ffhq256"),
     ("nosuch", "--arch nosuch: neither one of ffhq256, .*imagenet256-classifier nor a JSON file"),
     ("[1]", r"must hold {\"config\""),
-    ('{"config": {"image_size": 16}}', r"arch.json: add num_head_channels \(or num_heads\) to \"config\"; .*a.pt does not show it"),
-    (json.dumps(dict(config=dict(TINY, colour="red"))), "does not describe a network .*unexpected keyword argument 'colour'"),
-    (json.dumps(dict(config=TINY, network="GAN")), r"is not the network of .*: it has network UNet \(expected GAN\)"),
+    ('{"config": {"image_size": 16}}',
+     r"arch.json: add num_head_channels \(or num_heads\) to \"config\"; .*a.pt does not show it"),
+    (json.dumps(dict(config=dict(TINY, colour="red"))),
+     "does not describe a network .*unexpected keyword argument 'colour'"),
+    (json.dumps(dict(config=TINY, network="GAN")),
+     r"is not the network of .*: it has network UNet \(expected GAN\)"),
     (json.dumps(dict(config=TINY, schedule=dict(name="sine"))), "unknown noise schedule 'sine'"),
     (json.dumps(dict(config=dict(TINY, norm_groups=7))), "does not describe a network .*divisible"),
     ("{", "nor a JSON file"),
@@ -115,6 +167,18 @@ def test_architectures(tmp_path, arch, says):
         arch = str(tmp_path / "arch.json")
     with pytest.raises(InputError, match=says):
         load_network(tmp_path / "a.pt", arch)
+
+
+def test_arch_is_for_published_files(tiny):
+    with pytest.raises(InputError, match="--arch ffhq256: for published files; .*source.safetensors says"):
+        load_network(tiny.source, "ffhq256")
+
+
+def test_more_steps_than_the_schedule_has():
+    network = tiny_network()
+    network.check_steps(1000)
+    with pytest.raises(InputError, match="--sample-steps 1001: this model has 1000"):
+        network.check_steps(1001, "--sample-steps")
 
 
 def test_a_classifier_is_not_a_source_nor_a_source_a_classifier(tiny, tmp_path):
@@ -137,11 +201,11 @@ def test_start_classifier_from_a_file_keeps_all_but_the_head(tiny, tmp_path):
     save_network(tmp_path / "c.safetensors", many)
     network = start_classifier(str(tmp_path / "c.safetensors"), None, "", source)
     assert network.model(X, T).shape == (2, 2) and network.description["config"]["out_channels"] == 2
-    assert network.schedule.timesteps == 1000 and network.description["schedule"]["timesteps"] == 1000  # the source's
+    assert network.schedule.timesteps == network.description["schedule"]["timesteps"] == 1000  # the source's
     assert network.model.encode(X, T)[0].equal(many.model.encode(X, T)[0])
 
 
-# ---- nothing in a file is run ----------------------------------------------------------------------------------------
+# ---- nothing in a file is run ------------------------------------------------------------------------------
 
 class Malicious:
     def __init__(self, path):
@@ -159,7 +223,7 @@ def test_a_file_that_would_run_code(tmp_path, zipped, hide):
     with pytest.raises(InputError, match="evil.pt: not a file of weights that can be read safely"):
         read_tensors(path)
     assert not victim.exists()
-    assert b"mkdir" in path.read_bytes()  # the danger is real: the file names the call, and the call does harm
+    assert b"mkdir" in path.read_bytes()  # the danger is real: the file names the call, which does harm
     function, arguments = Malicious(str(victim)).__reduce__()
     function(*arguments)
     assert victim.exists()
@@ -196,50 +260,3 @@ def test_files_that_are_not_there(tmp_path):
             read_tensors(tmp_path / name)
     with pytest.raises(InputError, match="folder.pt: is a folder"):
         read_tensors(tmp_path / "folder.pt")
-
-
-# ---- a run's own files (run_folder.py) -------------------------------------------------------------------------------
-
-@pytest.fixture
-def run(finished, tiny, tmp_path):
-    """A copy of a finished run, with a source of its own to change."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    source = shutil.copy(tiny.source, tmp_path / "source.safetensors")
-    options = json.loads((folder / "options.json").read_text())
-    (folder / "options.json").write_text(json.dumps(dict(options, source=str(source))))
-    return folder
-
-
-def test_load_run(run, tiny):
-    network, options = run_folder.load_run(run)
-    assert options["method"] == "tan" and not network.model(X, T).equal(load_source(str(tiny.source)).model(X, T))
-    assert run_folder.load_classifier(run).model(X, T).shape == (2, 2)
-
-
-def test_another_source_under_the_same_name(run):
-    save_network(run.parent / "source.safetensors", tiny_network(seed=1))
-    with pytest.raises(InputError, match="weights.safetensors: made from another source than the present .*source.safetensors"):
-        run_folder.load_run(run)
-
-
-@pytest.mark.parametrize("change, says", [
-    (lambda t: t.pop(PSI), f"missing key {PSI}"),
-    (lambda t: t.update(extra=torch.ones(1)), "unexpected key extra"),
-    (lambda t: t.update({PSI: t[PSI][:1]}), f"{PSI} has shape .*expected"),
-])
-def test_keys_of_a_run(run, change, says):
-    rewrite(run / "weights.safetensors", run / "weights.safetensors", change)
-    with pytest.raises(InputError, match=f"weights.safetensors: adaptor weights: {says}"):
-        run_folder.load_run(run)
-
-
-def test_unfinished_and_absent_runs(run, tmp_path):
-    (run / "weights.safetensors").unlink()
-    with pytest.raises(InputError, match="this run is not finished; continue it with train_tan.py --output-dir .* --resume"):
-        run_folder.load_run(run)
-    (run / "classifier.safetensors").unlink()
-    with pytest.raises(InputError, match="this run has no classifier"):
-        run_folder.load_classifier(run)
-    with pytest.raises(InputError, match="not the folder of a run"):
-        run_folder.load_run(tmp_path)

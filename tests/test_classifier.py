@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import TINY, tiny_network
 from torch import nn
 
+import classifier
 from classifier import (
     SOURCE,
     TARGET,
@@ -14,7 +15,9 @@ from classifier import (
     augment,
     fine_tune,
     from_unet,
+    guided_loss,
     log_prob_gradient,
+    make_classifier,
     replace_head,
 )
 from ddpm import Schedule
@@ -57,6 +60,29 @@ def test_gradient_of_a_linear_classifier():
         torch.testing.assert_close(log_prob_gradient(model, xt, None), closed)
 
 
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+def test_guided_loss_is_eq_6():
+    eps, predicted, gradient = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    sigma_hat, gamma = 0.3, 5.0
+    numbers = lambda i: zip(*(x[i].flatten().tolist() for x in (eps, predicted, gradient)))
+    by_hand = [sum((e - p - sigma_hat ** 2 * gamma * g) ** 2 for e, p, g in numbers(i)) / 64 for i in range(2)]
+    torch.testing.assert_close(guided_loss(eps, predicted, sigma_hat ** 2 * gamma * gradient), torch.tensor(by_hand))
+
+
+def test_without_guidance_it_is_eq_1():
+    eps, predicted = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(guided_loss(eps, predicted, 0.0).mean(), torch.nn.functional.mse_loss(predicted, eps))
+
+
+def test_the_loss_pulls_the_prediction_to_eps_minus_guidance():
+    eps, guidance = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    predicted = eps.clone().requires_grad_()  # right without guidance
+    gradient, = torch.autograd.grad(guided_loss(eps, predicted, guidance).sum(), predicted)
+    torch.testing.assert_close(gradient, 2 / 16 * guidance)  # descent moves it against the guidance
+    assert guided_loss(eps, eps - guidance, guidance).allclose(torch.zeros(2), atol=1e-12)
+
+
 # ---- where a classifier comes from -----------------------------------------------------------------------------------
 
 def test_replace_head_keeps_the_rest():
@@ -66,7 +92,8 @@ def test_replace_head_keeps_the_rest():
     assert model(x, T).shape == (2, 5) and model.config["out_channels"] == 5
     changed = {k for k, v in model.state_dict().items() if not v.equal(before[k])}
     assert changed == {"out.2.c_proj.weight", "out.2.c_proj.bias"}
-    assert Classifier(**model.config).load_state_dict(model.state_dict())  # the config describes what it has become
+    described = {k: v.shape for k, v in Classifier(**model.config).state_dict().items()}
+    assert described == {k: v.shape for k, v in model.state_dict().items()}  # the config says what it has become
 
 
 def test_from_unet():
@@ -123,6 +150,27 @@ def test_accuracy_by_quartile():
     source, target = -torch.ones(12, 3, 2, 2), torch.ones(2, 3, 2, 2)
     g = torch.Generator().manual_seed(0)
     assert accuracy_by_quartile(Oracle(), schedule, source, target, g) == [1, 1, 0.5, 0.5]
+    assert accuracy_by_quartile(Oracle(), schedule, source, target, g, micro_batch_size=5) == [1, 1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("timesteps", [4, 10, 999])
+def test_quarters_hold_every_timestep(timesteps):
+    seen = []
+
+    class Recorder(Oracle):
+        def forward(self, x, t):
+            assert len(x) <= 7
+            seen.append(t)
+            return super().forward(x, t)
+
+    schedule = Schedule(timesteps=timesteps, beta_start=1e-9, beta_end=2e-9)
+    pictures, g = torch.ones(60, 3, 2, 2), torch.Generator().manual_seed(0)
+    accuracy_by_quartile(Recorder(), schedule, pictures, pictures, g, repeats=100, micro_batch_size=7)
+    bounds = [quarter * timesteps // 4 for quarter in range(5)]
+    for first, end, part in zip(bounds, bounds[1:], torch.cat(seen).chunk(4)):
+        assert part.unique().tolist() == list(range(first, end))
+    with pytest.raises(ValueError, match="3 timesteps"):
+        accuracy_by_quartile(Oracle(), Schedule(timesteps=3), pictures, pictures, g)
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
@@ -168,3 +216,60 @@ def test_colour_is_one_scale_and_shift_a_channel():
         scale = b.std() / a.std()
         torch.testing.assert_close(b, scale * a + (b.mean() - scale * a.mean()))
         assert 0.7 <= scale <= 1.3
+
+
+# ---- p_phi of a run --------------------------------------------------------------------------------------------------
+
+def bright_and_dark():
+    """Twenty bright pictures of the source, ten dark ones of the target."""
+    return 0.3 + 0.1 * randn(20, 3, 16, 16), -0.3 + 0.1 * randn(10, 3, 16, 16, seed=1)
+
+
+def stream(number):
+    return torch.Generator().manual_seed(number)
+
+
+def test_the_classifier_of_a_run_prefers_the_target():
+    source, target = bright_and_dark()
+    schedule = Schedule()
+    model, accuracy = make_classifier(tiny_classifier, schedule, source, target, ("flip",), 40, 16, 2e-3, stream)
+    t, x0 = torch.full((8,), 100), torch.full((8, 3, 16, 16), 0.3)
+    noise = randn(8, 3, 16, 16, seed=2)
+    bright, dark = (F.log_softmax(model(schedule.add_noise(x, t, noise), t), 1)[:, TARGET] for x in (x0, -x0))
+    assert (dark > bright + 1).all() and accuracy[0] > 0.9 and len(accuracy) == 4
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the trainings and the check of a run's classifier were called with, instead of doing anything."""
+    seen = dict(trained=[], checked=[])
+    monkeypatch.setattr(classifier, "fine_tune", lambda model, schedule, *a: seen["trained"].append((model, *a)))
+    monkeypatch.setattr(classifier, "accuracy_by_quartile",
+                        lambda model, schedule, *a, **more: seen["checked"].append((model, *a, more)) or [0.5] * 4)
+    return seen
+
+
+def test_the_check_is_on_pictures_that_were_held_out(calls):
+    source, target = bright_and_dark()
+    kinds = ("flip", "colour")
+    model, accuracy = make_classifier(tiny_classifier, Schedule(), source, target, kinds, 7, 6, 1e-3, stream,
+                                      micro_batch_size=3)
+    trial, final = calls["trained"]
+    (checked, held_source, held_target, g, more), = calls["checked"]
+    assert checked is trial[0] and model is final[0] and checked is not model and accuracy == [0.5] * 4
+    assert torch.equal(torch.cat([held_source, trial[1]]), source)  # disjoint, and together all
+    assert torch.equal(torch.cat([held_target, trial[2]]), target)
+    assert (len(held_source), len(held_target)) == (4, 2) and more == dict(micro_batch_size=3)
+    assert torch.equal(final[1], source) and torch.equal(final[2], target)
+    for _, _, _, iterations, batch_size, rate, changes, g, micro, _ in calls["trained"]:
+        assert (iterations, batch_size, rate, changes, micro) == (7, 6, 1e-3, kinds, 3)
+
+
+def test_of_latents_changed_versions_are_encoded(calls):
+    source, target = bright_and_dark()
+    model, accuracy = make_classifier(tiny_classifier, Schedule(), source, target, ("colour",), 1, 4, 1e-3, stream,
+                                      encode=lambda images: 2 * images, check=False)
+    (_, seen_source, seen_target, _, _, _, changes, *_), = calls["trained"]
+    assert accuracy is None and not calls["checked"] and changes == ()
+    expected = [2 * augment(images.repeat(n, 1, 1, 1), ("colour",), stream(4)) for images, n in ((source, 2), (target, 16))]
+    assert torch.equal(seen_source, expected[0]) and torch.equal(seen_target, expected[1])

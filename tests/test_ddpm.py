@@ -83,8 +83,9 @@ def test_sigma_hat_enters_in_its_first_power(t):
     sigma_hat = SCHEDULE.sigma_hat(full(t), x)
     torch.testing.assert_close(mean(eps - sigma_hat * gamma * g), guided, rtol=1e-9, atol=1e-9)
     assert (mean(eps - sigma_hat ** 2 * gamma * g) - guided).abs().max() > 1e-4
-    # and these two are what reverse_step computes
-    torch.testing.assert_close(SCHEDULE.reverse_step(x, full(t), full(t - 1), eps, 0 * x, eta=1, gradient=gamma * g), guided)
+    # reverse_step's own correction of eps is Eq. 2 with the variance beta_t in place of sigma_t^2
+    step = SCHEDULE.reverse_step(x, full(t), full(t - 1), eps, 0 * x, eta=1, gradient=gamma * g)
+    torch.testing.assert_close(step, mean(eps) + (1 - alpha) * gamma * g / np.sqrt(alpha))
 
 
 # ---- one reverse step against diffusers (its alpha_bar is float32, hence the tolerance) -------------------------------
@@ -193,13 +194,19 @@ def test_learned_variance_is_ignored():
 
 @pytest.mark.parametrize("t, s", T_AND_S)
 def test_guided_step(t, s):
-    x, eps, noise, g = (randn(2, 3, 4, 4, seed=i) for i in range(4))
-    step = lambda eta, eps=eps, gradient=None: SCHEDULE.reverse_step(x, full(t), full(s), eps, noise, eta, gradient=gradient)
-    a, b = A[t], A[s] if s >= 0 else 1.0
-    beta = 1 - a / b
-    torch.testing.assert_close(step(1.0, gradient=g) - step(1.0), beta * (1 - b) / (1 - a) * g)          # Eq. 2
-    torch.testing.assert_close(step("large", gradient=g) - step("large"), (beta if s >= 0 else 0) * g)
-    torch.testing.assert_close(step(0.0, gradient=g), step(0.0, eps - (1 - a) ** 0.5 * g))
+    """The effect of a unit gradient does not jump with eta, and grows to beta / sqrt(alpha) at eta = 1."""
+    x, eps, noise, g = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2), torch.ones(2, 3, 4, 4)
+
+    def effect(eta):
+        guided, free = (SCHEDULE.reverse_step(x, full(t), full(s), eps, noise, eta, gradient=gradient)
+                        for gradient in (g, None))
+        return (guided - free).flatten()[0].item()
+
+    alpha = A[t] / (A[s] if s >= 0 else 1.0)
+    effects = [effect(eta) for eta in (0.0, 0.01, 0.1, 0.5, 1.0)]
+    assert effects == sorted(effects) and effects[1] == pytest.approx(effects[0], rel=0.01)
+    assert effects[-1] == pytest.approx((1 - alpha) / alpha ** 0.5, rel=1e-4)
+    assert effect("large") == pytest.approx(effects[-1], rel=1e-6)
 
 
 M = torch.tensor([2.0, -1.0])  # two classes, N(M, I) and N(-M, I); at every t the noised ones are N(+-sqrt(a) M, I)
@@ -217,9 +224,10 @@ def gradient_of_bayes(x, t):
     return torch.autograd.grad(F.logsigmoid(2 * a.sqrt() * (x @ M)).sum(), x)[0]
 
 
-def test_bayes_guidance_turns_the_mixture_into_one_class():
-    """eps of the mixture - sqrt(1-a) grad log p(y|x_t) is eps of the class, by Bayes: at eta = 0 the very same samples."""
-    run = lambda model, **more: sample(model, SCHEDULE, (2,), range(40), steps=20, clip=False, **more)
+@pytest.mark.parametrize("eta", [0.0, 0.01, 0.5, 1.0, "large"])
+def test_bayes_guidance_turns_the_mixture_into_one_class(eta):
+    """eps of the mixture - sqrt(1-a) grad log p(y|x_t) is eps of the class, by Bayes: the very same samples."""
+    run = lambda model, **more: sample(model, SCHEDULE, (2,), range(40), steps=20, eta=eta, clip=False, **more)
     free, guided = run(mixture), run(mixture, gradient=gradient_of_bayes)
     assert 8 < (free @ M > 0).sum() < 32
     torch.testing.assert_close(guided, run(gaussian(M, 1.0)), rtol=0, atol=1e-3)

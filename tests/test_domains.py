@@ -1,8 +1,15 @@
+"""The built-in domains: what they draw, and which pictures a name or a folder stands for."""
+
 import numpy as np
 import pytest
+import torch
+from conftest import call
 from PIL import Image
 
 import domains
+from domains import __main__ as program
+from plumbing.options import InputError
+from plumbing.pictures import read_array, to_uint8
 
 ALL = [*domains.SOURCES, *domains.TARGETS]
 
@@ -11,7 +18,8 @@ ALL = [*domains.SOURCES, *domains.TARGETS]
 def test_shapes_ranges_and_prefix(domain):
     pictures, labels = domains.draw(domain, 6, seed=3)
     assert pictures.shape == (6, 32, 32, 3) and pictures.dtype == np.uint8
-    assert labels.shape == (6, len(domains.ATTRIBUTES[domains.TARGETS.get(domain, domain)])) and labels.dtype == np.int64
+    known = domains.ATTRIBUTES[domains.TARGETS.get(domain, domain)]
+    assert labels.shape == (6, len(known)) and labels.dtype == np.int64
     again, again_labels = domains.draw(domain, 3, seed=3)
     assert np.array_equal(again, pictures[:3]) and np.array_equal(again_labels, labels[:3])
     assert not np.array_equal(domains.draw(domain, 3, seed=4)[0], again)
@@ -29,7 +37,8 @@ def test_every_value_of_every_attribute_occurs(source):
 def test_streams_never_share_a_picture(domain):
     train = domains.draw(domain, 10, seed=0)[0]
     evaluation = domains.evaluation_pictures(domain, 10, seed=0)[0]
-    shots = domains.ten_shots(domain)[0] if domain in domains.TARGETS else domains.ten_shots(next(t for t, s in domains.TARGETS.items() if s == domain))[0]
+    target = next(target for target, source in domains.TARGETS.items() if domain in (target, source))
+    shots = domains.ten_shots(target)[0]
     assert shots.shape == (10, 32, 32, 3)
     pictures = np.concatenate([train, evaluation, shots]).reshape(30, -1)
     assert len(np.unique(pictures, axis=0)) == 30
@@ -72,3 +81,68 @@ def test_unknown_domain_is_named():
         domains.draw("martians", 1, seed=0)
     with pytest.raises(ValueError, match="martians"):
         domains.ten_shots("martians")
+
+
+# ---- pictures by name or folder ----------------------------------------------------------------------------
+
+def write(path, colour=(255, 0, 0), size=8):
+    """An even picture as PNG."""
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (size, size), colour).save(path)
+
+
+@pytest.mark.parametrize("name", sorted(domains.TARGETS))
+def test_built_in_target(name):
+    images = domains.target_images(name, 32)
+    assert images.shape == (10, 3, 32, 32) and images.dtype == torch.float32
+    assert np.array_equal(to_uint8(images).numpy(), domains.ten_shots(name, size=32)[0])
+
+
+def test_target_folder_and_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = sorted(domains.TARGETS)[0]
+    write(tmp_path / name / "a.png", size=32)
+    assert len(domains.target_images(name, 32)) == 10
+    assert domains.target_images(f"./{name}", 32).shape == (1, 3, 32, 32)
+    with pytest.raises(InputError, match="nothing.*folder.*" + ".*".join(sorted(domains.TARGETS))):
+        domains.target_images("nothing", 32)
+    with pytest.raises(InputError, match="a.png.*is a file"):
+        domains.target_images(f"{name}/a.png", 32)
+
+
+def test_built_in_source():
+    name = sorted(domains.SOURCES)[0]
+    images = domains.source_images(name, 3, 32, seed=1)
+    assert images.shape == (3, 3, 32, 32)
+    assert np.array_equal(to_uint8(images).numpy(), domains.draw(name, 3, 1, size=32)[0])
+    with pytest.raises(InputError, match="nothing.*folder.*" + ".*".join(sorted(domains.SOURCES))):
+        domains.source_images("nothing", 3, 32, 0)
+
+
+def test_source_folder(tmp_path):
+    for i in range(12):
+        write(tmp_path / f"{i}.png", (20 * i,) * 3)
+    picked = [domains.source_images(tmp_path, 6, 8, seed) for seed in (0, 0, 1)]
+    assert torch.equal(picked[0], picked[1]) and not torch.equal(picked[0], picked[2])
+    assert len(picked[0].mean((1, 2, 3)).unique()) == 6  # distinct
+    assert len(domains.source_images(tmp_path, 99, 8, 0)) == 12
+
+
+# ---- python -m domains -------------------------------------------------------------------------------------
+
+def test_program_draws_a_grid_of_each(tmp_path):
+    call(program.main, "--size", 16, "--seed", 5, "--output-dir", tmp_path / "new" / "folder")
+    for domain in ALL:
+        grid = read_array(tmp_path / "new" / "folder" / f"{domain}_16.png")  # pictures of 128 pixels, 4 apart
+        second = grid[:128, 132:260].reshape(16, 8, 16, 8, 3)[:, 0, :, 0]
+        assert np.array_equal(second, domains.draw(domain, 2, 5, 16)[0][1])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--size", 7], "--size 7: must be at least 8"),
+    (["--seed", -1], "--seed -1: must be from 0"),
+    (["--seed", 2 ** 63], "--seed 9223372036854775808: must be from 0"),
+])
+def test_program_refuses(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        call(program.main, *flags, "--output-dir", tmp_path)

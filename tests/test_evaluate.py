@@ -1,6 +1,8 @@
 """evaluate.py on folders of pictures, and what it refuses."""
 
 import functools
+import math
+import os
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from conftest import call
 from PIL import Image
 
 import evaluate
-import metrics
-from checkpoints.perceptual import load_lpips
+from checkpoints.perceptual import load_lpips, lpips_features
+from metrics import intra_lpips
+from plumbing import distributed
 from plumbing.options import InputError
 from plumbing.pictures import load_folder
 
@@ -22,48 +25,113 @@ def backbone(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("lpips") / "squeezenet1_1-random.pth"
     net = lpips.pretrained_networks.squeezenet(pretrained=False)
-    names = {name: name.split(".", 1)[1] for name in net.state_dict()}
-    torch.save({f"features.{names[name]}": value for name, value in net.state_dict().items()}, path)
+    torch.save({f"features.{name.split('.', 1)[1]}": value for name, value in net.state_dict().items()}, path)
     return path
 
 
-def test_folders(tmp_path, backbone, capsys):
+@pytest.fixture
+def folders(tmp_path, backbone):
+    """The flags that score 8 samples around 3 targets in `tmp_path`."""
     rng = np.random.default_rng(0)
     for folder, n in (("samples", 8), ("targets", 3)):
         (tmp_path / folder).mkdir()
         for i in range(n):
-            Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / folder / f"{i}.png")
-    call(evaluate.main, "--samples", tmp_path / "samples", "--target", tmp_path / "targets", "--lpips-net", "squeeze", "--lpips-backbone", backbone,
-         "--size", 32, "--device", "cpu")
-    embed = functools.partial(metrics.lpips_features, load_lpips("squeeze", backbone))
-    expected = metrics.intra_lpips(embed, *(load_folder(tmp_path / f, 32) for f in ("samples", "targets")))
+            pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
+    return ["--samples", tmp_path / "samples", "--target", tmp_path / "targets", "--lpips-net", "squeeze",
+            "--lpips-backbone", backbone, "--size", 32, "--device", "cpu"]
+
+
+def test_folders(folders, tmp_path, backbone, capsys):
+    call(evaluate.main, *folders)
+    embed = functools.partial(lpips_features, load_lpips("squeeze", backbone))
+    expected = intra_lpips(embed, *(load_folder(tmp_path / name, 32) for name in ("samples", "targets")))
     out = capsys.readouterr().out
-    assert f"(squeeze, 32x32, 8 samples): {expected.mean:.3f} ± {expected.std:.3f}" in out and " ".join(map(str, expected.sizes)) in out
-    assert "warning" not in out
+    assert f"(squeeze, 32x32, 8 samples): {expected.mean:.3f} ± {expected.std:.3f}" in out
+    assert " ".join(map(str, expected.sizes)) in out and "warning" not in out
     (tmp_path / "weights.safetensors").touch()  # as if the samples came from a run that has gone on since
-    call(evaluate.main, "--samples", tmp_path / "samples", "--target", tmp_path / "targets", "--lpips-net", "squeeze", "--lpips-backbone", backbone,
-         "--size", 32, "--device", "cpu")
+    call(evaluate.main, *folders)
     assert "samples has pictures older than" in capsys.readouterr().out
+
+
+SAMPLES, TARGET = ["--samples", "docs/images"], ["--target", "docs/images"]
 
 
 @pytest.mark.parametrize("flags, message", [
     ([], "what to score"),
     (["--samples", "x"], "--target: missing"),
-    (["--samples", "docs/images", "--target", "no-such"], "no-such: no such folder"),  # before any weights are looked for
-    (["--samples", "docs/images", "--target", "docs/images", "--reference", "no-such"], "no-such: no such folder"),
-    (["--samples", "docs/images", "--target", "docs/images", "--lpips-backbone", "none.pth"], "none.pth: no such file"),
-    (["--samples", "docs/images", "--target", "docs/images", "--size", "16"], "--size 16: must be at least 32"),
+    ([*SAMPLES, "--target", "no-such"], "no-such: no such folder"),  # before any weights are looked for
+    ([*SAMPLES, *TARGET, "--reference", "no-such"], "no-such: no such folder"),
+    ([*SAMPLES, *TARGET, "--lpips-backbone", "none.pth"], "none.pth: no such file"),
+    ([*SAMPLES, *TARGET, "--size", "16"], "--size 16: must be at least 32"),
+    ([*SAMPLES, *TARGET, "--cluster-size", "1"], "--cluster-size 1: must be at least 2"),
+    ([*SAMPLES, *TARGET, "--seed", "-1"], "--seed -1: must be from 0"),
+    ([*SAMPLES, *TARGET, "--seed", str(2 ** 64)], "--seed 18446744073709551616: must be from 0"),
     (["runs/none"], "runs/none: not the folder of a run"),
     (["runs/x", "--target", "y"], "what to score"),
     (["x", "-n", "1"], "-n 1"),
-    (["x", "--size", "64"], "--size: is for folders of pictures"),
+    (["x", "--steps", "0"], "--steps 0: must be at least 1"),
+    (["x", "--size", "64"], "--size: is for folders of pictures; --samples is not given"),
+    (["x", "--seed", "0"], "--seed: is for folders of pictures"),
     (["--samples", "x", "--target", "y", "-n", "10"], "-n: is for runs; --samples are scored as they are"),
+    (["--samples", "x", "--target", "y", "--steps=10"], "--steps: is for runs"),
 ])
 def test_bad_input(flags, message):
     with pytest.raises(InputError, match=message):
         call(evaluate.main, *flags)
 
 
+def test_too_few_pictures(folders, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "samples" / "0.png").rename(tmp_path / "one" / "0.png")
+    with pytest.raises(InputError, match="one: has one picture; FID and KID need at least two"):
+        call(evaluate.main, *folders, "--reference", tmp_path / "one")
+    with pytest.raises(InputError, match="^--samples .*one: Intra-LPIPS of 1 samples: .*give more samples"):
+        call(evaluate.main, *folders, "--samples", tmp_path / "one")
+
+
+def test_training_pictures_that_do_not_fit_in_memory(folders, tmp_path, backbone, monkeypatch):
+    """Two rows of features of each of the 3 targets: one byte less than they take is refused."""
+    row = lpips_features(load_lpips("squeeze", backbone), torch.zeros(1, 3, 32, 32)).nbytes
+    monkeypatch.setattr(evaluate, "memory", lambda device: 6 * row)
+    call(evaluate.main, *folders)
+    monkeypatch.setattr(evaluate, "memory", lambda device: 6 * row - 1)
+    with pytest.raises(InputError, match="^--target .*targets: 3 training pictures at --size 32 need .* GiB"):
+        call(evaluate.main, *folders)
+
+
+def test_memory_of_this_machine(monkeypatch):
+    cpu = torch.device("cpu")
+    assert 2 ** 28 < evaluate.memory(cpu) < 2 ** 50
+    monkeypatch.setattr(os, "sysconf", lambda name: -1)  # a system that does not know
+    assert evaluate.memory(cpu) == math.inf
+    monkeypatch.delattr(os, "sysconf")  # Windows
+    assert evaluate.memory(cpu) == math.inf
+
+
+@pytest.mark.parametrize("what", ["runs", "folders"])
+def test_several_processes_are_refused(what, folders, monkeypatch):
+    """Each would score everything, and all would write the same score.json."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with pytest.raises(InputError, match="one process; start it without torchrun"):
+        call(evaluate.main, *(["runs/none"] if what == "runs" else folders))
+
+
 def test_runs_from_other_sources_are_refused(finished):
     with pytest.raises(InputError, match="the judge knows built-in sources"):
         call(evaluate.main, finished, "-n", 2)
+
+
+def test_a_run_is_scored_once(train, tmp_path, monkeypatch, capsys):
+    built_in = ["--source", "toyfaces", "--target", "sunglasses", "--source-images", "toyfaces"]
+    run = train(tmp_path / "run", *built_in, "--iterations", 1)
+    call(evaluate.main, run, "-n", 12, "--steps", 2, "--device", "cpu")
+    first = capsys.readouterr().out
+    assert f"| {run} | " in first and "(12 pairs)" in first
+    monkeypatch.setattr(evaluate.judge, "score", None)  # what is in score.json is not measured again
+    call(evaluate.main, run, "-n", 12, "--steps", 2, "--device", "cpu")
+    assert capsys.readouterr().out.endswith(first[first.index("| run |"):])
+    with pytest.raises(TypeError):
+        call(evaluate.main, run, "-n", 13, "--steps", 2, "--device", "cpu")
+    with pytest.raises(InputError, match="--steps 1001: this model has 1000"):
+        call(evaluate.main, run, "-n", 12, "--steps", 1001)

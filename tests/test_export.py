@@ -1,5 +1,6 @@
-"""export.py: diffusers, in a process that knows nothing of this project, draws the same pictures from the folder."""
+"""export.py: diffusers, in a process that knows nothing of this project, draws the same from the folder."""
 
+import ast
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, call
+from conftest import ROOT, TINY, call
 from safetensors.torch import load_file, save_file
 
 from checkpoints import export
@@ -18,29 +19,34 @@ from plumbing.options import InputError
 from plumbing.pictures import to_uint8
 
 STAGE = dict(z_channels=3, resolution=16, ch=8, ch_mult=[1, 2], num_res_blocks=1, norm_groups=4)
-FIRST_STAGES = {"vq": dict(network="VQ", config=dict(ddconfig=dict(STAGE, double_z=False, attn_resolutions=[8]), embed_dim=3, n_embed=16)),
-                "kl": dict(network="KL", config=dict(ddconfig=dict(STAGE, double_z=True), embed_dim=3))}
+VQ = dict(ddconfig=dict(STAGE, double_z=False, attn_resolutions=[8]), embed_dim=3, n_embed=16)
+KL = dict(ddconfig=dict(STAGE, double_z=True), embed_dim=3)
+FIRST_STAGES = {"vq": dict(network="VQ", config=VQ), "kl": dict(network="KL", config=KL)}
 NAMES = "adapted", "finetuned", "source", "vq", "kl-adapted"
 
-# Every folder is loaded before the first is used: they share the names of their modules, and must not get in each other's way.
+# Every folder is loaded before the first is used: they share the names of their modules, and must not get in
+# each other's way.
 CONSUMER = """
 import sys, torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 root = sys.argv[1]
-load = lambda name, **options: DiffusionPipeline.from_pretrained(f"{root}/{name}", custom_pipeline=f"{root}/{name}", trust_remote_code=True, **options)
+def load(name):
+    folder = f"{root}/{name}"
+    return DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 pipes, drawn = {name: load(name) for name in sys.argv[2:]}, {}
 for name, pipe in pipes.items():
     noise = torch.load(f"{root}/{name}.noise.pt")
     seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    drawn[name] = dict(noise=pipe(latents=noise, num_inference_steps=4, output_type="pt").images,
-                       seeds=pipe(batch_size=2, generator=seeds, num_inference_steps=4, eta=1.0, output_type="pt").images,
+    options = dict(num_inference_steps=4, output_type="pt")
+    drawn[name] = dict(noise=pipe(latents=noise, **options).images,
+                       seeds=pipe(batch_size=2, generator=seeds, eta=1.0, **options).images,
                        pil=[list(image.getdata()) for image in pipe(latents=noise, num_inference_steps=4).images])
     if pipe.scheduler.config.num_train_timesteps == 12:
         drawn[name]["every_step"] = pipe(latents=noise, num_inference_steps=12, output_type="pt").images
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         drawn[name]["ddim"] = pipe(latents=noise, num_inference_steps=12, output_type="pt").images
 noise = torch.load(f"{root}/kl-adapted.noise.pt")
-drawn["bf16"] = pipes["kl-adapted"].to(torch.bfloat16)(latents=noise, num_inference_steps=4, output_type="pt").images
+drawn["bf16"] = pipes["kl-adapted"].to(torch.bfloat16)(latents=noise, **options).images
 try:
     load("damaged")
 except ValueError as error:
@@ -52,25 +58,31 @@ torch.save(drawn, f"{root}/drawn.pt")
 
 @pytest.fixture(scope="module")
 def networks(train, finished, tmp_path_factory):
-    """name -> (what export.py is given, the network it means): all of 16x16, two of them latent, `source` and `vq` with 12 timesteps."""
+    """name -> (what export.py is given, the network it means).
+
+    All of 16x16, two of them latent, `source` and `vq` with 12 timesteps.
+    """
     folder, paths = tmp_path_factory.mktemp("models"), dict(adapted=finished)
     torch.manual_seed(0)
-    schedules = dict(source=dict(name="cosine", timesteps=12), vq=dict(name="scaled-linear", timesteps=12, beta_start=1e-3, beta_end=0.4),
+    schedules = dict(source=dict(name="cosine", timesteps=12),
+                     vq=dict(name="scaled-linear", timesteps=12, beta_start=1e-3, beta_end=0.4),
                      kl=dict(name="scaled-linear", beta_start=0.0015, beta_end=0.0155))
     for name, schedule in schedules.items():
         latent = dict(first_stage=FIRST_STAGES[name], scale_factor=0.7) if name != "source" else {}
         out_channels = 6 if name == "source" else 3  # a learned variance
-        network = build(dict(network="UNet", config=dict(TINY, image_size=8 if latent else 16, out_channels=out_channels),
-                                         schedule=schedule, **latent), name)
+        config = dict(TINY, image_size=8 if latent else 16, out_channels=out_channels)
+        network = build(dict(network="UNet", config=config, schedule=schedule, **latent), name)
         for p in [*network.model.parameters(), *(network.first_stage.parameters() if latent else ())]:
             p.data += 0.05 * torch.randn(p.shape)
         if name == "vq":
-            network.first_stage.quantize.embedding.weight.data.normal_()  # spread, so that which entry is nearest matters
+            network.first_stage.quantize.embedding.weight.data.normal_()  # spread: which is nearest matters
         paths[name] = folder / f"{name}.safetensors"
         save_network(paths[name], network)
     paths["finetuned"] = train(folder / "finetuned", "--method", "finetune", "--iterations", "2")
-    paths["kl-adapted"] = train(folder / "kl-run", "--source", paths["kl"], "--method", "adaptor", "--iterations", "4", "--learning-rate", "0.01")
-    return {name: (path, load_run(path)[0] if path.is_dir() else load_source(str(path))) for name, path in paths.items()}
+    paths["kl-adapted"] = train(folder / "kl-run", "--source", paths["kl"], "--method", "adaptor",
+                                "--iterations", "4", "--learning-rate", "0.01")
+    return {name: (path, load_run(path)[0] if path.is_dir() else load_source(str(path)))
+            for name, path in paths.items()}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +95,9 @@ def exported(networks, tmp_path_factory):
         torch.save(noise(network), root / f"{name}.noise.pt")
     call(export.main, networks["adapted"][0], root / "damaged")
     weights = root / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file({key: value for key, value in load_file(weights).items() if not key.endswith("middle_block.0.adaptor.up.weight")}, weights)
+    tensors = load_file(weights)
+    del tensors["unet.middle_block.0.adaptor.up.weight"]
+    save_file(tensors, weights)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", CONSUMER, root, *NAMES], check=True, cwd=root, timeout=600,
                    env=dict(env, HF_HOME=str(root / "hf"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"))
@@ -102,12 +116,12 @@ def as_pt(images):
 @pytest.mark.parametrize("name", NAMES)
 def test_same_noise_same_picture(networks, exported, name):
     network, drawn = networks[name][1], exported[1][name]
-    close = lambda theirs, ours: torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
     ours = network.sample(range(2), 4, noise=noise(network))
     assert ours.std() > 0.1 and (ours[0] - ours[1]).abs().max() > 0.1
-    close(drawn["noise"], as_pt(ours))
-    close(drawn["seeds"], as_pt(network.sample([5, 6], 4, eta=1.0)))
-    assert (torch.tensor(drawn["pil"]) - to_uint8(ours).flatten(1, 2)).abs().max() <= 1  # rounding may tip a grey level
+    torch.testing.assert_close(drawn["noise"], as_pt(ours), atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn["seeds"], as_pt(network.sample([5, 6], 4, eta=1.0)), atol=1e-4, rtol=0)
+    pixels = to_uint8(ours).flatten(1, 2)
+    assert (torch.tensor(drawn["pil"]) - pixels).abs().max() <= 1  # rounding may tip a grey level
 
 
 @pytest.mark.parametrize("name", ["source", "vq"])
@@ -120,8 +134,10 @@ def test_the_schedule_is_what_diffusers_makes_of_its_options(exported, name):
 def test_adaptors_are_in_it(networks, exported, tiny):
     for name, source in (("adapted", tiny.source), ("kl-adapted", networks["kl"][0])):
         network = load_source(str(source))
-        assert (as_pt(network.sample(range(2), 4, noise=noise(network))) - exported[1][name]["noise"]).abs().max() > 0.01
-    assert "missing_keys" in exported[1]["damaged"] and "middle_block.0.adaptor.up.weight" in exported[1]["damaged"]
+        unadapted = as_pt(network.sample(range(2), 4, noise=noise(network)))
+        assert (unadapted - exported[1][name]["noise"]).abs().max() > 0.01
+    for says in ("missing_keys", "middle_block.0.adaptor.up.weight"):
+        assert says in exported[1]["damaged"]
 
 
 def test_dtype_and_nothing_of_this_project(exported):
@@ -132,12 +148,16 @@ def test_dtype_and_nothing_of_this_project(exported):
 
 def test_files_and_card(exported, finished):
     root, _ = exported
-    files = {str(path.relative_to(root / "kl-adapted")) for path in (root / "kl-adapted").rglob("*") if path.is_file()}
-    assert files == {"README.md", "model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "scheduler/tan_scheduler.py", "unet/config.json",
-                     "unet/diffusion_pytorch_model.safetensors", "unet/tan_unet.py", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    folder = root / "kl-adapted"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {"README.md", "model_index.json", "pipeline.py",
+                     "scheduler/scheduler_config.json", "scheduler/tan_scheduler.py",
+                     "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/tan_unet.py",
+                     "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
     assert json.loads((root / "vq" / "model_index.json").read_text())["vae"] == ["diffusers", "VQModel"]
-    card = (root / "kl-adapted" / "README.md").read_text()
-    for says in ("# targets, from kl", "--method adaptor", "16x16 pixels (the diffusion runs on latents of 3x8x8)", "Loading runs code of this folder",
+    card = (folder / "README.md").read_text()
+    for says in ("# targets, from kl", "--method adaptor", "Loading runs code of this folder",
+                 "16x16 pixels (the diffusion runs on latents of 3x8x8)",
                  'from_pretrained("kl-adapted", custom_pipeline="kl-adapted", trust_remote_code=True)'):
         assert says in card
     assert str(finished.parent) not in card and "samples.png" not in card
@@ -151,16 +171,32 @@ def test_pictures_of_the_run_go_along(finished, tmp_path, monkeypatch):
     (run / "samples.png").write_bytes(b"picture")
     (tmp_path / "out").mkdir()  # an empty folder is no hindrance
     call(export.main, run, tmp_path / "out")
-    assert (tmp_path / "out" / "samples.png").read_bytes() == b"picture" and "(samples.png)" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "samples.png").read_bytes() == b"picture"
+    assert "(samples.png)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_code_of_a_model_is_one_file():
+    """Each of our imports is gone, however it is written, and no name is defined twice."""
+    for files in (("unet.py", "adaptor.py", "checkpoints/exported/tan_unet.py"),
+                  ("ddpm.py", "checkpoints/exported/tan_scheduler.py")):
+        body = ast.parse(export.joined(*files)).body
+        modules = {statement.module.split(".")[0] for statement in body if isinstance(statement, ast.ImportFrom)}
+        assert modules.isdisjoint(path.stem for path in ROOT.iterdir())
+        names = [statement.name for statement in body if isinstance(statement, (ast.ClassDef, ast.FunctionDef))]
+        names += [target.id for statement in body if isinstance(statement, ast.Assign)
+                  for target in statement.targets if isinstance(target, ast.Name)]
+        assert names and len(names) == len(set(names))
 
 
 def test_bad_input(finished, tiny, tmp_path):
     out = tmp_path / "out"
     config = dict(FIRST_STAGES["kl"]["config"], ddconfig=dict(STAGE, double_z=True, ch_mult=[2, 2]))
-    odd = build(dict(network="UNet", config=dict(TINY, image_size=8), first_stage=dict(network="KL", config=config)), "odd")
+    odd = build(dict(network="UNet", config=dict(TINY, image_size=8),
+                     first_stage=dict(network="KL", config=config)), "odd")
     save_network(tmp_path / "odd.safetensors", odd)
     for model, says in (("nosuch", "nosuch: no such file"), (tiny.targets, "neither the folder of a run"),
-                        (tmp_path / "odd.safetensors", "odd.safetensors: this first stage cannot be exported .*ch_mult")):
+                        (tmp_path / "odd.safetensors",
+                         "odd.safetensors: this first stage cannot be exported .*ch_mult")):
         with pytest.raises(InputError, match=says):
             call(export.main, model, out)
         assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]

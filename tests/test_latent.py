@@ -13,11 +13,12 @@ import train_tan
 from checkpoints import run_folder
 from checkpoints.load import load_network, load_source, read_tensors
 from plumbing.options import InputError
+from plumbing.training import StopSignal
 
 STAGE = "--size 16 --channels 8 --channel-mult 1 2 --norm-groups 4 --images 32 --iterations 3 --batch-size 4 --device cpu".split()
 UNET = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --images 32 --iterations 3 --batch-size 4 --device cpu".split()
-RUN = ("--target sunglasses --source-images toyfaces --source-count 8 --classifier-iterations 3 --iterations 4 --batch-size 4 --pgd-steps 2 "
-       "--adaptor-width 4 --samples 4 --sample-steps 2 --previews 1 --device cpu").split()
+RUN = "--target sunglasses --iterations 4 --batch-size 4 --samples 4 --sample-steps 2 --previews 1 --device cpu".split()
+TAN = "--source-images toyfaces --source-count 8 --classifier-iterations 3 --pgd-steps 2 --adaptor-width 4".split()
 
 
 @pytest.fixture(scope="module", params=["kl", "vq"])
@@ -44,7 +45,7 @@ def test_what_pretraining_leaves(source):
 
 @pytest.mark.parametrize("method", ["tan", "pa"])
 def test_tan_on_latents(source, tmp_path, method):
-    call(train_tan.main, "--source", source, *RUN, "--method", method, "--output-dir", tmp_path)
+    call(train_tan.main, "--source", source, *RUN, *(TAN if method == "tan" else []), "--method", method, "--output-dir", tmp_path)
     network, options = run_folder.load_run(tmp_path)
     assert network.shape == (4, 8, 8)
     latents = lambda n: ddpm.sample(n.model, n.schedule, n.shape, [0, 1], 3, clip=False)
@@ -62,7 +63,7 @@ def test_training_sees_scaled_latents_of_the_pictures_and_their_mirror_images(so
     seen = []
     original = train_tan.worst_case_noise
     monkeypatch.setattr(train_tan, "worst_case_noise", lambda model, schedule, x0, *rest: seen.append(x0) or original(model, schedule, x0, *rest))
-    call(train_tan.main, "--source", source, *RUN, "--samples", 0, "--batch-size", 8, "--output-dir", tmp_path)
+    call(train_tan.main, "--source", source, *RUN, *TAN, "--samples", 0, "--batch-size", 8, "--output-dir", tmp_path)
     targets, network = domains.target_images("sunglasses", 16), load_source(str(source))
     both = network.encode(torch.cat([targets, targets.flip(3)]))
     nearest = torch.cdist(torch.cat(seen).flatten(1), both.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").min(1)
@@ -73,7 +74,7 @@ def test_resume_on_latents_is_exact(source, tmp_path):
     ends = []
     for name, parts in (("whole", [[]]), ("parts", [["--iterations", 2], ["--iterations", 4, "--resume"]])):
         for part in parts:
-            flags = [] if "--resume" in part else ["--source", source, *RUN]
+            flags = [] if "--resume" in part else ["--source", source, *RUN, *TAN]
             call(train_tan.main, *flags, *part, "--output-dir", tmp_path / name)
         ends.append(read_tensors(tmp_path / name / "weights.safetensors")[0])
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
@@ -83,7 +84,7 @@ def test_pretraining_on_latents_resumes_exactly(source, tmp_path):
     flags = ["--first-stage", source.parents[1] / "stage" / "model.safetensors", *UNET, "--iterations", 4]
     call(pretrain.main, "toyfaces", *flags, "--output-dir", tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:  # a signal during the first iteration
-        patch.setattr(pretrain.StopSignal, "__enter__", lambda self: setattr(self, "received", True) or setattr(self, "previous", {}) or self)
+        patch.setattr(StopSignal, "__enter__", lambda self: setattr(self, "received", True) or setattr(self, "previous", {}) or self)
         with pytest.raises(SystemExit):
             call(pretrain.main, "toyfaces", *flags, "--output-dir", tmp_path / "parts")
     call(pretrain.main, "toyfaces", *flags, "--resume", "--output-dir", tmp_path / "parts")

@@ -3,14 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import call
+from torch import nn
 
-import domains
 import train_tan
 from baselines import pairwise
 from checkpoints import run_folder
+from ddpm import Schedule
 from plumbing.files import read_metrics
 from plumbing.options import InputError
-from plumbing.seeds import generator
 
 
 def randn(*shape, seed=0):
@@ -47,45 +48,60 @@ def test_loss():
     assert pairwise.pairwise_loss(adapted[:1], source[:1], adapted[:1], 4, 4, 1).abs().max() == 0  # one picture alone
 
 
-def test_a_run(train, tmp_path):
-    """The source network is the one from before: at first the divergences are 0, later they are not."""
-    runs = {method: train(tmp_path / method, "--method", method, "--pairwise-weights", 4, 4, 0) for method in ("pa", "finetune")}
-    losses = {method: [line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for method, folder in runs.items()}
-    assert losses["pa"][0] == pytest.approx(losses["finetune"][0], abs=1e-6) and losses["pa"][-1] != losses["finetune"][-1]
-    ends = {method: run_folder.load_run(folder)[0].model.state_dict() for method, folder in runs.items()}
-    assert ends["pa"].keys() == ends["finetune"].keys() and not any(".adaptor." in key for key in ends["pa"])
-    assert any(not torch.equal(ends["pa"][key], value) for key, value in ends["finetune"].items())
+class Linear(nn.Module):
+    """eps_theta(x_t, t) = w x_t."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(w))
+
+    def forward(self, xt, t):
+        return self.w * xt
 
 
-def test_the_noisier_the_less_it_weighs(train, tmp_path, monkeypatch):
+def test_the_source_network_is_the_one_from_before_and_x0_is_limited():
+    schedule, model = Schedule(), Linear(0.3)
+    added = pairwise.PairwiseLosses(model, schedule, 1.0, (4.0, 4.0, 1.0))
+    model.w.data.fill_(0.9)  # training goes on
+    xt, x0, t = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1), torch.tensor([10, 300, 700, 999])
+    before, now = (schedule.predict_x0(xt, t, w * xt) for w in (0.3, 0.9))
+    assert before.abs().max() > 10 and now.abs().max() > 10  # where nearly all is noise
+    expected = pairwise.pairwise_loss(now.clamp(-1, 1), before.clamp(-1, 1), x0, 4.0, 4.0, 1.0)
+    torch.testing.assert_close(added(xt, t, model(xt, t), x0), expected)
+    assert all(not p.requires_grad for p in added.source.parameters())
+
+
+def test_the_noisier_the_less_it_weighs(monkeypatch):
     """Each picture's gradient comes with its alpha_bar_t, through its own loss and through those of the others."""
-    seen, loss = [], train_tan.pairwise_loss
+    schedule, t = Schedule(), torch.tensor([10, 200, 400, 500])
+    added = pairwise.PairwiseLosses(Linear(0.3), schedule, 1e6, (4.0, 4.0, 1.0))
+    xt, x0, eps = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1), randn(4, 3, 8, 8, seed=2).requires_grad_()
+    gradient, = torch.autograd.grad(added(xt, t, eps, x0).sum(), eps)
+    monkeypatch.setattr(pairwise, "scale_gradient", lambda x, factor: x)
+    unscaled, = torch.autograd.grad(added(xt, t, eps, x0).sum(), eps)
+    torch.testing.assert_close(gradient, schedule.at(t, xt) * unscaled)
 
-    def spy(adapted, *others):
-        adapted.retain_grad()
-        seen.append((adapted, *others))
-        return loss(adapted, *others)
 
-    monkeypatch.setattr(train_tan, "pairwise_loss", spy)
-    scaled = []
-    monkeypatch.setattr(train_tan, "scale_gradient", lambda x, factor: scaled.append((x.retain_grad() or x, factor)) or pairwise.scale_gradient(x, factor))
-    out = train(tmp_path / "run", "--method", "pa", "--iterations", 1, "--batch-size", 8, "--seed", 3, "--pairwise-weights", 4, 4, 1)
-    (adapted, source, x0, *weights), (x, factor) = seen[0], scaled[0]
-    torch.testing.assert_close(adapted, source)  # the same network still
-    shots = domains.target_images(run_folder.load_run(out)[1]["target"], 16)
-    assert all(any(torch.equal(picture, shot) for shot in torch.cat([shots, shots.flip(3)])) for picture in x0) and weights == [4, 4, 1]
-    torch.testing.assert_close(adapted, x)
-    torch.testing.assert_close(x.grad, factor * adapted.grad)
-    g = generator(3, 0, 0)
-    torch.randint(len(domains.target_images(run_folder.load_run(out)[1]["target"], 32)), (8,), generator=g)
-    schedule = run_folder.load_run(out)[0].schedule
-    t = torch.randint(schedule.timesteps, (8,), generator=g)
-    torch.testing.assert_close(factor.flatten(), schedule.at(t, torch.ones(8)))
+def test_a_run(train, tmp_path):
+    """At first the divergences are 0, later they are not; what comes out is all of theta."""
+    pa = train(tmp_path / "pa", "--method", "pa", "--pairwise-weights", 4, 4, 0)
+    finetune = train(tmp_path / "finetune", "--method", "finetune")
+    losses = {folder: [line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (pa, finetune)}
+    assert losses[pa][0] == pytest.approx(losses[finetune][0], abs=1e-6) and losses[pa][-1] > losses[finetune][-1] + 1e-5
+    ends = [run_folder.load_run(folder)[0].model.state_dict() for folder in (pa, finetune)]
+    assert ends[0].keys() == ends[1].keys() and not any(".adaptor." in key for key in ends[0])
+    assert any(not torch.equal(ends[0][key], value) for key, value in ends[1].items())
+
+
+def test_a_resumed_run_compares_as_many_pictures(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "pa", "--iterations", 1)
+    with pytest.raises(InputError, match="began with 1 process.es. and micro-batches of 4, now it would be .* of 2"):
+        call(train_tan.main, "--output-dir", run, "--resume", "--iterations", 2, "--micro-batch-size", 2)
 
 
 @pytest.mark.parametrize("weights", [[1, 2], [1, 1, -1], [1, 1, "nan"]])
 def test_three_weights(train, tmp_path, weights):
-    with pytest.raises(InputError, match="--pairwise-weights.*three numbers"):
+    with pytest.raises(InputError, match="--pairwise-weights.*(three numbers|must be at least 0)"):
         train(tmp_path / "run", "--method", "pa", "--pairwise-weights", *weights)
 
 

@@ -1,11 +1,15 @@
 """pretrain.py: what it refuses, and that an old run never comes back in place of a new one."""
 
+import math
+
 import pytest
 import torch
 from conftest import call
 
 import pretrain
-from checkpoints.load import read_tensors
+from checkpoints.load import load_network, read_tensors
+from ddpm import predict_eps
+from plumbing.files import load_checkpoint, read_metrics
 from plumbing.options import InputError
 
 TINY = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --images 16 --batch-size 4 --device cpu".split()
@@ -13,6 +17,11 @@ TINY = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels
 
 def weights(run):
     return read_tensors(run / "model.safetensors")[0]
+
+
+def saved_parameters(run):
+    """The weights of model.safetensors in the order of the optimiser."""
+    return list(load_network(run / "model.safetensors").model.parameters())
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):
@@ -54,10 +63,69 @@ def test_resume_takes_the_same_flags(tmp_path, flags, says):
     (["--learning-rate", "nan"], "--learning-rate nan: must be a positive number"),
     (["--norm-groups", 0], "--norm-groups 0: must be at least 1"),
     (["--head-channels", 64], "not a multiple of the 64 of a head"),
+    (["--network", "kl", "--kl-weight", "nan"], "--kl-weight nan: must be at least 0"),
     (["--network", "judge", "--images", 2], "--images 2: must be at least 6"),
     (["--network", "classifier", "--flip"], "--flip: a mirrored picture has other attributes"),
+    (["--attention", 3], "--attention 3: this network halves the size to factors of 1, 2"),
+    (["--channel-mult", 0, 1], "--channel-mult 0 1: must be at least 1"),
+    (["--threads", -1], "--threads -1: must be at least 1"),
+    (["--seed", 2 ** 64], f"--seed {2 ** 64}: must be from 0"),
+    (["--ema", 1], "--ema 1.0: must be below 1"),
+    (["--codes", 8], "--codes: --network unet does not use it"),
 ])
 def test_wrong_flags(tmp_path, flags, says):
     with pytest.raises(InputError, match=says):
         call(pretrain.main, "toyfaces", *TINY, *flags, "--output-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---- what it trains --------------------------------------------------------------------------------------------------
+
+def test_the_averaged_weights_are_saved_and_the_learning_rate_falls(tmp_path):
+    call(pretrain.main, "toyfaces", *TINY, "--iterations", 6, "--warmup", 2, "--ema", 0.9, "--output-dir", tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    saved = saved_parameters(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(saved, state["ema"]["average"], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(saved, state["parameters"]))
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    expected = [1e-3 * min(1, (i + 1) / 2) * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_first_stage_is_shown_and_saved_with_averaged_weights(tmp_path):
+    flags = "--network kl --size 16 --channels 8 --channel-mult 1 2 --norm-groups 4 --images 16 --batch-size 4".split()
+    call(pretrain.main, "toyfaces", *flags, "--iterations", 2, "--device", "cpu", "--output-dir", tmp_path)
+    average = load_checkpoint(tmp_path / "checkpoint.pt")["ema"]["average"]
+    assert all(torch.equal(a, b) for a, b in zip(saved_parameters(tmp_path), average, strict=True))
+
+
+@pytest.mark.parametrize("keep", ["parameters", "model"])
+def test_resumed_it_is_the_same_run(tmp_path, keep):
+    """Also from a checkpoint as earlier versions wrote it: with the model's state, without the flags."""
+    call(pretrain.main, "toyfaces", *TINY, "--iterations", 4, "--output-dir", tmp_path / "whole")
+
+    def killed(model, xt, t, left=[2]):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("killed")
+        return predict_eps(model, xt, t)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(pretrain, "predict_eps", killed)
+        call(pretrain.main, "toyfaces", *TINY, "--iterations", 4, "--save-every", 1, "--output-dir", tmp_path / "run")
+    if keep == "model":
+        state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+        names = load_network(tmp_path / "run" / "model.safetensors").model.state_dict()
+        state["model"] = dict(zip(names, state.pop("parameters")))
+        del state["options"]
+        torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    call(pretrain.main, "toyfaces", *TINY, "--iterations", 4, "--output-dir", tmp_path / "run", "--resume")
+    ends = [weights(tmp_path / name) for name in ("whole", "run")]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_a_loss_that_is_not_finite_keeps_the_state_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "predict_eps", lambda model, xt, t: model(xt, t) * float("nan"))
+    with pytest.raises(InputError, match="loss nan, .* at iteration 0; the state before it is in .*checkpoint.pt"):
+        call(pretrain.main, "toyfaces", *TINY, "--iterations", 1, "--output-dir", tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 0

@@ -20,7 +20,11 @@ FAST = "--steps", "3", "--device", "cpu"
 
 def draw(model, out, *flags):
     call(sample.main, model, "--output-dir", out, *FAST, *flags)
-    return {p.name: np.array(Image.open(p)).astype(int) for p in sorted(out.iterdir())}
+    return read(out)
+
+
+def read(folder):
+    return {p.name: np.array(Image.open(p)).astype(int) for p in sorted(folder.iterdir())}
 
 
 def apart(a, b):
@@ -48,7 +52,8 @@ def test_where_they_go_by_default(tiny, train, tmp_path, monkeypatch):
 
 def test_a_picture_is_its_seed(finished, tmp_path):
     pictures = draw(finished, tmp_path / "a", "-n", "5", "--eta", "1")
-    again, split = (draw(finished, tmp_path / name, "-n", "5", "--eta", "1", "--batch-size", size) for name, size in (("b", 64), ("c", 2)))
+    again = draw(finished, tmp_path / "b", "-n", "5", "--eta", "1", "--batch-size", 64)
+    split = draw(finished, tmp_path / "c", "-n", "5", "--eta", "1", "--batch-size", 2)
     assert apart(pictures, again) == 0
     assert apart(pictures, split) <= 1  # rounding may tip a grey level
     fourth = draw(finished, tmp_path / "d", "-n", "1", "--eta", "1", "--seed", "3")
@@ -59,9 +64,10 @@ def test_a_picture_is_its_seed(finished, tmp_path):
 def test_processes_change_nothing(finished, tmp_path):
     alone = draw(finished, tmp_path / "alone", "-n", "3")
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "sample.py", finished,
-                    "-n", "3", "--output-dir", tmp_path / "spread", *FAST], check=True, env=env, cwd=tmp_path, timeout=600)
-    assert apart(alone, {p.name: np.array(Image.open(p)).astype(int) for p in (tmp_path / "spread").iterdir()}) <= 1
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = [finished, "-n", "3", "--output-dir", tmp_path / "spread", *FAST]
+    subprocess.run([*torchrun, ROOT / "sample.py", *flags], check=True, env=env, cwd=tmp_path, timeout=600)
+    assert apart(alone, read(tmp_path / "spread")) <= 1
 
 
 def test_an_untrained_run_draws_the_source_and_a_trained_one_does_not(train, finished, tiny, tmp_path):
@@ -72,16 +78,18 @@ def test_an_untrained_run_draws_the_source_and_a_trained_one_does_not(train, fin
 
 
 def test_eta(finished, tmp_path):
-    drawn = {eta: draw(finished, tmp_path / eta, "-n", "1", "--eta", eta) for eta in ("0", "0.5", "1", "large")}
-    assert all(apart(drawn["0"], drawn[eta]) > 5 for eta in ("0.5", "1", "large")) and apart(drawn["1"], drawn["large"]) > 0
+    ddim, *others = (draw(finished, tmp_path / eta, "-n", "1", "--eta", eta) for eta in ("0", "0.5", "1", "large"))
+    assert all(apart(ddim, other) > 5 for other in others) and apart(*others[1:]) > 0
 
 
 def test_guidance_uses_the_classifier_of_the_run(finished, tmp_path, monkeypatch):
     plain = draw(finished, tmp_path / "plain", "-n", "1")
     assert apart(draw(finished, tmp_path / "guided", "-n", "1", "--guidance", "100"), plain) > 0
     seen = []
-    monkeypatch.setattr(sample, "log_prob_gradient", lambda model, x, t, label: seen.append(label) or torch.zeros_like(x))
-    assert apart(draw(finished, tmp_path / "zero", "-n", "1", "--guidance", "100"), plain) == 0 and seen == [1, 1, 1]
+    monkeypatch.setattr(sample, "log_prob_gradient",
+                        lambda model, x, t, label: seen.append(label) or torch.zeros_like(x))
+    assert apart(draw(finished, tmp_path / "zero", "-n", "1", "--guidance", "100"), plain) == 0
+    assert seen == [1, 1, 1]
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -94,6 +102,10 @@ def test_guidance_uses_the_classifier_of_the_run(finished, tmp_path, monkeypatch
     (["--steps", "0"], "--steps 0: must be at least 1"),
     (["--steps", "1001"], "--steps 1001: this model has 1000"),
     (["--device", "tpu"], "--device tpu: not a device"),
+    (["--guidance", "inf"], "--guidance inf: must be a number"),
+    (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["--seed", "-5"], r"--seed -5: must be from 0 to 2\^63 - 1"),
+    (["--seed", str(2 ** 63)], r"--seed 9223372036854775808: must be from 0 to 2\^63 - 1"),
 ])
 def test_wrong_flags(flags, says, finished, tmp_path):
     with pytest.raises(InputError, match=says):
@@ -104,7 +116,8 @@ def test_wrong_flags(flags, says, finished, tmp_path):
 def test_models_that_do_not_do(train, tiny, tmp_path):
     run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
     for model in (run, tiny.source):
-        with pytest.raises(InputError, match="this run has no classifier; guidance needs a run with --method tan or guided"):
+        says = "this run has no classifier; guidance needs a run with --method tan or guided"
+        with pytest.raises(InputError, match=says):
             draw(model, tmp_path / "out", "-n", "1", "--guidance", "1")
     with pytest.raises(InputError, match="nosuch: no such file"):
         draw("nosuch", tmp_path / "out", "-n", "1")

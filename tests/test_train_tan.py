@@ -6,22 +6,24 @@ import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, call, tiny_network
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 import classifier
 import train_tan
+import unet
 from checkpoints import run_folder
 from checkpoints.load import load_network, load_source
 from checkpoints.network import save_network
 from classifier import guided_loss
 from plumbing.files import load_checkpoint
 from plumbing.options import InputError
-from settings import CHURCHES, LATENT, METHODS, SMALL, SMALL_FINETUNE, SMALL_GUIDED, SMALL_PA, Options, suited
+from plumbing.pictures import load_folder
+from settings import METHODS
 
 
 def weights(run):
@@ -46,42 +48,6 @@ def python(*argv, cwd):
     return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
-# ---- the settings ----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("target, method, size, latent, expected", [
-    ("sunglasses", "tan", 32, False, SMALL | SMALL_GUIDED), ("sunglasses", "adaptor", 64, True, SMALL),
-    ("sunglasses", "finetune", 32, False, SMALL_FINETUNE), ("photos", "guided", 32, False, SMALL | SMALL_GUIDED),
-    ("haunted-houses", "adaptor", 32, False, SMALL | CHURCHES),
-    ("haunted-houses", "pa", 32, False, SMALL_FINETUNE | SMALL_PA | CHURCHES),
-    ("photos", "tan", 256, False, {}), ("photos", "finetune", 256, True, LATENT), ("haunted-houses", "tan", 128, False, {})])
-def test_what_stands_in_for_the_papers_settings(target, method, size, latent, expected):
-    source = SimpleNamespace(image_size=size, first_stage=object() if latent else None)
-    assert suited(Options(target=target, method=method), source) == expected
-
-
-# ---- the loss --------------------------------------------------------------------------------------------------------
-
-def test_guided_loss_is_eq_6():
-    eps, predicted, gradient = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    sigma_hat, gamma = 0.3, 5.0
-    numbers = lambda i: zip(*(x[i].flatten().tolist() for x in (eps, predicted, gradient)))
-    by_hand = [sum((e - p - sigma_hat ** 2 * gamma * g) ** 2 for e, p, g in numbers(i)) / 64 for i in range(2)]
-    torch.testing.assert_close(guided_loss(eps, predicted, sigma_hat ** 2 * gamma * gradient), torch.tensor(by_hand))
-
-
-def test_without_guidance_it_is_eq_1():
-    eps, predicted = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(guided_loss(eps, predicted, 0.0).mean(), torch.nn.functional.mse_loss(predicted, eps))
-
-
-def test_the_loss_pulls_the_prediction_to_eps_minus_guidance():
-    eps, guidance = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    predicted = eps.clone().requires_grad_()  # right without guidance
-    gradient, = torch.autograd.grad(guided_loss(eps, predicted, guidance).sum(), predicted)
-    torch.testing.assert_close(gradient, 2 / 16 * guidance)  # descent moves it against the guidance
-    assert guided_loss(eps, eps - guidance, guidance).allclose(torch.zeros(2), atol=1e-12)
-
-
 # ---- the methods -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,20 +56,21 @@ def test_method(method, tiny, train, tmp_path, monkeypatch):
     monkeypatch.setattr(train_tan, "load_source", lambda *a: used.append(load_source(*a)) or used[-1])
     run = train(tmp_path / "run", "--method", method, "--iterations", "3", "--samples", "2")
 
-    guided = method in ("guided", "tan")
+    uses = METHODS[method]
     files = {"targets.png", "samples.png", "progress.png", "loss.png", "metrics.jsonl", "options.json", "weights.safetensors"}
-    assert files <= {p.name for p in run.iterdir()} and (run / "classifier.safetensors").exists() == guided
+    assert files <= {p.name for p in run.iterdir()} and (run / "classifier.safetensors").exists() == uses.guidance
 
     before, after = load_file(tiny.source), used[0].model.state_dict()
-    assert [k for k in before if not before[k].equal(after[k])] == (list(before) if method in run_folder.ALL_WEIGHTS else [])
+    assert [k for k in before if not before[k].equal(after[k])] == ([] if uses.adaptors else list(before))
     trained = load_file(run / "weights.safetensors")
-    assert trained.keys() == (before.keys() if method in run_folder.ALL_WEIGHTS else {k for k in after if ".adaptor." in k})
+    assert trained.keys() == ({k for k in after if ".adaptor." in k} if uses.adaptors else before.keys())
 
     lines = metrics(run)
     fields = {"iteration", "loss", "loss_by_quarter", "gradient_norm", "images_per_second"}
     assert [line["iteration"] for line in lines] == [0, 1, 2]
     for line in lines:
-        assert fields <= line.keys() and ("guidance_rms" in line) == guided and ("pgd_gain" in line) == (method == "tan")
+        assert fields <= line.keys() and ("guidance_rms" in line) == uses.guidance
+        assert ("pgd_gain" in line) == uses.adversarial_noise
         assert len(line["loss_by_quarter"]) == 4 and line["loss"] > 0 and line["gradient_norm"] > 0
 
 
@@ -141,15 +108,15 @@ def test_every_iteration_draws_its_own_batch(train, tmp_path, monkeypatch):
 # train_tan.py that sends itself a signal right after it has written so many lines of metrics
 KILLED = """
 import os, sys, train_tan
-from plumbing.files import Metrics
+from plumbing.training import Loop
 signal, lines = map(int, sys.argv[1:3])
 del sys.argv[1:3]
-write = Metrics.write
-def write_and_kill(self, **line):
-    write(self, **line)
-    if line["iteration"] + 1 == lines:
+record = Loop.record
+def record_and_kill(self, **line):
+    record(self, **line)
+    if self.iteration + 1 == lines:
         os.kill(os.getpid(), signal)
-Metrics.write = write_and_kill
+Loop.record = record_and_kill
 train_tan.main()
 """
 
@@ -162,7 +129,7 @@ train_tan.main()
 ])
 def test_stopped_and_resumed_is_the_same_run(number, lines, save_every, start, tiny, finished, tmp_path, capsys):
     run = tmp_path / "run"
-    stopped = python("-c", KILLED, int(number), lines, *tiny.flags, "--output-dir", run, "--save-every", save_every, cwd=tmp_path)
+    stopped = python("-c", KILLED, int(number), lines, *tiny.flags(), "--output-dir", run, "--save-every", save_every, cwd=tmp_path)
     assert stopped.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), stopped.stderr
     assert len(metrics(run)) == lines and not (run / "weights.safetensors").exists()
     assert ("stopped and saved after 2 iterations" in stopped.stdout) == (number == signal.SIGTERM)
@@ -226,7 +193,7 @@ def test_micro_batches(size, train, finished, tmp_path):
 
 
 def test_two_processes(tiny, train, tmp_path):
-    flags = *tiny.flags, "--iterations", "3", "--batch-size", "5"
+    flags = *tiny.flags(), "--iterations", "3", "--batch-size", "5"
     run, alone = tmp_path / "two", train(tmp_path / "alone", *flags)
     spread = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train_tan.py", *flags, "--output-dir", run,
                     cwd=tmp_path)
@@ -242,8 +209,6 @@ def test_two_processes(tiny, train, tmp_path):
 def test_an_iteration_is_algorithm_1(flags, train, finished, tmp_path, monkeypatch):
     """Lines 2-8 from what the parts of the loop were called with: eps^* noises the same x_0 at the same t, and Eq. 6 corrects it."""
     calls = {name: [] for name in ("worst_case_noise", "log_prob_gradient", "guided_loss")}
-    detached = []
-
     def spy(name, home):
         original = getattr(home, name)
 
@@ -256,10 +221,8 @@ def test_an_iteration_is_algorithm_1(flags, train, finished, tmp_path, monkeypat
     homes = dict(worst_case_noise=train_tan, log_prob_gradient=classifier, guided_loss=train_tan)
     for name, home in homes.items():
         spy(name, home)
-    source_alone = train_tan.adaptor.detached
-    monkeypatch.setattr(train_tan.adaptor, "detached", lambda model: detached.append(1) or source_alone(model))
     train(tmp_path / "run", "--iterations", "1", "--batch-size", "16", *flags)
-    ((_, schedule, x0, t, eps, steps, omega), (worst, ascent)), ((_, xt, t_scored, label), score), ((eps_in_loss, _, guidance), _) = (
+    ((adversary, schedule, x0, t, eps, steps, omega), (worst, ascent)), ((_, xt, t_scored, label), score), ((eps_in_loss, _, guidance), _) = (
         calls[name][-1] for name in calls)
     power, below = (float(dict(zip(flags[::2], flags[1::2])).get(flag, default)) for flag, default in (("--guidance-power", 2), ("--guidance-below", 1000)))
     assert (steps, omega, label) == (2, 0.02, 1) and len(ascent) == 2 and not torch.equal(worst, eps)
@@ -267,7 +230,7 @@ def test_an_iteration_is_algorithm_1(flags, train, finished, tmp_path, monkeypat
     expected = 5 * schedule.sigma_hat(t, xt) ** power * score * (t < below).view(-1, 1, 1, 1)
     torch.testing.assert_close(guidance, expected)
     assert expected.abs().max() > 0 and (t >= 500).any()
-    assert bool(detached) == ("source" in flags)
+    assert any(".adaptor." in name for name, _ in adversary.named_parameters()) == ("source" not in flags)
 
 
 # ---- what goes wrong, and what is said -------------------------------------------------------------------------------
@@ -369,10 +332,10 @@ def test_a_published_file_needs_an_arch(tiny, train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_method(train, tmp_path, capsys):
+def test_an_unknown_method(capsys):
     with pytest.raises(SystemExit):
-        train(tmp_path / "run", "--method", "dreambooth")
-    assert "--method: invalid choice: 'dreambooth'" in capsys.readouterr().err
+        call(train_tan.main, "--method", "dreambooth")
+    assert " invalid choice 'dreambooth'" in capsys.readouterr().err
 
 
 def test_a_single_target_picture(tiny, train, tmp_path):
@@ -401,3 +364,66 @@ def test_resume_after_the_source_has_changed(tiny, train, tmp_path):
     save_network(source, tiny_network(seed=1))
     with pytest.raises(InputError):
         resume(run, "--iterations", "2")
+
+
+# ---- flags that nothing else sets ------------------------------------------------------------------------------------
+
+def test_warmup(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "3", "--warmup", "2", "--learning-rate", "0.1")
+    assert [line["learning_rate"] for line in metrics(run)] == pytest.approx([0.05, 0.1, 0.1])
+
+
+def test_recomputed_activations_change_nothing(train, finished, tmp_path, monkeypatch):
+    recomputed = []
+    monkeypatch.setattr(unet, "checkpoint", lambda stage, *a, **how: recomputed.append(1) or checkpoint(stage, *a, **how))
+    run = train(tmp_path / "run", "--checkpoint-blocks", "--iterations", "2")
+    assert recomputed and losses(run) == losses(finished)[:2]
+
+
+def test_bf16_reaches_the_networks(train, tmp_path, monkeypatch):
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append((torch.is_grad_enabled(), output.dtype))
+        if isinstance(module, torch.nn.Conv2d) else None)
+    try:
+        train(tmp_path / "run", "--method", "adaptor", "--iterations", "1", "--precision", "bf16")
+    finally:
+        hook.remove()
+    assert {dtype for with_grad, dtype in seen if with_grad} == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in load_checkpoint(tmp_path / "run" / "checkpoint.pt")["parameters"])
+
+
+@pytest.mark.parametrize("flags, mirrored", [(["--no-flip"], False), ([], True)])
+def test_mirrored_pictures(flags, mirrored, train, tiny, tmp_path, monkeypatch):
+    seen, original = [], train_tan.worst_case_noise
+    monkeypatch.setattr(train_tan, "worst_case_noise", lambda model, schedule, x0, *rest: seen.append(x0)
+                        or original(model, schedule, x0, *rest))
+    train(tmp_path / "run", "--iterations", "2", "--batch-size", "8", *flags)
+    shots = load_folder(tiny.targets, 16)
+    plain = [any(torch.equal(x, shot) for shot in shots) for x in torch.cat(seen)]
+    turned = [any(torch.equal(x, shot.flip(2)) for shot in shots) for x in torch.cat(seen)]
+    assert any(plain) and any(turned) == mirrored and all(a or b for a, b in zip(plain, turned))
+
+
+def test_resuming_announces_no_settings(train, tmp_path, capsys):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
+    assert "settings for a small source: --learning-rate 0.002\n" in capsys.readouterr().out  # the others were typed
+    resume(run, "--iterations", "2", "--save-every", "7")
+    assert "settings for" not in capsys.readouterr().out
+
+
+def test_what_was_left_half_written_is_removed(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
+    (run / ".checkpoint.pt.1.tmp").touch()
+    resume(run, "--iterations", "2")
+    assert not list(run.glob(".*.tmp"))
+
+
+def test_a_row_of_progress_that_a_kill_left_out_is_drawn_on_resuming(train, tmp_path):
+    flags = "--method adaptor --iterations 2 --samples 2 --previews 2".split()
+    run = train(tmp_path / "run", *flags)
+    whole = (run / "progress.png").read_bytes()
+    (run / "progress" / "000002.png").unlink()
+    (run / "weights.safetensors").unlink()
+    resume(run)
+    assert (run / "progress.png").read_bytes() == whole

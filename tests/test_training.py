@@ -1,15 +1,26 @@
-"""training.py: averages, schedules, files that are whole or absent, metrics."""
+"""What every training program shares (plumbing/): averages, the loop, bars, files that are whole or absent."""
 
 import json
 import math
+import os
+import signal
+import time
 
 import pytest
 import torch
 
-from plumbing.files import Metrics, load_checkpoint, read_metrics, write_atomic
+from plumbing import progress
+from plumbing.files import (
+    add_metrics,
+    load_checkpoint,
+    read_metrics,
+    remove_unfinished,
+    trim_metrics,
+    write_atomic,
+)
 from plumbing.options import InputError
 from plumbing.seeds import generator
-from plumbing.training import EMA, Stats, cosine_decay, warmup
+from plumbing.training import EMA, Loop, Stats, cosine_decay, warmup
 
 
 def follow(decay, updates):
@@ -90,11 +101,11 @@ def test_metrics_drop_what_lies_past_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(dict(iteration=i, loss=i / 3)) + "\n" for i in range(4)) + '{"iteration": 4, "lo')
     assert [line["iteration"] for line in read_metrics(path)] == [0, 1, 2, 3]
-    metrics = Metrics(path, 2)
-    metrics.write(iteration=2, loss=None)
+    trim_metrics(path, 2)
+    add_metrics(path, iteration=2, loss=None)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         dict(iteration=0, loss=0), dict(iteration=1, loss=1 / 3), dict(iteration=2, loss=None)]
-    Metrics(path, 0)
+    trim_metrics(path, 0)
     assert path.read_text() == "" and read_metrics(tmp_path / "none.jsonl") == []
 
 
@@ -115,3 +126,114 @@ def test_stats_without_guidance_and_ascent():
     stats = Stats(1000, torch.device("cpu"))
     stats.add(torch.tensor([0]), torch.tensor([1.0]), 0.0, [])
     assert stats.reduce() == dict(loss=1, loss_by_quarter=[1, None, None, None])
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+def make_loop(out, iterations, events, state=None, save_every=2, rate=lambda iteration: 0.1 * (iteration + 1)):
+    """A loop over one parameter by plain descent; `events` collects what it does and when."""
+    out.mkdir(exist_ok=True)
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer, ema = torch.optim.SGD([p], lr=9.0), EMA([p], 0.5)
+    loop = Loop(out, "test", iterations, save_every, 4, [p], optimizer, ema, rate, torch.device("cpu"), state,
+                dict(extra="kept"), lambda done, saved: events.append(("after", done, saved)))
+    save = loop.save
+    loop.save = lambda done: (events.append(("save", done)), save(done))
+    return loop, p, optimizer, ema
+
+
+def go(loop, p, optimizer, ema, gradient=torch.tensor([1.0, 2.0])):
+    for _ in loop:
+        assert p.grad is None or not p.grad.any()
+        p.grad = gradient.clone()
+        norm = loop.check(1.0, "try again")
+        optimizer.step()
+        ema.update()
+        loop.record(loss=1.0, gradient_norm=norm)
+
+
+def test_the_loop(tmp_path):
+    events = []
+    loop, p, optimizer, ema = made = make_loop(tmp_path, 3, events)
+    go(*made)
+    assert events == [("after", 0, False), ("after", 1, False), ("save", 2), ("after", 2, True), ("save", 3),
+                      ("after", 3, True)]
+    torch.testing.assert_close(p.detach(), 1 - 0.6 * torch.tensor([1.0, 2.0]))  # rates of 0.1, 0.2 and 0.3
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [0, 1, 2] and lines[0]["gradient_norm"] == pytest.approx(5 ** 0.5)
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.1, 0.2, 0.3])
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["extra"] == "kept" and state["iteration"] == 3 and torch.equal(state["parameters"][0], p)
+
+
+def test_the_loop_goes_on_from_a_checkpoint(tmp_path):
+    loop, whole, *_ = made = make_loop(tmp_path / "whole", 5, [])
+    go(*made)
+    go(*make_loop(tmp_path / "parts", 2, []))
+    state, events = load_checkpoint(tmp_path / "parts" / "checkpoint.pt"), []
+    loop, p, _, ema = made = make_loop(tmp_path / "parts", 5, events, state)
+    go(*made)
+    assert events[0] == ("after", 2, False) and torch.equal(p, whole)
+    assert len(read_metrics(tmp_path / "parts" / "metrics.jsonl")) == 5
+
+
+def test_told_to_stop_it_saves_before_anything_else(tmp_path, capsys):
+    events = []
+    loop, p, optimizer, ema = make_loop(tmp_path, 9, events, save_every=100)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        for iteration in loop:
+            p.grad = torch.ones(2)
+            loop.record(loss=1.0)
+            if iteration == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.code == 130 and events == [("after", 0, False), ("after", 1, False), ("save", 2)]
+    assert "stopped and saved after 2 iterations; continue with --resume" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (1.0, math.inf)])
+def test_what_is_not_finite_is_not_trained_on(loss, gradient, tmp_path):
+    loop, p, optimizer, ema = make_loop(tmp_path, 9, [])
+    with pytest.raises(InputError, match="at iteration 0; the state before it is in .*checkpoint.pt; lower it"):
+        for _ in loop:
+            p.grad = torch.tensor([gradient, 0.0])
+            loop.check(loss, "lower it")
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["iteration"] == 0 and torch.equal(state["parameters"][0], torch.ones(2))
+
+
+def test_a_warning_appears_once(tmp_path, capsys):
+    loop, *_ = make_loop(tmp_path, 9, [])
+    for _ in range(3):
+        loop.warn("mind the gap")
+    assert capsys.readouterr().err.count("warning: mind the gap") == 1
+
+
+# ---- bars ------------------------------------------------------------------------------------------------------------
+
+def test_a_log_file_gets_lines_now_and_then(capsys, monkeypatch):
+    assert list(progress.bar(range(1000), "quick")) == list(range(1000))
+    text = capsys.readouterr().err
+    assert "\r" not in text and text.startswith("quick: 0/1000") and len(text.splitlines()) == 1
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    for _ in progress.bar(range(20), "slow", leave=True):
+        time.sleep(0.01)
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 10 and lines[-1].startswith("slow: 20/20")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def test_files_are_as_readable_as_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", None)  # the only way to ask for it would change it for a moment
+    write_atomic(tmp_path / "a", lambda temporary: (temporary.write_text("a"), temporary.chmod(0o600)))
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".model.safetensors.123.tmp", "notes.tmp", ".hidden"):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.tmp", ".hidden"}

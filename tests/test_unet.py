@@ -32,8 +32,8 @@ def filled(cls, golden):
 
 def golden_case(name):
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
-    x = torch.from_numpy(np.random.RandomState(12345).standard_normal(golden["input_shape"]).astype(np.float32))
-    return golden, x, torch.tensor(golden["t"]), torch.tensor(golden["output"]).view(golden["output_shape"])
+    x = np.random.RandomState(12345).standard_normal(golden["input_shape"]).astype(np.float32)
+    return golden, torch.from_numpy(x), torch.tensor(golden["t"]), torch.tensor(golden["output"]).view(golden["output_shape"])
 
 
 @pytest.mark.parametrize("name, cls", [("adm_unet_conv_resample", UNet), ("adm_unet_updown_scaleshift", UNet),

@@ -13,17 +13,18 @@ from ddpm import Schedule
 class TANScheduler(SchedulerMixin, ConfigMixin):
     """DDIM over timesteps spread evenly from the last to the first, each step going to the next in the list.
 
-    diffusers' own DDIMScheduler goes T // steps back, whatever the list, so its pictures are a little different.
+    diffusers' own DDIMScheduler goes T // steps back, whatever the list: its pictures are a little different.
     The options are named as there; clip_sample limits the predicted x_0 to [-1, 1].
     """
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # they can be made from this one's config
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # can be made from this config
     order = 1
     init_noise_sigma = 1.0
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, beta_schedule: str = "linear",
-                 clip_sample: bool = True):
-        name = {"scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}.get(beta_schedule, beta_schedule)
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
+                 beta_schedule: str = "linear", clip_sample: bool = True):
+        ours = {"scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
+        name = ours.get(beta_schedule, beta_schedule)
         self.schedule = Schedule(name, num_train_timesteps, beta_start, beta_end)
         self.set_timesteps(num_train_timesteps)
 
@@ -32,13 +33,17 @@ class TANScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(self.schedule.subset(num_inference_steps), device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
+        """x_t as the network takes it: as it is."""
         return sample
 
     def step(self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, eta: float = 0.0,
-             generator: torch.Generator | list[torch.Generator] | None = None, return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
+             generator: torch.Generator | list[torch.Generator] | None = None,
+             return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
         """x_s from x_t and eps (B, ...), s the next of `timesteps` after t, or no noise after the last."""
-        below = [s for s in self.timesteps.tolist() if s < timestep]
-        t, s = (torch.full((len(sample),), int(i), device=sample.device) for i in (timestep, max(below, default=-1)))
+        t = int(timestep)
+        s = max((other for other in self.timesteps.tolist() if other < t), default=-1)
+        t_batch, s_batch = (torch.full((len(sample),), i, device=sample.device) for i in (t, s))
         noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype) if eta != 0 else None
-        xs = self.schedule.reverse_step(sample, t, s, model_output, noise, eta, self.config.clip_sample)
+        xs = self.schedule.reverse_step(sample, t_batch, s_batch, model_output, noise, eta,
+                                        self.config.clip_sample)
         return SchedulerOutput(xs) if return_dict else (xs,)

@@ -1,0 +1,62 @@
+"""run_folder.py: a finished run is read back strictly, beside the source it was made from."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_network
+from test_checkpoints import PSI, T, X, rewrite
+
+from checkpoints import run_folder
+from checkpoints.load import load_source
+from checkpoints.network import save_network
+from plumbing.options import InputError
+
+
+@pytest.fixture
+def run(finished, tiny, tmp_path):
+    """A copy of a finished run, with a source of its own to change."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    source = shutil.copy(tiny.source, tmp_path / "source.safetensors")
+    options = json.loads((folder / "options.json").read_text())
+    (folder / "options.json").write_text(json.dumps(dict(options, source=str(source))))
+    return folder
+
+
+def test_load_run(run, tiny):
+    network, options = run_folder.load_run(run)
+    source = load_source(str(tiny.source))
+    assert options["method"] == "tan" and not network.model(X, T).equal(source.model(X, T))
+    assert run_folder.load_classifier(run).model(X, T).shape == (2, 2)
+
+
+def test_another_source_under_the_same_name(run):
+    save_network(run.parent / "source.safetensors", tiny_network(seed=1))
+    says = "weights.safetensors: made from another source than the present .*source.safetensors"
+    with pytest.raises(InputError, match=says):
+        run_folder.load_run(run)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t.pop(PSI), f"missing key {PSI}"),
+    (lambda t: t.update(extra=torch.ones(1)), "unexpected key extra"),
+    (lambda t: t.update({PSI: t[PSI][:1]}), f"{PSI} has shape .*expected"),
+])
+def test_keys_of_a_run(run, change, says):
+    rewrite(run / "weights.safetensors", run / "weights.safetensors", change)
+    with pytest.raises(InputError, match=f"weights.safetensors: adaptor weights: {says}"):
+        run_folder.load_run(run)
+
+
+def test_unfinished_and_absent_runs(run, tmp_path):
+    (run / "weights.safetensors").unlink()
+    says = "this run is not finished; continue it with train_tan.py --output-dir .* --resume"
+    with pytest.raises(InputError, match=says):
+        run_folder.load_run(run)
+    (run / "classifier.safetensors").unlink()
+    with pytest.raises(InputError, match="this run has no classifier"):
+        run_folder.load_classifier(run)
+    with pytest.raises(InputError, match="not the folder of a run"):
+        run_folder.load_run(tmp_path)

@@ -1,0 +1,80 @@
+"""settings.py: what suits which source, which options a method uses, and what is refused by the name of its flag."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import settings
+from plumbing.options import InputError, flat, replace
+from settings import METHODS, PAPER, Options, suited, used_by
+
+
+@pytest.mark.parametrize("target, method, size, latent, expected", [
+    ("sunglasses", "tan", 32, False, settings.SMALL | settings.SMALL_GUIDED),
+    ("sunglasses", "adaptor", 64, True, settings.SMALL),
+    ("sunglasses", "finetune", 32, False, settings.SMALL_FINETUNE),
+    ("photos", "guided", 32, False, settings.SMALL | settings.SMALL_GUIDED),
+    ("haunted-houses", "adaptor", 32, False, settings.SMALL | settings.CHURCHES),
+    ("haunted-houses", "pa", 32, False, settings.SMALL_FINETUNE | settings.SMALL_PA | settings.CHURCHES),
+    ("photos", "tan", 256, False, {}), ("photos", "finetune", 256, True, settings.LATENT),
+    ("haunted-houses", "tan", 128, False, {})])
+def test_what_stands_in_for_the_papers_settings(target, method, size, latent, expected):
+    source = SimpleNamespace(image_size=size, first_stage=object() if latent else None)
+    options = Options(target=target, method=method)
+    assert settings.instead_of_paper(options, source) == expected
+    assert flat(suited(options, source)) == flat(options) | PAPER | expected
+    typed = replace(options, iterations=7, learning_rate=0.5)
+    assert flat(suited(typed, source)) == flat(options) | PAPER | expected | dict(iterations=7, learning_rate=0.5)
+
+
+def test_the_papers_numbers():
+    """Section 5.2."""
+    source = SimpleNamespace(image_size=256, first_stage=None)
+    options, latent = suited(Options(), source), suited(Options(), SimpleNamespace(image_size=256, first_stage=1))
+    assert (options.guidance.gamma, options.adversarial_noise.pgd_steps, options.adversarial_noise.omega) == (5, 10, 0.02)
+    assert (options.iterations, options.batch_size) == (300, 40)
+    assert (options.learning_rate, latent.learning_rate) == (5e-5, 1e-5)
+
+
+def test_options_of_a_method():
+    asks = {name: {method for method in METHODS if name in used_by(method)} for name in flat(Options())}
+    assert asks["gamma"] == asks["classifier_check"] == {"tan", "guided"}
+    assert asks["omega"] == asks["pgd_network"] == {"tan"} and asks["pairwise_weights"] == {"pa"}
+    assert asks["adaptor_width"] == {"tan", "guided", "adaptor"}
+    assert asks["target"] == asks["samples"] == asks["ema"] == set(METHODS)
+
+
+@pytest.mark.parametrize("target, source, method, expected", [
+    ("sunglasses", None, "tan", "runs/sunglasses"), ("sunglasses", "toyfaces", "tan", "runs/sunglasses"),
+    ("sunglasses", "toyfaces-latent", "pa", "runs/sunglasses-toyfaces-latent-pa"),
+    ("some/photos/", "x.pt", "guided", "runs/photos-guided")])
+def test_where_a_run_goes(target, source, method, expected):
+    assert str(settings.folder_of(Options(target=target, source=source, method=method))) == expected
+    assert str(settings.folder_of(Options(target=target, output_dir="there"))) == "there"
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--omega -1", "--omega -1.0: must be at least 0"), ("--omega nan", "--omega nan: must be at least 0"),
+    ("--guidance-below -5", "--guidance-below -5: must be at least 0"), ("--ema 2", "--ema 2.0: must be below 1"),
+    ("--gamma nan", "--gamma nan: must be a number"), ("--gamma inf", "--gamma inf: must be a number"),
+    ("--classifier-batch-size 3", "--classifier-batch-size 3: must be even"),
+    ("--classifier-iterations 0", "--classifier-iterations 0: must be at least 1"),
+    ("--seed -5", "--seed -5: must be from 0"), (f"--seed {2 ** 64}", f"--seed {2 ** 64}: must be from 0"),
+    ("--learning-rate 0", "--learning-rate 0.0: must be a positive number"),
+    ("--batch-size 0", "--batch-size 0: must be at least 1"), ("--previews 0", "--previews 0: must be at least 1"),
+    ("--iterations -1", "--iterations -1: must be at least 0"), ("--warmup -1", "--warmup -1: must be at least 0"),
+    ("--samples 1 --sample-steps 1001", "--sample-steps 1001: this model has 1000"),
+    ("--method adaptor --omega 0.1", "--omega: --method adaptor does not use it, only tan; leave it out"),
+    ("--method adaptor --gamma 5", "--gamma: --method adaptor does not use it, only tan, guided"),
+    ("--method guided --pgd-steps 3", "--pgd-steps: --method guided does not use it"),
+    ("--method finetune --adaptor-width 3", "--adaptor-width: --method finetune does not use it"),
+    ("--pairwise-weights 1 1 1", "--pairwise-weights: --method tan does not use it, only pa"),
+    ("--method adaptor --no-classifier-check", "--classifier-check: --method adaptor does not use it"),
+    ("--classifier-arch imagenet256-classifier", "--classifier-arch: says what network the file of --classifier holds"),
+    ("--classifier scratch --classifier-arch x.json", "--classifier-arch: says what network"),
+    ("--arch ffhq256", "--arch ffhq256: for published files; .*source.safetensors says itself"),
+])
+def test_what_is_refused(flags, says, train, tmp_path):
+    with pytest.raises(InputError, match=says) as error:
+        train(tmp_path / "run", *flags.split())
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
