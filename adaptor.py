@@ -1,6 +1,6 @@
-"""Residual adaptors (Eq. 9): one psi^l beside every residual block of a frozen U-Net.
+"""Residual adaptors, the psi of Eq. 9: one psi^l beside every residual block of a frozen U-Net.
 
-    x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})
+    x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})               section 4.3; the hook is in unet.ResBlock
 
     psi:  average-pool -> norm -> 3x3 conv to d channels -> + time -> self-attention -> MLP -> upsample
           -> norm -> 3x3 conv (zero at the start)
@@ -45,8 +45,8 @@ class Adaptor(nn.Module):
         self.up = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        grid = min(height, GRID), min(width, GRID)
+        rows, columns = x.shape[2:]
+        grid = min(rows, GRID), min(columns, GRID)
         h = F.adaptive_avg_pool2d(x, grid)                                      # (B, C, H, W) -> (B, C, g, g)
         h = self.down(F.silu(self.norm_in(h)))                                  # -> (B, d, g, g)
         h = (h + self.time(F.silu(emb))[:, :, None, None]).flatten(2)           # -> (B, d, g*g)
@@ -55,7 +55,7 @@ class Adaptor(nn.Module):
         h = h + self.proj(attend(q, k, v))
         h = h + self.mlp(self.norm_mlp(h))
         h = h.unflatten(2, grid)                                                # -> (B, d, g, g)
-        size = int(height * self.scale), int(width * self.scale)
+        size = int(rows * self.scale), int(columns * self.scale)
         h = F.interpolate(h, size, mode="bilinear") if size != grid else h      # -> (B, d, H', W')
         return self.up(F.silu(self.norm_out(h)))                                # -> (B, C', H', W')
 
@@ -82,9 +82,9 @@ def attach(unet: UNet, width: int | None = None) -> None:
     width, device = width or default_width(unet), next(unet.parameters()).device
     unet.requires_grad_(False)
     for block in blocks(unet).values():
-        scale = {"Upsample": 2, "Downsample": 0.5}.get(type(block.resample).__name__, 1)
-        block.adaptor = Adaptor(block.channels, block.emb_channels, block.out_channels, width, scale,
-                                unet.norm_groups).to(device)
+        psi = Adaptor(block.channels, block.emb_channels, block.out_channels, width, block.scale,
+                      unet.norm_groups)
+        block.adaptor = psi.to(device)
 
 
 def parameters(unet: UNet) -> list[nn.Parameter]:

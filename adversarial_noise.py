@@ -3,7 +3,8 @@
     eps^{j+1} = Norm( eps^j + omega grad_{eps^j} || eps^j - eps_theta(x_t^j, t) ||^2 ),
     x_t^j     = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps^j
 
-x_0 and t stay fixed through all J steps, and the gradient goes through the network.
+x_0 and t stay fixed through all J steps, and the gradient goes through the network.  As in the paper the
+guidance of Eq. 7 is left out: it hardly changes along the way.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ def frozen(model: Callable) -> Iterator[None]:
 
 def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, steps: int = 10,
                      omega: float = 0.02, dims: tuple[int, ...] = (1, 2, 3)) -> tuple[Tensor, list[Tensor]]:
-    """eps^* of Eq. 10, by `steps` (J) steps of projected gradient ascent at rate omega from eps^0 = eps.
+    """eps^* of Eq. 10 for `model`, by J steps of projected gradient ascent at rate omega from eps^0 = eps.
 
     x0, eps (B, ...), t (B,) -> eps^J (B, ...), without a graph, and the losses (B,) at eps^0, ..., eps^{J-1}.
     The loss is summed over each image and never averaged over the batch: omega means the same at every batch

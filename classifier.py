@@ -16,6 +16,7 @@ from ddpm import Schedule
 from unet import Encoder, UNet, attend
 
 SOURCE, TARGET = 0, 1
+BATCHES, ACCURACY, ENCODING = 2, 3, 4  # streams of random numbers
 AUGMENTATIONS = ("flip", "shift", "colour")
 
 
@@ -43,13 +44,14 @@ def similarity_guidance(classifier: Callable | None, schedule: Schedule, xt: Ten
     return guidance if below is None else guidance * (t < below).view(-1, *[1] * (xt.dim() - 1))
 
 
-def guided_loss(eps: Tensor, eps_predicted: Tensor, guidance: Tensor | float) -> Tensor:
+def guided_loss(eps: Tensor, eps_theta: Tensor, guidance: Tensor | float) -> Tensor:
     """|| eps - eps_theta(x_t, t) - guidance ||^2 of Eqs. 6 and 9, as a mean over each image.
 
-    eps, eps_predicted (B, ...) -> (B,)
-    guidance = sigma_hat_t^2 gamma grad log p(y = T | x_t); with 0 it is Eq. 1.
+    eps, eps_theta (B, ...) -> (B,)
+    guidance = sigma_hat_t^2 gamma grad log p(y = T | x_t); with 0 it is Eq. 1.  The paper's squared norm is
+    a sum: the mean scales the loss, to which Adam is indifferent.
     """
-    return (eps - eps_predicted - guidance).square().flatten(1).mean(1)
+    return (eps - eps_theta - guidance).square().flatten(1).mean(1)
 
 
 # ---- the network -------------------------------------------------------------------------------------------
@@ -83,17 +85,12 @@ class Classifier(Encoder):
     The options are `Encoder`'s.
     """
 
-    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int,
-                 num_res_blocks: int, attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...],
-                 num_heads: int = 1, num_head_channels: int | None = None, pool: str = "attention",
-                 **options: Any):
+    def __init__(self, pool: str = "attention", **options: Any):
         if pool != "attention":
             raise ValueError(f"classifier pool '{pool}': only 'attention' exists here")
-        super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks,
-                         attention_resolutions, channel_mult, num_heads=num_heads,
-                         num_head_channels=num_head_channels, **options)
-        tokens = (image_size // self.factor) ** 2
-        head = AttentionPool(tokens, self.channels, self.heads(self.channels), out_channels)
+        super().__init__(**options)
+        tokens = (self.image_size // self.factor) ** 2
+        head = AttentionPool(tokens, self.channels, self.heads(self.channels), self.out_channels)
         self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, self.channels), nn.SiLU(), head)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -114,8 +111,9 @@ def from_unet(unet: UNet, pretrained: bool = True) -> Classifier:
     """
     model = Classifier(**dict(unet.config, out_channels=2)).eval()
     if pretrained:
-        encoder = {key: value for key, value in unet.state_dict().items() if key in model.state_dict()
-                   and key.split(".")[0] in ("time_embed", "input_blocks", "middle_block")}  # without psi
+        # What both have by name, but for the head `out`; psi is the U-Net's alone.
+        encoder = {key: value for key, value in unet.state_dict().items()
+                   if key in model.state_dict() and not key.startswith("out.")}
         model.load_state_dict({**model.state_dict(), **encoder})
     return model
 
@@ -158,10 +156,12 @@ def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Ten
     half = max(1, batch_size // 2)
     micro = micro_batch_size or 2 * half
     labels = torch.tensor([SOURCE] * half + [TARGET] * half, device=source.device)
+
+    def pick(images: Tensor) -> Tensor:
+        return images[torch.randint(len(images), (half,), generator=g).to(images.device)]
+
     for _ in progress(range(iterations)):
-        some_source, some_target = (images[torch.randint(len(images), (half,), generator=g).to(images.device)]
-                                    for images in (source, target))
-        x0 = augment(torch.cat([some_source, some_target]), kinds, g)
+        x0 = augment(torch.cat([pick(source), pick(target)]), kinds, g)
         t = torch.randint(schedule.timesteps, (2 * half,), generator=g).to(x0.device)
         eps = torch.randn(x0.shape, generator=g).to(x0.device)
         xt = schedule.add_noise(x0, t, eps)
@@ -184,21 +184,21 @@ def accuracy_by_quartile(model: Classifier, schedule: Schedule, source: Tensor, 
     """
     if schedule.timesteps < 4:
         raise ValueError(f"{schedule.timesteps} timesteps: no quarters")
+
+    def right(images: Tensor, label: int, times: int, first: int, end: int) -> float:
+        micro, hits = micro_batch_size or len(images), []
+        for _ in range(times):
+            t = (torch.randint(end - first, (len(images),), generator=g) + first).to(images.device)
+            xt = schedule.add_noise(images, t, torch.randn(images.shape, generator=g).to(images.device))
+            parts = zip(xt.split(micro), t.split(micro))
+            answers = torch.cat([model(xt_, t_).argmax(1) for xt_, t_ in parts])
+            hits.append((answers == label).float().mean().item())
+        return sum(hits) / times
+
     bounds = [quarter * schedule.timesteps // 4 for quarter in range(5)]
-    result = []
-    for first, end in zip(bounds, bounds[1:]):
-        right = []
-        for label, images in ((SOURCE, source), (TARGET, target)):
-            micro, hits = micro_batch_size or len(images), []
-            for _ in range(repeats if label == TARGET else max(1, repeats * len(target) // len(source))):
-                t = (torch.randint(end - first, (len(images),), generator=g) + first).to(images.device)
-                xt = schedule.add_noise(images, t, torch.randn(images.shape, generator=g).to(images.device))
-                parts = zip(xt.split(micro), t.split(micro))
-                answers = torch.cat([model(xt_, t_).argmax(1) for xt_, t_ in parts])
-                hits.append((answers == label).float().mean().item())
-            right.append(sum(hits) / len(hits))
-        result.append(sum(right) / 2)
-    return result
+    source_repeats = max(1, repeats * len(target) // len(source))
+    return [(right(source, SOURCE, source_repeats, *quarter) + right(target, TARGET, repeats, *quarter)) / 2
+            for quarter in zip(bounds, bounds[1:])]
 
 
 def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source: Tensor, target: Tensor,
@@ -213,22 +213,21 @@ def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source:
     start             a classifier that has not seen a target picture, with a fresh two-way head; called for
                       each training
     source, target    pictures (N, 3, H, W), (M, 3, H, W) in [-1, 1], on the classifier's device
-    stream            a generator for each of the numbers 2 (batches), 3 (accuracy) and 4 (pictures to encode)
+    stream            gives a generator for each of BATCHES, ACCURACY and ENCODING
     encode            of a latent model: pictures -> x_0.  Latents cannot be mirrored or coloured: of each
                       picture several changed versions are encoded
-    check             train another one first, with a fifth of the pictures held out, for the accuracy on
-                      those by quarter of the timesteps that is returned beside p_phi (None without it, or
-                      where there is one picture only)
+    check             first train a trial classifier without a fifth of the pictures, and return its accuracy
+                      on that fifth by quarter of the timesteps (None without `check`, or with one picture)
     """
     def x0(pictures: Tensor, versions: int) -> Tensor:
         if encode is None:
             return pictures
-        return encode(augment(pictures.repeat(versions, 1, 1, 1), kinds, stream(4)))
+        return encode(augment(pictures.repeat(versions, 1, 1, 1), kinds, stream(ENCODING)))
 
     def train(source: Tensor, target: Tensor, text: str) -> Classifier:
         model = start()
         fine_tune(model, schedule, x0(source, 2), x0(target, 16), iterations, batch_size, learning_rate,
-                  kinds if encode is None else (), stream(2), micro_batch_size,
+                  kinds if encode is None else (), stream(BATCHES), micro_batch_size,
                   lambda steps: progress(steps, text))
         return model
 
@@ -238,6 +237,6 @@ def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source:
         trial = train(source[n_source:], target[n_target:], "classifier, a fifth held out")
         parts = source[:n_source], target[:n_target]
         held_out = parts if encode is None else [encode(part) for part in parts]
-        accuracy = accuracy_by_quartile(trial, schedule, *held_out, stream(3),
+        accuracy = accuracy_by_quartile(trial, schedule, *held_out, stream(ACCURACY),
                                         micro_batch_size=micro_batch_size)
     return train(source, target, "classifier"), accuracy

@@ -92,9 +92,9 @@ class Schedule:
                     clip bites, eta = 1 is not the clipped posterior mean of Ho et al.
         gradient    gamma times grad log p(y|x_t), which corrects eps by -sqrt(1 - alpha_bar_t) times it
                     (Dhariwal & Nichol 2021, Algorithm 2): with gamma = 1, E[eps | x_t, y].  From one timestep
-                    to the next with eta = 1 this moves the mean by beta_t / sqrt(alpha_t) times it, which is
-                    Eq. 2 with the variance beta_t; unlike Eq. 2 it is right for every eta, and for steps of
-                    any length.
+                    to the next with eta = 1 this moves the mean by beta_t / sqrt(alpha_t) times it: Eq. 2
+                    with the variance beta_t, but for a factor 1 / sqrt(alpha_t) that is nearly 1.  Unlike
+                    Eq. 2 it is right for every eta, and for steps of any length.
         """
         a, b = self.at(t, xt), self.at(s, xt)
         if gradient is not None:

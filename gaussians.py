@@ -5,8 +5,7 @@ the best predictor and, on a target sample, its residual are
 
     eps*(x_t, t) = sqrt(1-a) (x_t - sqrt(a) mu_S)        eps - eps* = a eps - sqrt(a (1-a)) (x_0 - mu_S)
 
-The first gradient by the output layer's bias is -2 mean(eps - eps_theta - guidance).
-
+The first gradient by the output layer's bias is -2 mean(eps - eps_theta - guidance):
  1. Without guidance it points along mean(x_0) - mu_S - sqrt(a / (1-a)) mean(eps).  Ten shots, repeated a
     thousand times, leave the error of their mean: an angle of standard deviation sqrt(1/10) / |mu_T - mu_S|
     = 6.4 degrees, 5.1 on average.
@@ -130,9 +129,8 @@ def output_gradient(model: Model, x0: Tensor, t: Tensor, eps: Tensor, classifier
     xt = SCHEDULE.add_noise(x0, t, eps)
     bias = torch.zeros(x0.shape[1:], requires_grad=True)
     guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma)
-    losses = guided_loss(eps, predict_eps(model, xt, t) + bias, guidance)
-    # guided_loss is a mean over E and coordinates; ||.||^2 is a sum
-    return torch.autograd.grad(losses.mean() * bias.numel(), bias)[0]
+    losses = guided_loss(eps, predict_eps(model, xt, t) + bias, guidance)   # means over E and coordinates
+    return torch.autograd.grad(losses.mean() * bias.numel(), bias)[0]       # of their sums: ||.||^2
 
 
 def angle(u: Tensor, v: Tensor) -> Tensor:
@@ -148,17 +146,15 @@ def ellipse(eps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wasserstein(x: Tensor) -> Tensor:
-    """2-Wasserstein distance (E,) of the Gaussian fitted to samples (N, E, 2) to the target: W_2^2 =
-    |m - mu|^2 + tr(C + I - 2 C^(1/2)) for mean m and covariance C against mu and I.
-    """
+    """2-Wasserstein distance (E,) of the Gaussian N(m, C) fitted to samples (N, E, 2) to the target N(mu, I):
+    W_2^2 = |m - mu|^2 + tr(C + I - 2 C^(1/2))."""
     axes, _ = ellipse(x - x.mean(0))
     return ((x.mean(0) - MEANS[TARGET]).norm(dim=1) ** 2 + (axes - 1).square().sum(1)).sqrt()
 
 
 def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor, t: int, repeats: int,
                       g: torch.Generator, gamma: float, omega: float, steps: int) -> dict[str, Tensor]:
-    """Gradients (E, 2) by method at the first iteration, for shots (10, E, 2) repeated `repeats` times, all
-    at the same t and from the same noise.
+    """First gradients (E, 2) by method, of shots (10, E, 2) repeated so often, at the same t and noise.
 
     "reference" has 10,000 different target points instead.  "norm only" normalises the noise and stops there,
     which shows what of "adversarial" is the ascent.  Under "worst" the worst-case noise (B, E, 2) itself.
@@ -180,9 +176,7 @@ def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor
 def adapt(model: MLP, shots: Tensor, g: torch.Generator, classifier: Model | None, gamma: float, omega: float,
           steps: int, learning_rate: float, iterations: int, progress: Progress = iter) -> Iterator[MLP]:
     """Algorithm 1: fine-tune a copy of `model` for each draw of shots (10, E, 2), 40 points an iteration as
-    in the paper; yields the networks after each.
-
-    Without classifier there is no guidance, with steps (J) 0 noise is plain: both together are the baseline.
+    in the paper; yields the networks after each.  Without classifier and with steps (J) 0 it is the baseline.
     """
     experiments = shots.shape[1]
     model = model.select([0] * experiments).requires_grad_(True)

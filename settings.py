@@ -20,7 +20,7 @@ class Method:
 
     text: str
     loss: str                           # the equation it descends
-    adaptors: bool = True               # psi learns beside a frozen theta (Eq. 9); else all of theta learns
+    adaptors: bool = True               # psi learns beside a frozen theta (section 4.3); else theta itself
     guidance: bool = False              # the classifier corrects the noise target (Eqs. 5, 6)
     adversarial_noise: bool = False     # the noise that is denoised worst (Eqs. 7, 8, 10)
     pairwise_losses: bool = False       # DDPM-PA (Zhu et al. 2022)
@@ -37,7 +37,7 @@ METHODS = {
 
 
 @dataclasses.dataclass
-class Guidance:
+class GuidanceOptions:
     """Similarity-guided training (Eqs. 5, 6)."""
 
     gamma: float = 5.0
@@ -45,25 +45,25 @@ class Guidance:
     guidance_power: Literal[1, 2] = 2
     """Power of sigma_hat before the gradient: 2 as printed, 1 as derived from Eqs. 2-3."""
     guidance_below: Unset[int] = None
-    """Guide only at timesteps below this (default: at all)."""
+    """Guide only at timesteps below this (default: at every timestep)."""
     classifier: Unset[str] = None
     """What the classifier starts from: a file, 'encoder' (of the source U-Net) or 'scratch'.
     Default: the built-in one where it fits, else the encoder."""
     classifier_arch: Unset[str] = None
     """Network of a published classifier file: imagenet256-classifier, or a JSON file."""
     classifier_batch_size: int = 40
-    """Pictures a step of its fine-tuning, half source and half target."""
+    """Pictures a step of the classifier's fine-tuning, half source and half target."""
     classifier_iterations: Unset[int] = None
-    """Steps of its fine-tuning (default: 300; 150 for a small source)."""
+    """Steps of the classifier's fine-tuning (default: 300; 150 for a small source)."""
     classifier_learning_rate: float = 1e-4
-    """Its learning rate."""
+    """Learning rate of the classifier's fine-tuning."""
     classifier_check: bool = True
     """Train one with a fifth of the pictures held out first, to see whether guidance means anything."""
     source_images: Unset[str] = None
     """Pictures of the source for the classifier: a folder or a built-in source.
     Default: drawn for a built-in source, else sampled from the source model."""
     source_count: int = 256
-    """How many of them."""
+    """How many source pictures the classifier sees."""
     classifier_targets: Unset[str] = None
     """A folder of more pictures of the target, for the classifier alone (default: those adapted to)."""
     augment: Unset[tuple[Literal[AUGMENTATIONS], ...]] = None
@@ -72,28 +72,28 @@ class Guidance:
 
 
 @dataclasses.dataclass
-class AdversarialNoise:
+class AdversarialNoiseOptions:
     """Adversarial noise selection (Eqs. 7, 8, 10)."""
 
     omega: float = 0.02
     """Rate of the gradient ascent."""
     pgd_steps: Unset[int] = None
-    """Its steps J (default: 10)."""
+    """J, the steps of the ascent (default: 10)."""
     pgd_network: Literal["current", "source"] = "current"
     """Whose worst noise is sought: current (theta and psi), or source (theta alone, as Eq. 10 prints)."""
 
 
 @dataclasses.dataclass
-class PairwiseLosses:
+class PairwiseOptions:
     """DDPM-PA (Zhu et al. 2022), for --method pa."""
 
     pairwise_weights: Unset[tuple[float, ...]] = None
-    """Of the similarities of pictures, of those of their detail, and of the detail itself.
+    """Weights of the three terms: similarities of pictures, those of their detail, error of their detail.
     Default: 4 4 1, the authors' later release; 0.5 0.5 0.05 for a small source."""
 
 
 @dataclasses.dataclass
-class Pictures:
+class PictureOptions:
     """What a run shows."""
 
     samples: int = 32
@@ -139,7 +139,7 @@ class Options:
     warmup: int = 0
     """Iterations of linear warm-up."""
     ema: float = 0.99
-    """Decay of the running average of the weights that is used in the end (less at the start)."""
+    """Decay of the running average of the weights, which is what is kept in the end; less at the start."""
     flip: bool = True
     """Mirror half of the pictures."""
     adaptor_width: Unset[int] = None
@@ -154,13 +154,14 @@ class Options:
     """auto, cpu, cuda or mps."""
     save_every: int = 25
     """Iterations between checkpoints."""
-    guidance: Guidance = dataclasses.field(default_factory=Guidance)
-    adversarial_noise: AdversarialNoise = dataclasses.field(default_factory=AdversarialNoise)
-    pairwise_losses: PairwiseLosses = dataclasses.field(default_factory=PairwiseLosses)
-    pictures: Pictures = dataclasses.field(default_factory=Pictures)
+    guidance: GuidanceOptions = dataclasses.field(default_factory=GuidanceOptions)
+    adversarial_noise: AdversarialNoiseOptions = dataclasses.field(default_factory=AdversarialNoiseOptions)
+    pairwise_losses: PairwiseOptions = dataclasses.field(default_factory=PairwiseOptions)
+    pictures: PictureOptions = dataclasses.field(default_factory=PictureOptions)
 
 
-# Section 5.2, for 256x256 networks; the pairwise weights are those of the authors' later release.
+# Section 5.2, for 256x256 networks, beside gamma and omega above.  It does not give the classifier's
+# iterations; the pairwise weights are those of DDPM-PA's later release.
 PAPER = dict(iterations=300, batch_size=40, learning_rate=5e-5, classifier_iterations=300, pgd_steps=10,
              pairwise_weights=(4.0, 4.0, 1.0))
 LATENT = dict(learning_rate=1e-5)
@@ -215,7 +216,9 @@ def folder_of(options: Options) -> Path:
 
 
 def check(options: Options, typed: frozenset[str], source: Network) -> None:
-    """InputError for a flag that the method does not use, and for a number that makes no sense."""
+    """InputError for a flag that the method does not use, a number that makes no sense, a target of another
+    source, and an output folder that holds the pictures.
+    """
     for name in sorted(typed - used_by(options.method)):
         others = [method for method in METHODS if name in used_by(method)]
         raise InputError(f"{flag(name)}: --method {options.method} does not use it, only "
@@ -239,7 +242,7 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     if options.pictures.samples:
         source.check_steps(options.pictures.sample_steps, "--sample-steps")
     if METHODS[options.method].pairwise_losses:
-        _check_company(options)
+        _refuse_lone_pictures(options)
     drawn_by, drawn_for = domains.drawn_by(options.source), domains.TARGETS.get(options.target)
     if drawn_by and drawn_for and drawn_for != drawn_by:
         fitting = ", ".join(target for target, of in domains.TARGETS.items() if of == drawn_by)
@@ -259,7 +262,7 @@ def compared(options: Options) -> str | None:
     return f"{distributed.world()} process(es) and micro-batches of {micro}"
 
 
-def _check_company(options: Options) -> None:
+def _refuse_lone_pictures(options: Options) -> None:
     """InputError if a picture of --method pa would go through the network alone."""
     world = distributed.world()
     for share in (options.batch_size // world, -(-options.batch_size // world)):

@@ -10,7 +10,6 @@ what to expect; python -m experiments.toy2d_measured measures more.
 import dataclasses
 import functools
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from plumbing import options as flags
 from plumbing.seeds import generator
 
 METHODS = {"baseline": (False, False), "guided, ten": (True, False), "TAN, ten": (True, True)}  # Eqs. 6, 8
-SHOWN = (*METHODS, "guided, exact", "TAN, exact")  # the classifier: it knows the ten shots alone, or Bayes'
+SHOWN = (*METHODS, "guided, exact", "TAN, exact")  # by classifiers that know the ten shots, or by Bayes'
 COLOURS = {"reference": "cyan", "baseline": "darkblue", "guided": "sienna", "TAN": "orange"}  # the caption's
 FEW = 3                                                            # iterations before Figures 2(b) and 2(c)
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # and the last: where Figure 2(d) looks
@@ -62,13 +61,12 @@ class Options:
     """Where the results go (an earlier result there is replaced)."""
 
 
-def adapt(options: Options, method: str, model: MLP, ten: MLP, shots: Tensor, steps: int) -> Iterator[MLP]:
-    """Algorithm 1 as this method has it, from shots (10, E, 2) and E classifiers that know them alone."""
+def adapt(options: Options, method: str, model: MLP, ten: MLP, shots: Tensor, updates: int) -> Iterator[MLP]:
+    """Algorithm 1 from shots (10, E, 2) and E classifiers that know them; the same draws for each method."""
     guided, adversarial = METHODS[method]
-    g = generator(options.seed, 3)  # every method sees the same timesteps and noises
-    return gaussians.adapt(model, shots, g, ten.class_logits if guided else None, options.gamma,
-                           options.omega, options.pgd_steps if adversarial else 0, options.learning_rate,
-                           steps, functools.partial(bar, desc=method))
+    return gaussians.adapt(model, shots, generator(options.seed, 3), ten.class_logits if guided else None,
+                           options.gamma, options.omega, options.pgd_steps if adversarial else 0,
+                           options.learning_rate, updates, functools.partial(bar, desc=method))
 
 
 def compare(options: Options, model: MLP, ten: MLP, shots: Tensor, t: int) -> dict[str, Tensor]:
@@ -100,14 +98,14 @@ def draw_gradients(axes: Axes, found: dict[str, Tensor], title: str) -> None:
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, markerscale=4)
 
 
-def draw_trajectories(axes: Axes, title: str, original: Tensor, adapted: Tensor) -> tuple[float, float, float]:
-    """Figure 2(b) or (c): density of the adapted model's trajectories (steps + 1, N); one of each model."""
+def draw_trajectories(axes: Axes, title: str, original: Tensor, adapted: Tensor) -> tuple[float, ...]:
+    """Figure 2(b, c): density of trajectories (steps + 1, N); its last peak, mean and s.d. of the shift."""
     bins = torch.linspace(-5, 4, 91)
     density = torch.stack([torch.histogram(x.contiguous(), bins, density=True).hist for x in adapted])
-    axes.pcolormesh(range(len(density) + 1), bins, density.T, cmap="magma", vmin=0, vmax=0.42)
+    axes.pcolormesh(range(len(density) + 1), bins.numpy(), density.T.numpy(), cmap="magma", vmin=0, vmax=0.42)
     axes.plot(original[:, 0], color="cyan", label="original model")
     axes.plot(adapted[:, 0], color="gold", label="adapted model")
-    axes.set(xlabel="sampling step", ylabel="first coordinate", title=title)
+    axes.set(xlabel="sampling step", ylabel="first coordinate", title=f"{title}, after {FEW} iterations")
     axes.legend(fontsize=8, loc="lower left", labelcolor="white", facecolor="black", framealpha=0.5)
     shift = adapted[-1] - original[-1]
     return density[-1].max().item(), shift.mean().item(), shift.std().item()
@@ -127,13 +125,10 @@ def draw_distances(axes: Axes, options: Options, model: MLP, ten: MLP, shots: Te
         axes.plot(iterations, middle, color=colour, label=method)
         axes.fill_between(iterations, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(8 ** 0.5, color="black", linewidth=0.8, linestyle="--", label="before adapting")
-    axes.axvline(FEW, color="black", linewidth=0.8, linestyle=":", label="(b) and (c)")
-    axes.set(xscale="log", yscale="log", xlabel="iterations", ylabel="2-Wasserstein distance",
+    x, y = [2 ** i for i in range(9)], [0.5, 1, 2, 5, 10]
+    axes.set(xscale="log", yscale="log", xticks=x, xticklabels=x, yticks=y, yticklabels=y, ylim=(0.2, 20),
+             xlim=(1, options.iterations), xlabel="iterations", ylabel="2-Wasserstein distance",
              title="(d) samples against target")
-    axes.set_xticks([2 ** i for i in range(9)], [2 ** i for i in range(9)])
-    axes.set_yticks([0.5, 1, 2, 5, 10], [0.5, 1, 2, 5, 10])
-    axes.set(xlim=(1, options.iterations), ylim=(0.2, 20))
-    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower center", framealpha=1, edgecolor="white")
     return curves
@@ -148,8 +143,10 @@ def main() -> None:
     flags.below(options, timesteps=SCHEDULE.timesteps)
     flags.positive(options, "gamma", "learning_rate")
     flags.seed(options)
-    started, seed, times = time.time(), options.seed, sorted(options.timesteps)
-    out, middle = Path(options.output_dir), times[len(times) // 2]
+    if not options.timesteps:
+        raise flags.InputError("--timesteps: give at least one")
+    seed, times, out = options.seed, sorted(options.timesteps), Path(options.output_dir)
+    middle = times[len(times) // 2]
     out.mkdir(parents=True, exist_ok=True)
 
     # The source model, the ten shots of each draw, and the classifiers that know them alone
@@ -169,8 +166,7 @@ def main() -> None:
     original, drawn = trajectories(model, noise, 100)[..., 0, 0], []
     for axes, title, method in ((b, "(b) baseline", "baseline"), (c, "(c) TAN", "TAN, ten")):
         *_, adapted = adapt(options, method, model, ten.select([0]), shots[:, :1], FEW)
-        path = trajectories(adapted, noise, 100)[..., 0, 0]
-        drawn.append(draw_trajectories(axes, f"{title}, after {FEW} iterations", original, path))
+        drawn.append(draw_trajectories(axes, title, original, trajectories(adapted, noise, 100)[..., 0, 0]))
     bottom.colorbar(c.collections[0], ax=c, label="density")
     curves = draw_distances(d, options, model, ten, shots)
     figure.savefig(out / "figure2.png", dpi=110)
@@ -180,25 +176,24 @@ def main() -> None:
     ratio, along = half[:, 1] / half[:, 0], (angle(long, gradients[middle]["adversarial"]) - 90).abs() > 45
     medians = [[median for _, _, median, _ in curve] for curve in curves.values()]
     (peak_b, shift_b, spread_b), (peak_c, shift_c, spread_c) = drawn
-    claims = {f"(a) gradient closer to that of 10,000 samples: angle, t = {t}":
+    claims = {f"(a) closer to 10,000 samples, degrees, t = {t}":
               [angle(found[name], found["reference"]).mean().item() for name in SHOWN]
               for t, found in gradients.items()}
-    claims |= {f"(a) noise is an ellipse: ratio of its axes, t = {middle}": [None, None, ratio.mean().item()],
-               "    share of draws in which it lies along the gradient": [None, None, along.float().mean().item()],
-               f"(d) target learnt faster: distance after {FEW} iterations": [m[STAGES.index(FEW)] for m in medians],
+    claims |= {f"(a) noise an ellipse: ratio of axes, t = {middle}": [None, None, ratio.mean().item()],
+               "    share of draws with it along the gradient": [None, None, along.float().mean().item()],
+               f"(d) learnt faster: distance after {FEW} iterations": [m[STAGES.index(FEW)] for m in medians],
                "    the largest (2.83 before)": [max(m) for m in medians],
                "    at the end": [m[-1] for m in medians],
-               "(c) a brighter centre: peak density (ideal 0.40)": [peak_b, None, peak_c],
-               "(c) parallel lines: shift of all points (ideal -2)": [shift_b, None, shift_c],
+               "(c) brighter centre: peak (ideal 0.40)": [peak_b, None, peak_c],
+               "(c) parallel lines: mean shift (ideal -2)": [shift_b, None, shift_c],
                "    its standard deviation (ideal 0)": [spread_b, None, spread_c]}
-    seconds = round(time.time() - started, 1)
-    results = dict(options=flags.flat(options), shown=SHOWN, claims=claims, distances=curves, seconds=seconds)
+    results = dict(options=flags.flat(options), shown=SHOWN, claims=claims, distances=curves)
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(" " * 60 + "".join(f"{name:>15}" for name in SHOWN))
+    print(f"{'what the paper says, and what was measured':46}" + "".join(f"{name:>14}" for name in SHOWN))
     for claim, numbers in claims.items():
-        print(f"{claim:60}" + "".join(" " * 15 if x is None else f"{x:15.2f}" for x in numbers))
-    print(f"\n{options.draws} draws of ten shots (b, c: the first), seed {seed}, {seconds:.0f} s.  ten: the "
-          f"classifier knows the ten shots\nalone; exact: Bayes'.  {out}/figure2.png, results.json")
+        print(f"{claim:46}" + "".join(" " * 14 if x is None else f"{x:14.2f}" for x in numbers))
+    print(f"\n{options.draws} draws of ten shots (b, c: the first), seed {seed}.  ten: the classifier knows "
+          f"the ten shots alone;\nexact: the Bayes classifier.  {out}/figure2.png, results.json")
 
 
 if __name__ == "__main__":

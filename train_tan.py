@@ -5,14 +5,14 @@
   python train_tan.py --source toyfaces-latent               the same on a latent diffusion model
   python train_tan.py --source ffhq_p2.pt --target photos/ --precision bf16    a published checkpoint
   torchrun --nproc_per_node=8 train_tan.py --source ...      on 8 GPUs; --batch-size stays the global one
-  python train_tan.py --target sunglasses --resume           go on where it stopped, to the very same weights
+  python train_tan.py --target sunglasses --resume           go on where it stopped, on a CPU bit for bit
 
-What is not typed becomes what suits the source (settings.py): the paper's numbers for 256x256 networks,
-others for one of 64 pixels or less, as the built-in ones; the program says which when it starts.
+Options left out get what suits the source (settings.py): the paper's numbers above 64 pixels, others for
+smaller sources such as the built-in ones.  The program prints those that are not the paper's.
 
 A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below),
-progress.png (the same noises at several iterations), loss.png, metrics.jsonl, options.json,
-weights.safetensors, classifier.safetensors. More pictures from it: python sample.py runs/TARGET -n 64
+progress.png (the same noises at several iterations), loss.png, metrics.jsonl, options.json, checkpoint.pt,
+weights.safetensors, classifier.safetensors.  More pictures from it: python sample.py runs/TARGET -n 64
 """
 
 import functools
@@ -56,13 +56,16 @@ def source_pictures(source: Network, options: Options) -> Tensor:
         return domains.source_images(name, count, source.image_size, options.seed)
     distributed.say(f"sampling {count} source pictures for the classifier "
                     "(--source-images FOLDER would save this)")
-    # psi is still zero: the network draws what the source model draws.
+    # psi, which is attached already, is still zero: the network draws what the source model draws.
     return source.sample(range(10**6, 10**6 + count), 25, batch_size=options.micro_batch_size or 64,
                          progress=functools.partial(progress.bar, text="source pictures"))
 
 
 def classifier_inputs(source: Network, targets: Tensor, options: Options) -> tuple[Tensor, Network | None]:
-    """The classifier's target pictures, and what it starts from; InputError where the options are wrong."""
+    """The classifier's target pictures, and the network it starts from (None without guidance).
+
+    Raises InputError where the options are wrong: early, before anything is written.
+    """
     wanted = options.guidance
     if not METHODS[options.method].guidance:
         return targets, None
@@ -73,9 +76,9 @@ def classifier_inputs(source: Network, targets: Tensor, options: Options) -> tup
     return targets, start_classifier(wanted.classifier, wanted.classifier_arch, options.source, source)
 
 
-def run_classifier(source: Network, targets: Tensor, untrained: Network, options: Options, out: Path,
-                   device: torch.device) -> Classifier:
-    """p_phi (Eq. 5) of the run in `out`; if it is not there yet, rank 0 makes it from the targets."""
+def obtain_classifier(source: Network, targets: Tensor, begins: Network, options: Options, out: Path,
+                      device: torch.device) -> Classifier:
+    """p_phi (Eq. 5) of the run in `out`; if it is not there yet, rank 0 fine-tunes it on the targets."""
     wanted, path = options.guidance, out / "classifier.safetensors"
 
     def start() -> Classifier:
@@ -88,11 +91,12 @@ def run_classifier(source: Network, targets: Tensor, untrained: Network, options
         pictures = source_pictures(source, options).to(device)
         kinds = wanted.augment or domains.AUGMENT.get(options.target, ("flip", "shift"))
         model, accuracy = make_classifier(
-            start, source.schedule, pictures, targets.to(device), kinds, wanted.classifier_iterations,
-            wanted.classifier_batch_size, wanted.classifier_learning_rate,
-            functools.partial(generator, options.seed), source.encode if source.first_stage else None,
-            wanted.classifier_check, options.micro_batch_size, progress.bar)
-        description = dict(untrained.description, held_out_accuracy=accuracy)
+            start, source.schedule, pictures, targets.to(device), kinds=kinds,
+            iterations=wanted.classifier_iterations, batch_size=wanted.classifier_batch_size,
+            learning_rate=wanted.classifier_learning_rate, stream=functools.partial(generator, options.seed),
+            encode=source.encode if source.first_stage else None, check=wanted.classifier_check,
+            micro_batch_size=options.micro_batch_size, progress=progress.bar)
+        description = dict(begins.description, held_out_accuracy=accuracy)
         save_network(path, Network(model, source.schedule, description))
     distributed.barrier()
     network = run_folder.load_classifier(out)
@@ -150,65 +154,63 @@ def main() -> None:
     source = load_source(options.source, options.arch)
     asked, options = options, settings.suited(options, source)
     settings.check(options, typed, source)
-    method, noise, b = METHODS[options.method], options.adversarial_noise, options.batch_size
-    micro = options.micro_batch_size or b
     targets = domains.target_images(options.target, source.image_size)
-    examples, untrained = classifier_inputs(source, targets, options)
-    belongs = run_folder.identity(source, targets, settings.compared(options))
-    state = run_folder.open_run(out, flat(options), belongs)  # from which a resumed run goes on
+    classifier_targets, begins = classifier_inputs(source, targets, options)
+    identity = run_folder.identity(source, targets, settings.compared(options))
+    state = run_folder.open_run(out, flat(options), identity)  # what a resumed run goes on from
+    method, guide, pgd = METHODS[options.method], options.guidance, options.adversarial_noise
 
-    # Require: binary classifier p_phi (Eq. 5), pre-trained eps_theta and psi (Eq. 9), learning rate
+    # Require: binary classifier p_phi, pre-trained eps_theta (and psi beside it: section 4.3), learning rate
     torch.manual_seed(options.seed)
     model, schedule = source.to(device).model, source.schedule
-    psi = trainable(source, options)
+    psi = trainable(source, options)  # all of theta for a method without adaptors
     describe(source, psi, targets, asked, options, device)
-    classifier = (run_classifier(source, examples, untrained, options, out, device)
+    classifier = (obtain_classifier(source, classifier_targets, begins, options, out, device)
                   if method.guidance else None)
+    ascended = adaptor.source_model(model) if pgd.pgd_network == "source" else model  # theta of Eq. 10
     optimizer, ema = torch.optim.Adam(psi, lr=options.learning_rate), EMA(psi, options.ema)
-    # The network whose worst noise is sought
-    adversary = adaptor.source_model(model) if noise.pgd_network == "source" else model
 
-    # q(x_0): the pictures and their mirror images, as the network sees them
-    pictures = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
+    # q(x_0): the pictures and, after them, their mirror images, as the network sees them
+    x0s = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
 
-    pairwise = pairwise_losses(source, pictures[:len(targets)], options)
-    report = run_folder.Report(out, flat(options), source, belongs["source"], targets, ema, device)
-    loop = Loop(out, options.method, options.iterations, options.save_every, b, psi, optimizer, ema,
-                lambda iteration: options.learning_rate * warmup(iteration, options.warmup), device, state,
-                belongs, report.preview)
+    pairwise = pairwise_losses(source, x0s[:len(targets)], options)
+    report = run_folder.Report(out, flat(options), source, identity["source"], targets, ema, device)
+    b, micro = options.batch_size, options.micro_batch_size or options.batch_size
+    loop = Loop(out, options.method, options.iterations, options.save_every, batch_size=b, parameters=psi,
+                optimizer=optimizer, ema=ema, device=device, state=state, keep=identity, after=report.preview,
+                learning_rate=lambda iteration: options.learning_rate * warmup(iteration, options.warmup))
     mine = distributed.share(b)
-    for iteration in loop:                                                 # Algorithm 1, line 1
+    for iteration in loop:                                                 # Algorithm 1, lines 1 and 10
         g = generator(options.seed, 0, iteration)                          # every rank draws the global batch
         chosen = torch.randint(len(targets), (b,), generator=g)
         t = torch.randint(schedule.timesteps, (b,), generator=g)           # line 3
         eps = torch.randn(b, *source.shape, generator=g)                   # line 4
-        mirrored = torch.rand(b, generator=g) < 0.5 if options.flip else torch.zeros(b, dtype=torch.bool)
-        x0 = pictures[chosen + len(targets) * mirrored]                    # line 2
+        mirrored = torch.rand(b, generator=g) < (0.5 if options.flip else 0)
+        x0 = x0s[chosen + len(targets) * mirrored]                         # line 2
         x0, t, eps = (values[mine].to(device) for values in (x0, t, eps))  # and works on its share
 
         stats = Stats(schedule.timesteps, device)
         for x0_, t_, eps_ in zip(x0.split(micro), t.split(micro), eps.split(micro)):
             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                eps_star, ascent = eps_, []
+                eps_star, pgd_losses = eps_, []
                 if method.adversarial_noise:                               # lines 5-7, Eq. 8
-                    eps_star, ascent = worst_case_noise(adversary, schedule, x0_, t_, eps_, noise.pgd_steps,
-                                                        noise.omega)
+                    eps_star, pgd_losses = worst_case_noise(ascended, schedule, x0_, t_, eps_, pgd.pgd_steps,
+                                                            pgd.omega)
                 xt = schedule.add_noise(x0_, t_, eps_star)
-                guidance = similarity_guidance(
-                    classifier, schedule, xt, t_, options.guidance.gamma, options.guidance.guidance_power,
-                    options.guidance.guidance_below)
+                guidance = similarity_guidance(classifier, schedule, xt, t_, guide.gamma,
+                                               guide.guidance_power, guide.guidance_below)
                 eps_theta = predict_eps(model, xt, t_)
                 losses = guided_loss(eps_star, eps_theta, guidance)        # line 8, Eq. 9
                 if pairwise:
                     losses = losses + pairwise(xt, t_, eps_theta, x0_)
             (losses.sum() / b).backward()
-            stats.add(t_, losses.detach(), guidance, ascent)
+            stats.add(t_, losses.detach(), guidance, pgd_losses)
         distributed.sum_gradients(psi)
 
         line = stats.reduce()
         remedy = "start again with --overwrite and a lower --learning-rate or --gamma, or --precision fp32"
         gradient_norm = loop.check(line["loss"], remedy)
-        optimizer.step()                                                   # line 9
+        optimizer.step()                                                   # line 9, by Adam
         ema.update()
         loop.record(**line, gradient_norm=gradient_norm)
         watch(loop, line)

@@ -6,7 +6,7 @@ So published weights load strictly.  Options turn it into those of Ho et al. 202
     x_t, t  ->  time_embed -> input_blocks -> middle_block -> output_blocks -> out  ->  eps
 
 `Encoder` is the first half; `UNet` here and `Classifier` in classifier.py are built on it.  A residual
-block has one hook, `adaptor`, empty until adaptor.attach() fills it (Eq. 9).
+block has one hook, `adaptor`, empty until adaptor.attach() fills it (section 4.3).
 """
 
 import math
@@ -69,7 +69,7 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})  (Eq. 9): the residual block and, once attached, its adaptor.
+    """x^l = theta^l(x^{l-1}) + psi^l(x^{l-1}) (section 4.3): a residual block and, if attached, its adaptor.
 
     `resample` is None, "up" or "down"; the time embedding enters additively or, with `scale_shift`, as
     scale and shift after the second norm.
@@ -80,6 +80,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels
         self.scale_shift = scale_shift
+        self.scale = {None: 1, "up": 2, "down": 0.5}[resample]  # H'/H
         self.resample = nn.Identity()
         if resample:
             self.resample = {"up": Upsample, "down": Downsample}[resample](channels, with_conv=False)
@@ -105,7 +106,7 @@ class ResBlock(nn.Module):
             h = self.out_layers(h + emb_out)
         h = self.skip_connection(self.resample(x)) + h                  # theta^l(x)
         if self.adaptor is not None:
-            h = h + self.adaptor(x, emb)                                # Eq. 9: + psi^l(x)
+            h = h + self.adaptor(x, emb)                                # + psi^l(x), section 4.3
         return h
 
 

@@ -28,17 +28,17 @@ class PairwiseLosses:
         self.source = copy.deepcopy(model).requires_grad_(False)
         self.schedule, self.bound, self.weights = schedule, bound, weights
 
-    def __call__(self, xt: Tensor, t: Tensor, eps_predicted: Tensor, x0: Tensor) -> Tensor:
+    def __call__(self, xt: Tensor, t: Tensor, eps_theta: Tensor, x0: Tensor) -> Tensor:
         """x_t, timesteps, the adapted network's eps and the training pictures, (B, ...) each -> (B,).
 
-        Each picture's gradient is scaled with alpha_bar_t, which the paper does not: an error of eps
-        becomes sqrt((1 - alpha_bar_t) / alpha_bar_t) times as large in x_0, a factor of 157 at the noisiest
-        timestep, and without the scale those few pictures drown Eq. 1.
+        Each picture's gradient is scaled with alpha_bar_t, which Zhu et al. do not: an error of eps
+        becomes sqrt((1 - alpha_bar_t) / alpha_bar_t) times as large in x_0, with the linear schedule a factor
+        of 157 at the noisiest timestep, and without the scale those few pictures drown Eq. 1.
         """
         with torch.no_grad():
             eps_source = predict_eps(self.source, xt, t)
         adapted, source = (self.schedule.predict_x0(xt, t, eps).clamp(-self.bound, self.bound)
-                           for eps in (eps_predicted, eps_source))
+                           for eps in (eps_theta, eps_source))
         adapted = scale_gradient(adapted, self.schedule.at(t, adapted))
         return pairwise_loss(adapted, source, x0, *self.weights)
 
@@ -65,19 +65,18 @@ def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     return factor * x + (1 - factor) * x.detach()
 
 
-def pairwise_loss(adapted: Tensor, source: Tensor, x0: Tensor, image: float, detail: float,
-                  detail_mse: float) -> Tensor:
+def pairwise_loss(adapted: Tensor, source: Tensor, x0: Tensor, image_weight: float,
+                  detail_weight: float, mse_weight: float) -> Tensor:
     """(B, C, H, W) predicted x_0 of the adapted and of the source network, and the training pictures -> (B,).
 
-    `image` and `detail` weigh KL(adapted || source) of the similarities, as the paper prints it, of
-    pictures and of their detail, `detail_mse` the detail's mean squared error.  With one picture the first
-    two are 0.
+    The weights are those of KL(adapted || source) of the similarities, as Zhu et al. print it, of pictures
+    and of their detail, and of the detail's mean squared error.  With one picture the first two are 0.
     """
     def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
-        p, q = log_similarities(ours), log_similarities(theirs)
-        return (p.exp() * (p - q)).sum(1)
+        log_p, log_q = log_similarities(ours), log_similarities(theirs)
+        return (log_p.exp() * (log_p - log_q)).sum(1)
 
     fine = high_frequency(adapted)
     mse = (fine - high_frequency(x0)).square().flatten(1).mean(1)
-    divergences = image * divergence(adapted, source) + detail * divergence(fine, high_frequency(source))
-    return divergences + detail_mse * mse
+    of_pictures, of_detail = divergence(adapted, source), divergence(fine, high_frequency(source))
+    return image_weight * of_pictures + detail_weight * of_detail + mse_weight * mse

@@ -164,6 +164,8 @@ def read_options() -> Options:
     flags.below(options, timesteps=SCHEDULE.timesteps)
     flags.positive(options, "gamma", "learning_rate")
     flags.seed(options)
+    if not options.timesteps:
+        raise flags.InputError("--timesteps: give at least one")
     return options
 
 

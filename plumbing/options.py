@@ -4,8 +4,6 @@
     class Options:
         model: Positional[str]
         '''Folder of a run, or a source.'''
-        n: Annotated[int, short("-n")] = 64
-        '''Number of pictures.'''
         source: Unset[str] = None
         '''What to adapt (default: the source of the target).'''
         guidance: Guidance = dataclasses.field(default_factory=Guidance)     # a group of --help

@@ -1,8 +1,8 @@
 """What every training program shares: averaged weights, learning rates, and what comes after each step.
 
-A run can be killed at any moment.  All randomness of iteration i comes from a generator made of (seed, i),
-and a checkpoint holds weights, average and optimiser: a resumed run computes the very numbers of one never
-stopped.
+A run can be killed at any moment.  All randomness of an iteration comes from a generator made of the seed and
+its number, and a checkpoint holds weights, average and optimiser: on a CPU a resumed run computes bit for bit
+what one that was never stopped computes.
 """
 
 import math
@@ -105,6 +105,7 @@ class Loop:
     moves the bar.  Saves checkpoint.pt every `save_every` iterations, at the end, and on Ctrl-C or SIGTERM,
     which end the program with status 130.
 
+    text             label of the bar
     parameters       what learns, with its optimizer and its average
     learning_rate    of an iteration
     batch_size       pictures an iteration, over all ranks
@@ -219,5 +220,6 @@ class Stats:
         if self.guided:  # relative to eps, whose root mean square is 1
             line["guidance_rms"] = [None if m is None else m ** 0.5 for m in mean(strength)]
         if self.ascended:
+            # At eps^{J-1} over eps^0: the gain of all steps but the last, after which no loss is computed.
             line["pgd_gain"] = (last.sum() / first.sum()).item()
         return line

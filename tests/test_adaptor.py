@@ -85,7 +85,7 @@ def test_adaptor_sees_image_and_time_and_adds_to_its_block():
     assert (psi - block.adaptor(x + randn(*x.shape, seed=1), emb)).abs().max() > 1e-3
     assert (psi - block.adaptor(x, emb + 1)).abs().max() > 1e-3
     alone = adaptor.source_model(unet).get_submodule("middle_block.0")
-    torch.testing.assert_close(block(x, emb), alone(x, emb) + psi)  # Eq. 9
+    torch.testing.assert_close(block(x, emb), alone(x, emb) + psi)  # section 4.3
 
 
 # ---- what learns -----------------------------------------------------------------------------------------------------
