@@ -32,7 +32,7 @@ SHOWN = (*METHODS, "guided, exact", "TAN, exact")  # by classifiers that know th
 COLOURS = {"reference": "cyan", "baseline": "darkblue", "guided": "sienna", "TAN": "orange"}  # the caption's
 FEW = 3                                                            # iterations before Figures 2(b) and 2(c)
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # and the last: where Figure 2(d) looks
-bar = functools.partial(tqdm, leave=False, mininterval=0.5)
+bar = functools.partial(tqdm, leave=False, mininterval=0.5, disable=None)  # no bar in a log file
 
 
 @dataclasses.dataclass

@@ -260,3 +260,18 @@ def test_files_that_are_not_there(tmp_path):
             read_tensors(tmp_path / name)
     with pytest.raises(InputError, match="folder.pt: is a folder"):
         read_tensors(tmp_path / "folder.pt")
+
+
+# ---- what can be a source --------------------------------------------------------------------------------
+
+def test_a_source_is_of_rgb_pictures(tmp_path):
+    save_network(tmp_path / "grey.safetensors", tiny_network(in_channels=1, out_channels=1))
+    with pytest.raises(InputError, match="grey.safetensors: takes 1 channels and gives 1; only models of RGB"):
+        load_source(str(tmp_path / "grey.safetensors"))
+
+
+def test_a_classifier_from_scratch_knows_nothing_of_the_source():
+    source = tiny_network()
+    features = source.model.encode(X, T)[0]
+    assert start_classifier("encoder", None, "", source).model.encode(X, T)[0].equal(features)
+    assert not start_classifier("scratch", None, "", source).model.encode(X, T)[0].equal(features)

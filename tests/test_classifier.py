@@ -19,6 +19,7 @@ from classifier import (
     log_prob_gradient,
     make_classifier,
     replace_head,
+    similarity_guidance,
 )
 from ddpm import Schedule
 
@@ -81,6 +82,13 @@ def test_the_loss_pulls_the_prediction_to_eps_minus_guidance():
     gradient, = torch.autograd.grad(guided_loss(eps, predicted, guidance).sum(), predicted)
     torch.testing.assert_close(gradient, 2 / 16 * guidance)  # descent moves it against the guidance
     assert guided_loss(eps, eps - guidance, guidance).allclose(torch.zeros(2), atol=1e-12)
+
+
+def test_guidance_below_a_timestep():
+    w, xt, t = randn(2, 48), randn(3, 3, 4, 4, seed=1), torch.tensor([10, 499, 500])
+    guidance = similarity_guidance(lambda x, t: x.flatten(1) @ w.T, Schedule(), xt, t, 5.0, below=500)
+    assert [g.abs().max().item() > 0 for g in guidance] == [True, True, False]
+    assert similarity_guidance(None, Schedule(), xt, t, 5.0) == 0
 
 
 # ---- where a classifier comes from -----------------------------------------------------------------------------------
@@ -261,8 +269,10 @@ def test_the_check_is_on_pictures_that_were_held_out(calls):
     assert torch.equal(torch.cat([held_target, trial[2]]), target)
     assert (len(held_source), len(held_target)) == (4, 2) and more == dict(micro_batch_size=3)
     assert torch.equal(final[1], source) and torch.equal(final[2], target)
+    assert g.initial_seed() == classifier.ACCURACY
     for _, _, _, iterations, batch_size, rate, changes, g, micro, _ in calls["trained"]:
         assert (iterations, batch_size, rate, changes, micro) == (7, 6, 1e-3, kinds, 3)
+        assert g.initial_seed() == classifier.BATCHES
 
 
 def test_of_latents_changed_versions_are_encoded(calls):

@@ -60,3 +60,8 @@ def test_unfinished_and_absent_runs(run, tmp_path):
         run_folder.load_classifier(run)
     with pytest.raises(InputError, match="not the folder of a run"):
         run_folder.load_run(tmp_path)
+
+
+def test_the_weights_of_a_run_are_no_network(run):
+    with pytest.raises(InputError, match="weights.safetensors: the weights of a run, not a whole network"):
+        load_source(str(run / "weights.safetensors"))

@@ -427,3 +427,27 @@ def test_a_row_of_progress_that_a_kill_left_out_is_drawn_on_resuming(train, tmp_
     (run / "weights.safetensors").unlink()
     resume(run)
     assert (run / "progress.png").read_bytes() == whole
+
+
+def test_what_is_drawn_are_the_averages_and_drawing_changes_nothing(train, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(self, network, n, steps):
+        drawn.append([p.detach().clone() for p in self.ema.parameters])
+        return torch.zeros(n, 3, 16, 16)
+
+    monkeypatch.setattr(run_folder.Report, "draw", draw)
+    flags = "--method adaptor --iterations 3 --samples 2 --previews 3".split()
+    run = train(tmp_path / "run", *flags)
+    average = load_checkpoint(run / "checkpoint.pt")["ema"]["average"]
+    before, *_, last_preview, pairs, _ = drawn
+    assert len(drawn) == 6 and not all(torch.equal(a, b) for a, b in zip(before, average))
+    for shown in (last_preview, pairs):
+        assert all(torch.equal(a, b) for a, b in zip(shown, average, strict=True))
+    assert weights(train(tmp_path / "blind", *flags, "--samples", "0")) == weights(run)
+
+
+def test_fewer_iterations_than_were_done(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "2")
+    with pytest.raises(InputError, match="--iterations 1: the run in .* has done 2 already"):
+        resume(run, "--iterations", "1")
