@@ -31,7 +31,18 @@ from checkpoints.perceptual import inception_features, load_inception, load_lpip
 from domains import judge
 from metrics import frechet_distance, intra_lpips, kernel_distance
 from plumbing import distributed
-from plumbing.options import InputError, Positional, Unset, at_least, flag, flat, parse, run, seed, short
+from plumbing.options import (
+    InputError,
+    Positional,
+    Unset,
+    at_least,
+    check_seed,
+    flag,
+    flat,
+    parse,
+    run,
+    short,
+)
 from plumbing.pictures import ImageFolder
 from plumbing.progress import bar
 
@@ -177,7 +188,7 @@ def main() -> None:
         if name in typed:
             raise InputError(f"{flag(name)}: {why}; leave it out")
     at_least(options, n=2, steps=1, size=32, cluster_size=2)
-    seed(options)
+    check_seed(options)
     device = distributed.setup(options.device)
     if distributed.world() > 1:
         raise InputError("evaluate.py: works in one process; start it without torchrun")

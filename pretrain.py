@@ -41,12 +41,12 @@ from plumbing.options import (
     Unset,
     at_least,
     below,
+    check_seed,
     flag,
     flat,
     parse,
     positive,
     run,
-    seed,
 )
 from plumbing.pictures import ImageFolder, save_grid, to_tensor
 from plumbing.seeds import generator
@@ -159,7 +159,7 @@ def check(options: Options, typed: frozenset[str]) -> None:
              batch_size=distributed.world(), warmup=0, ema=0, threads=1, save_every=1)
     below(options, ema=1)
     positive(options, "learning_rate")
-    seed(options)
+    check_seed(options)
     factors = [2 ** level for level in range(len(options.shape.channel_mult))]
     if "attention" in typed and set(options.shape.attention) - set(factors):
         raise InputError(f"--attention {' '.join(map(str, options.shape.attention))}: this network halves "

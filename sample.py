@@ -22,7 +22,7 @@ from checkpoints import run_folder
 from classifier import TARGET, log_prob_gradient
 from plumbing import distributed
 from plumbing.files import write_atomic
-from plumbing.options import InputError, Positional, Unset, at_least, finite, parse, run, seed, short
+from plumbing.options import InputError, Positional, Unset, at_least, check_seed, finite, parse, run, short
 from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
 from plumbing.progress import bar
 
@@ -75,7 +75,7 @@ def main() -> None:
     eta = parse_eta(options.eta)
     at_least(options, n=1, batch_size=1, steps=1)
     finite(options, "guidance")
-    seed(options)
+    check_seed(options)
     folder = Path(options.model)
     network, of_run = run_folder.load_model(options.model, options.arch)
     network.check_steps(options.steps)

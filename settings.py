@@ -11,7 +11,18 @@ from checkpoints.load import BUILT_IN
 from checkpoints.network import Network
 from classifier import AUGMENTATIONS
 from plumbing import distributed
-from plumbing.options import InputError, Unset, at_least, below, finite, flag, flat, positive, replace, seed
+from plumbing.options import (
+    InputError,
+    Unset,
+    at_least,
+    below,
+    check_seed,
+    finite,
+    flag,
+    flat,
+    positive,
+    replace,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +244,7 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     below(options, ema=1)
     positive(options, "learning_rate", "classifier_learning_rate")
     finite(options, "gamma")
-    seed(options)
+    check_seed(options)
     if options.guidance.classifier_batch_size % 2:
         raise InputError(f"--classifier-batch-size {options.guidance.classifier_batch_size}: must be even, "
                          "half source and half target")

@@ -142,7 +142,7 @@ def main() -> None:
     flags.at_least(options, draws=1, repeats=1, timesteps=0, iterations=FEW, pgd_steps=0, omega=0)
     flags.below(options, timesteps=SCHEDULE.timesteps)
     flags.positive(options, "gamma", "learning_rate")
-    flags.seed(options)
+    flags.check_seed(options)
     if not options.timesteps:
         raise flags.InputError("--timesteps: give at least one")
     seed, times, out = options.seed, sorted(options.timesteps), Path(options.output_dir)

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from domains import PAINTERS, draw
-from plumbing.options import at_least, parse, run, seed
+from plumbing.options import at_least, check_seed, parse, run
 from plumbing.pictures import save_grid, to_tensor
 
 
@@ -24,7 +24,7 @@ class Options:
 def main() -> None:
     options, _ = parse(Options, __doc__)
     at_least(options, size=8)
-    seed(options)
+    check_seed(options)
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for domain in PAINTERS:

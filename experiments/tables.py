@@ -48,8 +48,7 @@ from experiments.tables_report import (
 )
 from plumbing import distributed
 from plumbing.files import read_metrics, write_atomic
-from plumbing.options import InputError, at_least, parse, replace, run, short
-from plumbing.options import seed as check_seed
+from plumbing.options import InputError, at_least, check_seed, parse, replace, run, short
 from plumbing.pictures import save_grid, to_tensor
 from plumbing.progress import bar
 from settings import METHODS

@@ -163,7 +163,7 @@ def read_options() -> Options:
     flags.at_least(options, draws=1, repeats=1, timesteps=0, iterations=1, pgd_steps=0, omega=0)
     flags.below(options, timesteps=SCHEDULE.timesteps)
     flags.positive(options, "gamma", "learning_rate")
-    flags.seed(options)
+    flags.check_seed(options)
     if not options.timesteps:
         raise flags.InputError("--timesteps: give at least one")
     return options

@@ -117,7 +117,7 @@ def finite(options: Any, *names: str) -> None:
     _refuse(options, names, math.isfinite, "a number")
 
 
-def seed(options: Any) -> None:
+def check_seed(options: Any) -> None:
     """InputError for a --seed that the generators do not take: 0 to 2^63 - 1."""
     _refuse(options, ("seed", "seeds"), lambda number: 0 <= number < 2 ** 63, "from 0 to 2^63 - 1")
 

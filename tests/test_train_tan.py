@@ -375,9 +375,12 @@ def test_warmup(train, tmp_path):
 
 def test_recomputed_activations_change_nothing(train, finished, tmp_path, monkeypatch):
     recomputed = []
-    monkeypatch.setattr(unet, "checkpoint", lambda stage, *a, **how: recomputed.append(1) or checkpoint(stage, *a, **how))
+    monkeypatch.setattr(unet, "checkpoint", lambda stage, *a, **how: recomputed.append(stage) or checkpoint(stage, *a, **how))
+    train(tmp_path / "classifier", "--checkpoint-blocks", "--iterations", "0")
+    assert recomputed  # p_phi's
     run = train(tmp_path / "run", "--checkpoint-blocks", "--iterations", "2")
-    assert recomputed and losses(run) == losses(finished)[:2]
+    assert any(".adaptor." in name for stage in recomputed for name, _ in stage.named_parameters())
+    assert losses(run) == losses(finished)[:2]
 
 
 def test_bf16_reaches_the_networks(train, tmp_path, monkeypatch):
