@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import adaptor
 from checkpoints.published import ARCHITECTURES
@@ -168,3 +170,18 @@ def test_parameter_rate_is_the_papers(name, millions, percent):
     assert abs(theta / 1e6 - millions) < 0.01
     assert adaptor.parameter_rate(unet) == pytest.approx(psi / theta)
     assert abs(100 * psi / theta - percent) < 0.4
+
+
+def test_attention_and_mlp_are_residual():
+    """Of branches that give nothing, what goes in is left."""
+    psi = attached().get_submodule("middle_block.0.adaptor")
+    for layer in (psi.proj, psi.mlp[2]):
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    nn.init.normal_(psi.up.weight)
+    x, emb = randn(2, psi.norm_in.num_channels, 8, 8), randn(2, psi.time.in_features)
+    h = psi.down(F.silu(psi.norm_in(x))) + psi.time(F.silu(emb))[:, :, None, None]
+    torch.testing.assert_close(psi(x, emb), psi.up(F.silu(psi.norm_out(h))))
+
+
+def test_the_default_width_of_a_tiny_network_is_4():
+    assert adaptor.default_width(source()) == 4  # 1.4 % of its parameters would be less than one channel

@@ -264,14 +264,18 @@ def test_files_that_are_not_there(tmp_path):
 
 # ---- what can be a source --------------------------------------------------------------------------------
 
-def test_a_source_is_of_rgb_pictures(tmp_path):
-    save_network(tmp_path / "grey.safetensors", tiny_network(in_channels=1, out_channels=1))
-    with pytest.raises(InputError, match="grey.safetensors: takes 1 channels and gives 1; only models of RGB"):
-        load_source(str(tmp_path / "grey.safetensors"))
+@pytest.mark.parametrize("takes, gives", [(4, 4), (1, 1), (3, 1), (3, 12)])
+def test_a_source_is_of_rgb_pictures(takes, gives, tmp_path):
+    save_network(tmp_path / "a.safetensors", tiny_network(in_channels=takes, out_channels=gives))
+    with pytest.raises(InputError, match=f"a.safetensors: takes {takes} channels and gives {gives}; only models of RGB"):
+        load_source(str(tmp_path / "a.safetensors"))
 
 
-def test_a_classifier_from_scratch_knows_nothing_of_the_source():
+def test_a_classifier_from_scratch_is_untrained_and_has_the_noise_of_the_source():
     source = tiny_network()
-    features = source.model.encode(X, T)[0]
-    assert start_classifier("encoder", None, "", source).model.encode(X, T)[0].equal(features)
-    assert not start_classifier("scratch", None, "", source).model.encode(X, T)[0].equal(features)
+    source.schedule = Schedule("cosine", 50)
+    scratch, encoder = (start_classifier(name, None, "", source) for name in ("scratch", "encoder"))
+    for network in (scratch, encoder):
+        assert network.schedule.config == network.description["schedule"] == source.schedule.config
+    first = [network.model.input_blocks[0][0].weight for network in (source, encoder, scratch)]
+    assert first[0].equal(first[1]) and not first[0].equal(first[2])

@@ -84,11 +84,14 @@ def test_the_loss_pulls_the_prediction_to_eps_minus_guidance():
     assert guided_loss(eps, eps - guidance, guidance).allclose(torch.zeros(2), atol=1e-12)
 
 
-def test_guidance_below_a_timestep():
-    w, xt, t = randn(2, 48), randn(3, 3, 4, 4, seed=1), torch.tensor([10, 499, 500])
-    guidance = similarity_guidance(lambda x, t: x.flatten(1) @ w.T, Schedule(), xt, t, 5.0, below=500)
-    assert [g.abs().max().item() > 0 for g in guidance] == [True, True, False]
-    assert similarity_guidance(None, Schedule(), xt, t, 5.0) == 0
+def test_similarity_guidance():
+    w, xt, t, schedule = randn(2, 48), randn(4, 3, 4, 4, seed=1), torch.tensor([100, 499, 500, 999]), Schedule()
+    model = lambda x, t: x.flatten(1) @ w.T
+    gradient, sigma_hat = log_prob_gradient(model, xt, t), schedule.sigma_hat(t, xt)
+    torch.testing.assert_close(similarity_guidance(model, schedule, xt, t, 3.0), 3 * sigma_hat ** 2 * gradient)
+    guidance = similarity_guidance(model, schedule, xt, t, 3.0, power=1, below=500)
+    torch.testing.assert_close(guidance[:2], 3 * (sigma_hat * gradient)[:2])
+    assert guidance[:2].any() and not guidance[2:].any() and similarity_guidance(None, schedule, xt, t, 3.0) == 0
 
 
 # ---- where a classifier comes from -----------------------------------------------------------------------------------
@@ -283,3 +286,31 @@ def test_of_latents_changed_versions_are_encoded(calls):
     assert accuracy is None and not calls["checked"] and changes == ()
     expected = [2 * augment(images.repeat(n, 1, 1, 1), ("colour",), stream(4)) for images, n in ((source, 2), (target, 16))]
     assert torch.equal(seen_source, expected[0]) and torch.equal(seen_target, expected[1])
+
+
+def test_fine_tuning_in_small_parts_is_the_same():
+    def tune(micro):
+        model, seen = tiny_classifier(), []
+        model.register_forward_pre_hook(lambda module, inputs: seen.append((len(inputs[0]), module.training)))
+        fine_tune(model, Schedule(), randn(4, 3, 16, 16), randn(4, 3, 16, 16, seed=1), 1, 8, 1e-3, (), stream(0), micro)
+        return model.out[2].c_proj.weight, seen
+    (whole, at_once), (split, parts) = tune(None), tune(3)
+    assert at_once == [(8, True)] and parts == [(3, True), (3, True), (2, True)]
+    torch.testing.assert_close(split, whole)
+
+
+class Idle(nn.Module):
+    """Its weight changes nothing."""
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+
+    def forward(self, x, t):
+        return 0 * self.w.expand(len(x), 2)
+
+
+def test_weights_decay():
+    """By 0.05 times the learning rate a step, as in guided-diffusion."""
+    model = Idle()
+    fine_tune(model, Schedule(), randn(2, 3, 4, 4), randn(2, 3, 4, 4), 2, 4, 0.1, (), stream(0))
+    torch.testing.assert_close(model.w.data, torch.full((2,), 0.995 ** 2))

@@ -3,15 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, tiny_network
 from torch import nn
 
 import train_tan
 from baselines import pairwise
 from checkpoints import run_folder
-from ddpm import Schedule
-from plumbing.files import read_metrics
+from checkpoints.load import load_source
+from ddpm import Schedule, predict_eps
+from plumbing.files import load_checkpoint, read_metrics
 from plumbing.options import InputError
+from plumbing.pictures import load_folder
+from settings import Options
 
 
 def randn(*shape, seed=0):
@@ -109,3 +112,31 @@ def test_three_weights(train, tmp_path, weights):
 def test_pictures_need_company(train, tmp_path, flags):
     with pytest.raises(InputError, match="--method pa compares pictures"):
         train(tmp_path / "run", "--method", "pa", *flags)
+
+
+def test_the_bound_is_that_of_pictures_or_of_the_latents_trained_on():
+    source, x0, options = tiny_network(), 3 * randn(4, 3, 16, 16), Options(method="pa")
+    assert train_tan.pairwise_losses(source, x0, options).bound == 1
+    source.first_stage = nn.Identity()
+    assert train_tan.pairwise_losses(source, x0, options).bound == x0.abs().max()
+
+
+def test_what_a_run_compares(train, tiny, tmp_path, monkeypatch):
+    seen, original = [], pairwise.PairwiseLosses.__call__
+    monkeypatch.setattr(pairwise.PairwiseLosses, "__call__", lambda self, *a: seen.append(a) or original(self, *a))
+    train(tmp_path / "run", "--method", "pa", "--iterations", 1)
+    (xt, t, eps, x0), = seen
+    shots, network = load_folder(tiny.targets, 16), load_source(str(tiny.source))
+    assert all(any(x.equal(shot) for shot in torch.cat([shots, shots.flip(3)])) for x in x0)
+    torch.testing.assert_close(eps, predict_eps(network.model, xt, t))  # before the first step
+    noise = (xt - network.schedule.at(t, x0).sqrt() * x0) / (1 - network.schedule.at(t, x0)).sqrt()
+    assert abs(noise.std() - 1) < 0.1
+
+
+def test_a_checkpoint_that_does_not_say_what_was_compared(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "pa", "--iterations", 1)
+    state = load_checkpoint(run / "checkpoint.pt")
+    del state["compared"]  # as it was saved once
+    torch.save(state, run / "checkpoint.pt")
+    call(train_tan.main, "--output-dir", run, "--resume", "--iterations", 2)
+    assert len(read_metrics(run / "metrics.jsonl")) == 2

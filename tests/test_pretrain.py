@@ -8,6 +8,7 @@ from conftest import call
 
 import pretrain
 from checkpoints.load import load_network, read_tensors
+from checkpoints.network import Network
 from ddpm import predict_eps
 from plumbing.files import load_checkpoint, read_metrics
 from plumbing.options import InputError
@@ -129,3 +130,23 @@ def test_a_loss_that_is_not_finite_keeps_the_state_before_it(tmp_path, monkeypat
     with pytest.raises(InputError, match="loss nan, .* at iteration 0; the state before it is in .*checkpoint.pt"):
         call(pretrain.main, "toyfaces", *TINY, "--iterations", 1, "--output-dir", tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 0
+
+
+def test_large_gradients_are_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "predict_eps", lambda model, xt, t: 1000 * model(xt, t) + 5)
+    call(pretrain.main, "toyfaces", *TINY, "--iterations", 1, "--output-dir", tmp_path)
+    moments = load_checkpoint(tmp_path / "checkpoint.pt")["optimizer"]["state"].values()
+    norm = sum((moment["exp_avg"] / 0.1).square().sum() for moment in moments) ** 0.5  # Adam's first step: 0.1 g
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["gradient_norm"] > 100 and norm == pytest.approx(1, rel=1e-3)
+
+
+def test_sample_pictures_are_drawn_with_the_average(tmp_path, monkeypatch):
+    drawn = []
+
+    def record(network, seeds):
+        drawn.extend(p.detach().clone() for p in network.model.parameters())
+        return torch.zeros(len(seeds), 3, 16, 16)
+    monkeypatch.setattr(Network, "sample", record)
+    call(pretrain.main, "toyfaces", *TINY, "--iterations", 2, "--output-dir", tmp_path)
+    average = load_checkpoint(tmp_path / "checkpoint.pt")["ema"]["average"]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, average, strict=True))

@@ -12,6 +12,7 @@ from checkpoints import run_folder
 from checkpoints.load import load_source
 from checkpoints.network import save_network
 from plumbing.options import InputError
+from settings import Options
 
 
 @pytest.fixture
@@ -65,3 +66,9 @@ def test_unfinished_and_absent_runs(run, tmp_path):
 def test_the_weights_of_a_run_are_no_network(run):
     with pytest.raises(InputError, match="weights.safetensors: the weights of a run, not a whole network"):
         load_source(str(run / "weights.safetensors"))
+
+
+def test_a_run_goes_on_on_the_device_that_is_there(finished, tmp_path):
+    options = json.loads((finished / "options.json").read_text())
+    (tmp_path / "options.json").write_text(json.dumps(dict(options, device="cuda")))
+    assert run_folder.resumed(tmp_path, Options(), frozenset()).device == "auto"

@@ -154,7 +154,7 @@ def interrupted(train, run, monkeypatch, at, *flags):
         train(run, *flags)
 
 
-@pytest.mark.parametrize("method", ["finetune", "guided"])
+@pytest.mark.parametrize("method", ["pa", "guided"])
 def test_killed_while_saving(method, train, tmp_path, monkeypatch):
     whole, run = train(tmp_path / "whole", "--method", method, "--iterations", "3"), tmp_path / "run"
     interrupted(train, run, monkeypatch, 3, "--method", method, "--iterations", "3", "--save-every", "1")
@@ -454,3 +454,58 @@ def test_fewer_iterations_than_were_done(train, tmp_path):
     run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "2")
     with pytest.raises(InputError, match="--iterations 1: the run in .* has done 2 already"):
         resume(run, "--iterations", "1")
+
+
+# ---- what the classifier is made from --------------------------------------------------------------------------------
+
+class Enough(Exception):
+    pass
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What make_classifier was called with, where the run ends."""
+    seen = {}
+
+    def record(start, schedule, source, target, **how):
+        seen.update(start=start, source=source, target=target, **how)
+        raise Enough
+    monkeypatch.setattr(train_tan, "make_classifier", record)
+    return seen
+
+
+def test_the_pictures_and_numbers_of_the_classifier(made, train, tiny, tmp_path):
+    with pytest.raises(Enough):
+        train(tmp_path / "run", "--classifier-targets", tiny.sources, "--classifier-batch-size", "6",
+              "--classifier-learning-rate", "0.5", "--micro-batch-size", "3", "--no-classifier-check")
+    assert torch.equal(made["target"], load_folder(tiny.sources, 16)) and len(made["source"]) == 8
+    numbers = [made[name] for name in ("iterations", "batch_size", "learning_rate", "micro_batch_size", "check")]
+    assert numbers == [3, 6, 0.5, 3, False] and made["encode"] is None and made["kinds"] == ("flip", "shift")
+    first, second = (made["start"]().state_dict() for _ in range(2))  # the same new head each time
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_changes_that_keep_a_built_in_target(made, train, tmp_path):
+    for flags, kinds in (([], ("flip", "shift", "colour")), (["--augment", "shift"], ("shift",))):
+        with pytest.raises(Enough):
+            train(tmp_path / "run", "--target", "sunglasses", "--overwrite", *flags)
+        assert made["kinds"] == kinds and len(made["target"]) == 10
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(train, tmp_path, monkeypatch):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
+
+    def killed(*a):
+        raise Enough
+    monkeypatch.setattr(train_tan, "guided_loss", killed)
+    with pytest.raises(Enough):
+        resume(run, "--iterations", "2")
+    assert not (run / "weights.safetensors").exists() and (run / "checkpoint.pt").exists()
+
+
+def test_a_folder_that_holds_files_of_the_same_names(train, tmp_path):
+    (tmp_path / "samples.png").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(InputError, match="holds files with the names a run would write, but is not a run"):
+            train(tmp_path, "--method", "adaptor", *more)
+    assert (tmp_path / "samples.png").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1

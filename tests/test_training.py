@@ -1,5 +1,6 @@
 """What every training program shares (plumbing/): averages, the loop, bars, files that are whole or absent."""
 
+import io
 import json
 import math
 import os
@@ -237,3 +238,32 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
         (tmp_path / name).touch()
     remove_unfinished(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.tmp", ".hidden"}
+
+
+def test_a_state_of_a_bar_is_one_line():
+    stream = io.StringIO()
+    lines = progress.Lines(stream)
+    for text in ("\rtest: 1/2", "\rtest: 1/2", "", "\r", "\rtest: 2/2", "\n"):
+        lines.write(text)
+    assert stream.getvalue() == "test: 1/2\ntest: 2/2\n"
+
+
+def test_the_first_process_alone_shows_bars(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert list(progress.bar(range(3), "quiet")) == [0, 1, 2] and capsys.readouterr().err == ""
+
+
+def test_what_is_written_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    path, done = tmp_path / "file", []
+    path.write_text("old")
+
+    def write(temporary):
+        done.append("write")
+        assert temporary.parent == tmp_path and temporary.name == f".file.{os.getpid()}.tmp"  # on the same disk
+        temporary.write_text("new")
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *a, name=name, original=getattr(os, name): done.append(name) or original(*a))
+    with open(path) as reader:
+        write_atomic(path, write)
+        assert reader.read() == "old" and path.read_text() == "new"  # who has it open reads on in the old one
+    assert done == ["write", "fsync", "replace"]
