@@ -134,7 +134,7 @@ class Options:
     """Built-in domain or folder of images."""
     network: Literal["unet", "classifier", "judge", "kl", "vq"] = "unet"
     """What to train."""
-    output_dir: str = ""
+    output_dir: Unset[str] = None
     """Where the run goes (default: runs/pretrain-SOURCE, with -latent, -kl, -vq, -classifier or -judge)."""
     resume: bool = False
     """Continue the run in --output-dir from its checkpoint, with the same flags."""

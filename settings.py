@@ -132,7 +132,7 @@ class Options:
     method: Annotated[Literal[tuple(METHODS)], tyro.conf.arg(
         help="; ".join(f"{name}: {method.text} ({method.loss})" for name, method in METHODS.items()) + ".",
     )] = "tan"
-    output_dir: str = ""
+    output_dir: Unset[str] = None
     """Where the run goes (default: runs/TARGET).
     Added to it are -SOURCE for a built-in target from another source, and -METHOD for the other methods."""
     resume: bool = False
