@@ -271,8 +271,9 @@ def encode_all(batch_of: Batch, n: int, network: Network, flip: bool, device: to
     for mirrored, indices in progress.bar(parts, "latents"):
         images = batch_of(indices)[0]
         latents.append(network.encode((images.flip(3) if mirrored else images).to(device)).cpu())
-    network.scale_factor = network.description["scale_factor"] = 1 / torch.cat(latents).std().item()
-    return torch.cat(latents) * network.scale_factor
+    unscaled = torch.cat(latents)
+    network.scale_factor = network.description["scale_factor"] = 1 / unscaled.std().item()
+    return unscaled * network.scale_factor
 
 
 def attribute_loss(logits: Tensor, labels: Tensor, attributes: dict[str, list[str]]) -> Tensor:
@@ -309,10 +310,10 @@ def latent_shape(network: Network, x0: Tensor) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
+def show(out: Path, network: Network, ema: EMA, batch_of: Batch, n: int) -> None:
     """model.safetensors (of the running average), samples.png and loss.png.
 
-    A first stage shows what becomes of `images`.
+    A first stage shows what becomes of the first of the n pictures.
     """
     if distributed.rank() != 0:
         return
@@ -323,7 +324,7 @@ def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
     if network.description["network"] == "UNet":
         save_grid(out / "samples.png", network.sample(range(64)), columns=16)
     elif network.description["network"] in FIRST_STAGES:  # pictures above, what comes back below
-        device = next(model.parameters()).device
+        device, images = next(model.parameters()).device, batch_of(torch.arange(min(16, n)))[0]
         decoded = model.decode(model.encode(images.to(device))).cpu()
         save_grid(out / "samples.png", torch.cat([images, decoded]), columns=len(images))
     model.train()
@@ -369,7 +370,7 @@ def main() -> None:
                     f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; {device}, "
                     f"{training.precision}; up to iteration {training.iterations}; {out}/")
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
-    ema, shown = EMA(parameters, training.ema), batch_of(torch.arange(min(16, n)))[0]
+    ema = EMA(parameters, training.ema)
 
     def learning_rate(iteration: int) -> float:
         decay = cosine_decay(iteration, training.iterations)
@@ -377,7 +378,7 @@ def main() -> None:
 
     def after(done: int, saved: bool) -> None:
         if saved or done == training.iterations:
-            show(out, network, ema, shown)
+            show(out, network, ema, batch_of, n)
 
     loop = Loop(out, options.network, training.iterations, training.save_every, b, parameters, optimizer, ema,
                 learning_rate, device, state, dict(options=flat(options)), after)
@@ -389,7 +390,8 @@ def main() -> None:
         mirrored = (torch.rand(b, generator=g)[mine] < 0.5) & options.data.flip
         if latents is None:
             x0, labels = batch_of(indices)
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
+            if options.data.flip:
+                x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         else:
             x0, labels = latents[indices + n * mirrored], None
         eps = torch.randn(b, *latent_shape(network, x0), generator=g)[mine]
@@ -402,7 +404,7 @@ def main() -> None:
         distributed.sum_gradients(parameters)
         total = distributed.sum_over_ranks(loss.detach().clone()).item()
         gradient_norm = loop.check(total, "go on with --resume and a lower --learning-rate")
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, torch.tensor(gradient_norm))
         optimizer.step()
         ema.update()
         loop.record(loss=total, gradient_norm=gradient_norm)

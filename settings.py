@@ -256,7 +256,7 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
         _refuse_lone_pictures(options)
     drawn_by, drawn_for = domains.drawn_by(options.source), domains.TARGETS.get(options.target)
     if drawn_by and drawn_for and drawn_for != drawn_by:
-        fitting = ", ".join(target for target, of in domains.TARGETS.items() if of == drawn_by)
+        fitting = ", ".join(domains.family(drawn_by)[1:])
         raise InputError(f"--target {options.target}: a target of {drawn_for}, not of {drawn_by}; leave "
                          f"--source out, or choose among {fitting}")
     out = folder_of(options)
