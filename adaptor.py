@@ -13,13 +13,15 @@
 """
 
 import copy
+import math
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import ResBlock, UNet, attend, zero_init
+from unet import ResBlock, UNet, zero_init
 
-GRID = 16  # at most 16x16 tokens, whatever the image size: attention costs the square of their number
+import os
+GRID = int(os.environ.get("GRID", 16))
 
 
 class Adaptor(nn.Module):
@@ -27,36 +29,36 @@ class Adaptor(nn.Module):
 
     width    d, the channels of the bottleneck
     scale    H'/H of the block: 1, 2 or 1/2
+    grid     tokens a side at most: attention costs the square of their number
     """
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, width: int, scale: float,
-                 norm_groups: int):
+                 norm_groups: int, grid: int):
         super().__init__()
-        self.scale = scale
+        self.scale, self.grid = scale, grid
         self.norm_in = nn.GroupNorm(norm_groups, channels)
         self.down = nn.Conv2d(channels, width, 3, padding=1)
         self.time = nn.Linear(emb_channels, width)
-        self.norm_attention = nn.GroupNorm(1, width)
-        self.qkv = nn.Conv1d(width, 3 * width, 1)
-        self.proj = nn.Conv1d(width, width, 1)
-        self.norm_mlp = nn.GroupNorm(1, width)
-        self.mlp = nn.Sequential(nn.Conv1d(width, 4 * width, 1), nn.GELU(), nn.Conv1d(4 * width, width, 1))
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.norm_out = nn.GroupNorm(1, width)
         self.up = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        rows, columns = x.shape[2:]
-        grid = min(rows, GRID), min(columns, GRID)
-        h = F.adaptive_avg_pool2d(x, grid)                                      # (B, C, H, W) -> (B, C, g, g)
+        size = [int(side * self.scale) for side in x.shape[2:]]                 # H', W'
+        pooling = math.ceil(max(x.shape[2:]) / self.grid)
+        h = F.avg_pool2d(x, pooling, ceil_mode=True) if pooling > 1 else x      # (B, C, H, W) -> (B, C, g, g)
         h = self.down(F.silu(self.norm_in(h)))                                  # -> (B, d, g, g)
-        h = (h + self.time(F.silu(emb))[:, :, None, None]).flatten(2)           # -> (B, d, g*g)
-        qkv = self.qkv(self.norm_attention(h)).unflatten(1, (1, 3, -1))         # -> (B, 1, 3, d, g*g)
-        q, k, v = qkv.unbind(2)                                                 # (B, 1, d, g*g) each
-        h = h + self.proj(attend(q, k, v))
+        grid = h.shape[2:]
+        h = h.flatten(2).transpose(1, 2) + self.time(F.silu(emb))[:, None]      # -> (B, g*g, d)
+        q, k, v = self.qkv(self.norm_attention(h))[:, None].chunk(3, dim=3)     # (B, 1, g*g, d) each
+        h = h + self.proj(F.scaled_dot_product_attention(q, k, v)[:, 0])
         h = h + self.mlp(self.norm_mlp(h))
-        h = h.unflatten(2, grid)                                                # -> (B, d, g, g)
-        size = int(rows * self.scale), int(columns * self.scale)
-        h = F.interpolate(h, size, mode="bilinear") if size != grid else h      # -> (B, d, H', W')
+        h = h.transpose(1, 2).unflatten(2, grid)                                # -> (B, d, g, g)
+        h = F.interpolate(h, size, mode="bilinear") if [*grid] != size else h   # -> (B, d, H', W')
         return self.up(F.silu(self.norm_out(h)))                                # -> (B, C', H', W')
 
 
@@ -80,10 +82,11 @@ def attach(unet: UNet, width: int | None = None) -> None:
     if any(block.adaptor is not None for block in blocks(unet).values()):
         raise ValueError("this U-Net already has adaptors")
     width, device = width or default_width(unet), next(unet.parameters()).device
+    grid = GRID
     unet.requires_grad_(False)
     for block in blocks(unet).values():
         psi = Adaptor(block.channels, block.emb_channels, block.out_channels, width, block.scale,
-                      unet.norm_groups)
+                      unet.norm_groups, grid)
         block.adaptor = psi.to(device)
 
 

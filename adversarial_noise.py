@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from ddpm import Schedule, predict_eps
 
 
-def norm(eps: Tensor, dims: tuple[int, ...] = (1, 2, 3)) -> Tensor:
-    """Norm of Eq. 8: mean 0 and standard deviation 1 over `dims`.
+def norm(eps: Tensor, dims: tuple[int, ...] = (1, 2, 3), like: Tensor | None = None) -> Tensor:
+    """Norm of Eq. 8: mean 0 and standard deviation 1 over `dims`, or those of the noise `like`.
 
     The paper does not say over which; the default is each image on its own, over (C, H, W).  Vectors of two
     numbers cannot be normalised among themselves: in two dimensions it is the batch, dims=(0,).
     """
-    mean, std = eps.mean(dims, keepdim=True), eps.std(dims, correction=0, keepdim=True)
-    return (eps - mean) / std
+    mean, std = _moments(eps, dims)
+    wanted_mean, wanted_std = (0.0, 1.0) if like is None else _moments(like, dims)
+    return (eps - mean) / std * wanted_std + wanted_mean
+
+
+def _moments(eps: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return eps.mean(dims, keepdim=True), eps.std(dims, correction=0, keepdim=True)
 
 
 @contextmanager
@@ -47,20 +52,24 @@ def frozen(model: Callable) -> Iterator[None]:
 
 
 def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, steps: int = 10,
-                     omega: float = 0.02, dims: tuple[int, ...] = (1, 2, 3)) -> tuple[Tensor, list[Tensor]]:
+                     omega: float = 0.02, dims: tuple[int, ...] = (1, 2, 3),
+                     own: bool = False) -> tuple[Tensor, list[Tensor]]:
     """eps^* of Eq. 10 for `model`, by J steps of projected gradient ascent at rate omega from eps^0 = eps.
 
     x0, eps (B, ...), t (B,) -> eps^J (B, ...), without a graph, and the losses (B,) at eps^0, ..., eps^{J-1}.
     The loss is summed over each image and never averaged over the batch: omega means the same at every batch
     size, and with the default dims an image's noise does not depend on the images beside it.
+
+    own    Norm gives each noise its own drawn mean and standard deviation back, instead of 0 and 1: where
+           the mean is always 0, that of x_t tells the brightness of x_0, which in sampling it does not
     """
-    losses = []
+    losses, like = [], eps if own else None
     with frozen(model), torch.enable_grad():
         for _ in range(steps):
             eps = eps.detach().requires_grad_()
             xt = schedule.add_noise(x0, t, eps)
             loss = (eps - predict_eps(model, xt, t)).square().flatten(1).sum(1)      # (B, ...) -> (B,)
             grad, = torch.autograd.grad(loss.sum(), eps)
-            eps = norm(eps + omega * grad, dims)                                     # Eq. 8
+            eps = norm(eps + omega * grad, dims, like)                               # Eq. 8
             losses.append(loss.detach())
     return eps.detach(), losses

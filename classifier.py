@@ -33,15 +33,32 @@ def log_prob_gradient(model: Callable, xt: Tensor, t: Tensor, label: int = TARGE
 
 def similarity_guidance(classifier: Callable | None, schedule: Schedule, xt: Tensor, t: Tensor, gamma: float,
                         power: int = 2, below: int | None = None) -> Tensor | float:
-    """sigma_hat_t^2 gamma grad log p(y = T | x_t) of Eq. 6, shaped like xt; 0 without a classifier.
+    """sigma_hat_t^2 gamma grad log p(y = T | x_t) of Eq. 6, shaped like xt; 0 without classifier or gamma.
 
     power    of sigma_hat: 2 as printed, 1 as Eqs. 2-3 give with the posterior variance
     below    0 from this timestep on
     """
-    if classifier is None:
+    if classifier is None or gamma == 0:
         return 0.0
     guidance = schedule.sigma_hat(t, xt) ** power * gamma * log_prob_gradient(classifier, xt, t, TARGET)
     return guidance if below is None else guidance * (t < below).view(-1, *[1] * (xt.dim() - 1))
+
+
+def fade(done: float, over: float) -> float:
+    """Factor on gamma that falls linearly from 1 to 0 over the first `over` of a run; always 1 for over = 0.
+
+    Not in the paper.  The pictures are the target's own: a gamma that stays would end in a model of the
+    target sharpened by p_phi, as classifier guidance sharpens samples.  One that fades is a head start.
+    """
+    return max(0.0, 1 - done / over) if over else 1.0
+
+
+def limited(guidance: Tensor | float, residual: Tensor, limit: float | None) -> Tensor | float:
+    """The guidance (B, ...), of no image longer than `limit` times its residual eps - eps_theta (B, ...)."""
+    if limit is None or not isinstance(guidance, Tensor):
+        return guidance
+    pull, left = (x.flatten(1).norm(dim=1) for x in (guidance, residual))
+    return guidance * (limit * left / pull.clamp(min=1e-12)).clamp(max=1).view(-1, *[1] * (residual.dim() - 1))
 
 
 def guided_loss(eps: Tensor, eps_theta: Tensor, guidance: Tensor | float) -> Tensor:

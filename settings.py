@@ -53,6 +53,10 @@ class GuidanceOptions:
 
     gamma: float = 5.0
     """Strength of the guidance."""
+    guidance_fade: Unset[float] = None
+    """Share of the run over which gamma falls to 0; with 0 it stays (default: 0, as printed; 0.5 for a small source)."""
+    guidance_limit: Unset[float] = None
+    """Longest guidance of a picture, as a share of what it has left to learn, eps - eps_theta (default: no limit)."""
     guidance_power: Literal[1, 2] = 2
     """Power of sigma_hat before the gradient: 2 as printed, 1 as derived from Eqs. 2-3."""
     guidance_below: Unset[int] = None
@@ -86,10 +90,13 @@ class GuidanceOptions:
 class AdversarialNoiseOptions:
     """Adversarial noise selection (Eqs. 7, 8, 10)."""
 
-    omega: float = 0.02
-    """Rate of the gradient ascent."""
+    omega: Unset[float] = None
+    """Rate of the gradient ascent (default: 0.02; 0.1 for a small source)."""
     pgd_steps: Unset[int] = None
-    """J, the steps of the ascent (default: 10)."""
+    """J, the steps of the ascent (default: 10; 2 for a small source)."""
+    norm: Unset[Literal["paper", "own"]] = None
+    """What Norm makes of a noise.  paper: mean 0 and standard deviation 1, as printed; own: those it was drawn with.
+    Default: paper; own for a small source."""
     pgd_network: Literal["current", "source"] = "current"
     """Whose worst noise is sought: current (theta and psi), or source (theta alone, as Eq. 10 prints)."""
 
@@ -132,6 +139,8 @@ class Options:
     method: Annotated[Literal[tuple(METHODS)], tyro.conf.arg(
         help="; ".join(f"{name}: {method.text} ({method.loss})" for name, method in METHODS.items()) + ".",
     )] = "tan"
+    paper: bool = False
+    """All numbers that the paper states, whatever the source: Algorithm 1 as printed."""
     output_dir: Unset[str] = None
     """Where the run goes (default: runs/TARGET).
     Added to it are -SOURCE for a built-in target from another source, and -METHOD for the other methods."""
@@ -147,6 +156,8 @@ class Options:
     """Pictures at once on a device, to save memory (default: all)."""
     learning_rate: Unset[float] = None
     """Of Adam (default: 5e-5; 1e-5 for latents; for a small source 2e-3, and 3e-4 without adaptors)."""
+    learning_rate_decay: Unset[Literal["none", "cosine"]] = None
+    """cosine: down to 0 at the end of the run (default: none; cosine for a small source)."""
     warmup: int = 0
     """Iterations of linear warm-up."""
     ema: float = 0.99
@@ -171,16 +182,18 @@ class Options:
     pictures: PictureOptions = dataclasses.field(default_factory=PictureOptions)
 
 
-# Section 5.2, for 256x256 networks, beside gamma and omega above.  It does not give the classifier's
-# iterations; the pairwise weights are those of DDPM-PA's later release.
-PAPER = dict(iterations=300, batch_size=40, learning_rate=5e-5, classifier_iterations=300, pgd_steps=10,
+# Section 5.2, for 256x256 networks, beside gamma above.  It does not give the classifier's iterations; the
+# pairwise weights are those of DDPM-PA's later release.
+PAPER = dict(iterations=300, batch_size=40, learning_rate=5e-5, learning_rate_decay="none",
+             classifier_iterations=300, guidance_fade=0.0, pgd_steps=10, omega=0.02, norm="paper",
              pairwise_weights=(4.0, 4.0, 1.0))
 LATENT = dict(learning_rate=1e-5)
 # What suits small networks (64 pixels and less) instead, chosen on babies.
-# All weights at once take smaller steps.
-SMALL = dict(iterations=80, batch_size=16, learning_rate=2e-3, adaptor_width=8)
-SMALL_FINETUNE = dict(iterations=80, batch_size=16, learning_rate=3e-4)
-SMALL_GUIDED = dict(classifier_iterations=150)
+SMALL = dict(iterations=160, batch_size=16, learning_rate_decay="cosine")
+SMALL_ADAPTORS = dict(learning_rate=2e-3, adaptor_width=8)
+SMALL_FINETUNE = dict(learning_rate=3e-4)  # all weights at once take smaller steps
+SMALL_GUIDED = dict(classifier_iterations=150, guidance_fade=0.5)
+SMALL_ADVERSARIAL = dict(pgd_steps=2, omega=0.1, norm="own")
 SMALL_PA = dict(pairwise_weights=(0.5, 0.5, 0.05))
 # For the targets of toychurches, where nearly every pixel changes; chosen on haunted-houses, seed 100.
 CHURCHES = dict(iterations=320)
@@ -189,10 +202,12 @@ CHURCHES = dict(iterations=320)
 def instead_of_paper(options: Options, source: Network) -> dict:
     """What suits this source, target and method where the paper's numbers do not: {option: value}."""
     method = METHODS[options.method]
-    if source.image_size > 64:
+    if options.paper or source.image_size > 64:
         return LATENT if source.first_stage else {}
-    return {**(SMALL if method.adaptors else SMALL_FINETUNE),
-            **(SMALL_GUIDED if method.guidance else {}), **(SMALL_PA if method.pairwise_losses else {}),
+    return {**SMALL, **(SMALL_ADAPTORS if method.adaptors else SMALL_FINETUNE),
+            **(SMALL_GUIDED if method.guidance else {}),
+            **(SMALL_ADVERSARIAL if method.adversarial_noise else {}),
+            **(SMALL_PA if method.pairwise_losses else {}),
             **(CHURCHES if domains.TARGETS.get(options.target) == "toychurches" else {})}
 
 
@@ -240,7 +255,7 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     at_least(options, iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0,
              adaptor_width=1, save_every=1, ema=0, samples=0, sample_steps=1, previews=1, guidance_below=0,
              classifier_batch_size=2, classifier_iterations=1, source_count=1, omega=0, pgd_steps=0,
-             pairwise_weights=0)
+             guidance_fade=0, guidance_limit=0, pairwise_weights=0)
     below(options, ema=1)
     positive(options, "learning_rate", "classifier_learning_rate")
     finite(options, "gamma")

@@ -30,12 +30,12 @@ from baselines.pairwise import PairwiseLosses
 from checkpoints import run_folder
 from checkpoints.load import load_source, start_classifier
 from checkpoints.network import Network, save_network
-from classifier import Classifier, guided_loss, make_classifier, similarity_guidance
+from classifier import Classifier, fade, guided_loss, limited, make_classifier, similarity_guidance
 from ddpm import predict_eps
 from plumbing import distributed, progress
 from plumbing.options import flag, flat, parse, replace, run
 from plumbing.seeds import generator
-from plumbing.training import EMA, Loop, Stats, warmup
+from plumbing.training import EMA, Loop, Stats, cosine_decay, warmup
 from settings import METHODS, Options
 
 
@@ -132,12 +132,13 @@ def pairwise_losses(source: Network, pictures: Tensor, options: Options) -> Pair
     return PairwiseLosses(source.model, source.schedule, largest, options.pairwise_losses.pairwise_weights)
 
 
-def watch(loop: Loop, line: dict[str, Any]) -> None:
-    """Warn where the guidance drowns the noise that it corrects."""
-    for quarter, strength in enumerate(line.get("guidance_rms", []), start=1):
-        if strength is not None and strength > 0.5:
-            loop.warn(f"in timestep quarter {quarter} the guidance has over half the strength of the noise "
-                      "itself; a lower --gamma is safer")
+def watch(loop: Loop, line: dict[str, Any], fades: bool) -> None:
+    """Warn where the guidance outweighs what the pictures themselves have left to teach."""
+    bearable = 2.0 if fades else 0.5  # on latents a constant pull of half the residual ruins the model
+    for quarter, ratio in enumerate(line.get("guidance_ratio", []), start=1):
+        if ratio is not None and ratio > bearable:
+            loop.warn(f"in timestep quarter {quarter} the guidance is {ratio:.1f} times what is left to learn; "
+                      "--guidance-fade 0.5, --guidance-limit 0.5 or a lower --gamma is safer")
 
 
 def main() -> None:
@@ -175,10 +176,16 @@ def main() -> None:
 
     pairwise = pairwise_losses(source, x0s[:len(targets)], options)
     report = run_folder.Report(out, flat(options), source, identity["source"], targets, ema, device)
+
+    def learning_rate(iteration: int) -> float:
+        decays = options.learning_rate_decay == "cosine"
+        return (options.learning_rate * warmup(iteration, options.warmup)
+                * (cosine_decay(iteration, options.iterations) if decays else 1))
+
     b, micro = options.batch_size, options.micro_batch_size or options.batch_size
     loop = Loop(out, options.method, options.iterations, options.save_every, batch_size=b, parameters=psi,
                 optimizer=optimizer, ema=ema, device=device, state=state, keep=identity, after=report.preview,
-                learning_rate=lambda iteration: options.learning_rate * warmup(iteration, options.warmup))
+                learning_rate=learning_rate)
     mine = distributed.share(b)
     for iteration in loop:                                                 # Algorithm 1, lines 1 and 10
         g = generator(options.seed, 0, iteration)                          # every rank draws the global batch
@@ -189,22 +196,25 @@ def main() -> None:
         x0 = x0s[chosen + len(targets) * mirrored]                         # line 2
         x0, t, eps = (values[mine].to(device) for values in (x0, t, eps))  # and works on its share
 
+        gamma = guide.gamma * fade(iteration / options.iterations, guide.guidance_fade)
         stats = Stats(schedule.timesteps, device)
         for x0_, t_, eps_ in zip(x0.split(micro), t.split(micro), eps.split(micro)):
             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 eps_star, pgd_losses = eps_, []
                 if method.adversarial_noise:                               # lines 5-7, Eq. 8
                     eps_star, pgd_losses = worst_case_noise(ascended, schedule, x0_, t_, eps_, pgd.pgd_steps,
-                                                            pgd.omega)
+                                                            pgd.omega, own=pgd.norm == "own")
                 xt = schedule.add_noise(x0_, t_, eps_star)
-                guidance = similarity_guidance(classifier, schedule, xt, t_, guide.gamma,
-                                               guide.guidance_power, guide.guidance_below)
                 eps_theta = predict_eps(model, xt, t_)
+                residual = eps_star - eps_theta.detach()
+                guidance = similarity_guidance(classifier, schedule, xt, t_, gamma, guide.guidance_power,
+                                               guide.guidance_below)
+                guidance = limited(guidance, residual, guide.guidance_limit)
                 losses = guided_loss(eps_star, eps_theta, guidance)        # line 8, Eq. 9
                 if pairwise:
                     losses = losses + pairwise(xt, t_, eps_theta, x0_)
             (losses.sum() / b).backward()
-            stats.add(t_, losses.detach(), guidance, pgd_losses)
+            stats.add(t_, losses.detach(), guidance, residual, pgd_losses)
         distributed.sum_gradients(psi)
 
         line = stats.reduce()
@@ -213,7 +223,7 @@ def main() -> None:
         optimizer.step()                                                   # line 9, by Adam
         ema.update()
         loop.record(**line, gradient_norm=gradient_norm)
-        watch(loop, line)
+        watch(loop, line, guide.guidance_fade > 0)
     report.finish(method.loss)
     distributed.barrier()
     distributed.cleanup()

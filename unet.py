@@ -40,7 +40,8 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention on channels-first tokens: (B, heads, width, L) each -> (B, heads * width, L)."""
-    q, k, v = (tokens.transpose(2, 3) for tokens in (q, k, v))
+    # Fused attention takes no tokens whose width is not contiguous.
+    q, k, v = (tokens.transpose(2, 3).contiguous() for tokens in (q, k, v))
     h = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, L, width)
     return h.transpose(2, 3).flatten(1, 2)                              # (B, heads * width, L)
 
