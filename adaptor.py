@@ -5,23 +5,32 @@
     psi:  average-pool -> norm -> 3x3 conv to d channels -> + time -> self-attention -> MLP -> upsample
           -> norm -> 3x3 conv (zero at the start)
 
-    attach(unet)                  psi beside each residual block, theta frozen; the output is still the
-                                  source model's, bit for bit
+That is the form "bottleneck".  Two others change theta's own layers, in residual and attention blocks:
+
+    scale-shift   ScaleShift, in each norm          scale and shift per channel (Noguchi & Harada 2019)
+    low-rank      LowRank, in each convolution      W + (alpha / r) B A (LoRA: Hu et al. 2021)
+
+    attach(unet)                  psi in its places, theta frozen; the output is still the source model's,
+                                  bit for bit
     parameters(unet)              what is left to train
     state_dict / load_state_dict  psi alone
     source_model(unet)            eps_theta alone, on the same weights
+    fold(unet)                    psi into theta, where its form allows that
 """
 
 import copy
 import math
+from types import MethodType
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import ResBlock, UNet, zero_init
+from unet import AttentionBlock, ResBlock, UNet, zero_init
 
-import os
-GRID = int(os.environ.get("GRID", 16))
+# The forms of psi, and the layers of residual and attention blocks that it goes to.
+FORMS = {"bottleneck": ResBlock, "scale-shift": nn.GroupNorm, "low-rank": (nn.Conv1d, nn.Conv2d)}
+ALPHA = RANK = 4  # of LoRA: so that its factor alpha / r is 1 at the default rank r
 
 
 class Adaptor(nn.Module):
@@ -29,7 +38,7 @@ class Adaptor(nn.Module):
 
     width    d, the channels of the bottleneck
     scale    H'/H of the block: 1, 2 or 1/2
-    grid     tokens a side at most: attention costs the square of their number
+    grid     tokens a side at most, to which the image is pooled: attention costs the square of their number
     """
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, width: int, scale: float,
@@ -62,6 +71,43 @@ class Adaptor(nn.Module):
         return self.up(F.silu(self.norm_out(h)))                                # -> (B, C', H', W')
 
 
+class ScaleShift(nn.Module):
+    """psi of a norm: what is added to its scale and its shift per channel (Noguchi & Harada 2019)."""
+
+    def __init__(self, norm: nn.GroupNorm):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(norm.num_channels))
+        self.shift = nn.Parameter(torch.zeros(norm.num_channels))
+
+    def forward(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        """What the changed norm gives: (B, C, ...) -> (B, C, ...)."""
+        return F.group_norm(x, norm.num_groups, norm.weight + self.scale, norm.bias + self.shift, norm.eps)
+
+    def fold(self, norm: nn.GroupNorm) -> None:
+        """Change the norm itself."""
+        norm.weight.add_(self.scale)
+        norm.bias.add_(self.shift)
+
+
+class LowRank(nn.Module):
+    """psi of a convolution: (alpha / r) B A is added to its weight W, r the rank (LoRA: Hu et al. 2021)."""
+
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d, rank: int):
+        super().__init__()
+        self.factor = ALPHA / rank
+        self.A = type(conv)(conv.in_channels, rank, conv.kernel_size, padding=conv.padding, bias=False)
+        self.B = zero_init(type(conv)(rank, conv.out_channels, 1, bias=False))
+
+    def forward(self, conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+        """What the changed convolution gives: (B, C, ...) -> (B, C', ...)."""
+        return type(conv).forward(conv, x) + self.factor * self.B(self.A(x))
+
+    def fold(self, conv: nn.Conv1d | nn.Conv2d) -> None:
+        """Change the convolution itself."""
+        change = self.B.weight.flatten(1) @ self.A.weight.flatten(1)            # (C', r) (r, C k k)
+        conv.weight.add_(self.factor * change.view_as(conv.weight))
+
+
 def default_width(unet: UNet) -> int:
     """The d at which psi has 1.4 % of theta's parameters, between the paper's 1.3 % (DDPM) and 1.6 % (LDM).
 
@@ -77,22 +123,52 @@ def blocks(unet: UNet) -> dict[str, ResBlock]:
     return {name: m for name, m in unet.named_modules() if isinstance(m, ResBlock)}
 
 
-def attach(unet: UNet, width: int | None = None) -> None:
-    """Freeze theta and put a fresh psi beside each residual block; ValueError if there is one already."""
-    if any(block.adaptor is not None for block in blocks(unet).values()):
+def layers(unet: UNet, form: str) -> list[nn.Module]:
+    """The layers that a form of psi goes to, in the order of the forward pass."""
+    hosts = [m for m in unet.modules() if isinstance(m, (ResBlock, AttentionBlock))]
+    return [layer for host in hosts for layer in host.modules() if isinstance(layer, FORMS[form])]
+
+
+def attach(unet: UNet, width: int | None = None, form: str = "bottleneck") -> None:
+    """Freeze theta and put a fresh psi in its places; ValueError if there is one already.
+
+    width   d of the bottleneck, r of the low-rank form; None: default_width, or 4; scale-shift has none
+    """
+    if state_dict(unet):
         raise ValueError("this U-Net already has adaptors")
-    width, device = width or default_width(unet), next(unet.parameters()).device
-    grid = GRID
+    width = width or (default_width(unet) if form == "bottleneck" else RANK)
+    grid, device = min(16, max(8, unet.image_size // 4)), next(unet.parameters()).device
     unet.requires_grad_(False)
-    for block in blocks(unet).values():
-        psi = Adaptor(block.channels, block.emb_channels, block.out_channels, width, block.scale,
-                      unet.norm_groups, grid)
-        block.adaptor = psi.to(device)
+    for layer in layers(unet, form):
+        if form == "bottleneck":
+            psi = Adaptor(layer.channels, layer.emb_channels, layer.out_channels, width, layer.scale,
+                          unet.norm_groups, grid)
+        else:
+            psi = ScaleShift(layer) if form == "scale-shift" else LowRank(layer, width)
+            layer.forward = MethodType(_adapted, layer)  # a residual block asks for its adaptor by itself
+        layer.adaptor = psi.to(device)
+
+
+def _adapted(layer: nn.Module, x: Tensor) -> Tensor:
+    """The forward pass of a layer that psi changes."""
+    return layer.adaptor(layer, x)
+
+
+def _detach(layer: nn.Module) -> None:
+    """The layer as it was before `attach`."""
+    if isinstance(layer, ResBlock):
+        layer.adaptor = None
+    else:
+        del layer.adaptor, layer.forward
+
+
+def _layers_with_psi(unet: UNet) -> list[nn.Module]:
+    return [layer for layer in unet.modules() if getattr(layer, "adaptor", None) is not None]
 
 
 def parameters(unet: UNet) -> list[nn.Parameter]:
     """psi, in a fixed order."""
-    return [p for block in blocks(unet).values() for p in block.adaptor.parameters()]
+    return [p for name, p in unet.named_parameters() if ".adaptor." in name]
 
 
 def parameter_rate(unet: UNet) -> float:
@@ -122,6 +198,15 @@ def load_state_dict(unet: UNet, psi: dict[str, Tensor]) -> None:
 def source_model(unet: UNet) -> UNet:
     """eps_theta without psi: another U-Net that shares all weights of theta with this one."""
     theta = copy.deepcopy(unet, memo={id(p): p for p in unet.parameters()})
-    for block in blocks(theta).values():
-        block.adaptor = None
+    for layer in _layers_with_psi(theta):
+        _detach(layer)
     return theta
+
+
+@torch.no_grad()
+def fold(unet: UNet) -> None:
+    """Write psi into theta, where it costs nothing.  A bottleneck stays: no layer of theta can hold it."""
+    for layer in _layers_with_psi(unet):
+        if not isinstance(layer, ResBlock):
+            layer.adaptor.fold(layer)
+            _detach(layer)

@@ -58,7 +58,8 @@ def limited(guidance: Tensor | float, residual: Tensor, limit: float | None) -> 
     if limit is None or not isinstance(guidance, Tensor):
         return guidance
     pull, left = (x.flatten(1).norm(dim=1) for x in (guidance, residual))
-    return guidance * (limit * left / pull.clamp(min=1e-12)).clamp(max=1).view(-1, *[1] * (residual.dim() - 1))
+    factor = (limit * left / pull.clamp(min=1e-12)).clamp(max=1)
+    return guidance * factor.view(-1, *[1] * (residual.dim() - 1))
 
 
 def guided_loss(eps: Tensor, eps_theta: Tensor, guidance: Tensor | float) -> Tensor:

@@ -3,9 +3,12 @@
   python evaluate.py runs/sunglasses
       a finished run from a built-in source to a built-in target: share of samples in the target, attributes
       kept, toy FID, toy Intra-LPIPS (domains/judge.py)
+  python evaluate.py runs/sunglasses --at all
+      each of a run's stages, to see when it should have stopped: a table, and stages.png, stages.json in the
+      run's folder.  Of a run on other pictures the figures of the next lines
   python evaluate.py --samples runs/photos/drawn --target photos/
-      any folders: Intra-LPIPS of the samples around the training pictures (of a small source also --size 32,
-      or whatever size its samples have)
+      any folders: Intra-LPIPS of the samples around the training pictures, and how near they come to them (of
+      a small source also --size 32, or whatever size its samples have)
   python evaluate.py --samples DIR --target DIR --reference DIR
       and FID, KID to a larger set of pictures of the target domain
 
@@ -18,19 +21,26 @@ figures of section 5.
 
 import dataclasses
 import functools
+import json
 import math
 import os
+import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import domains
+from checkpoints import run_folder
 from checkpoints.perceptual import inception_features, load_inception, load_lpips, lpips_features
 from domains import judge
-from metrics import frechet_distance, intra_lpips, kernel_distance
+from metrics import Images, IntraLPIPS, frechet_distance, intra_lpips, kernel_distance, nearest
 from plumbing import distributed
+from plumbing.figures import save_panels
+from plumbing.files import write_atomic
 from plumbing.options import (
     InputError,
     Positional,
@@ -47,6 +57,7 @@ from plumbing.pictures import ImageFolder
 from plumbing.progress import bar
 
 COLUMNS = ("target", "kept", "covered", "toy FID", "toy KID", "toy Intra-LPIPS", "memorised")
+STAGE_COLUMNS = ("toy FID", "target", "toy Intra-LPIPS", "memorised")
 FEW = 2048  # FID on fewer samples is unreliable
 
 
@@ -58,11 +69,13 @@ class Sampling:
     """Samples to draw from each run."""
     steps: int = 25
     """DDIM steps."""
+    at: Unset[str] = None
+    """Score stages of the runs: all, or the one after so many iterations (default: the end of each run)."""
 
 
 @dataclasses.dataclass
 class Folders:
-    """Folders of pictures, instead of runs."""
+    """Folders of pictures, instead of runs; all but samples and target also for stages of runs on photos."""
 
     samples: Unset[str] = None
     """Folder of samples."""
@@ -70,8 +83,9 @@ class Folders:
     """Folder of the training pictures."""
     reference: Unset[str] = None
     """Folder of many other pictures of the target domain, for FID and KID."""
-    size: int = 256
-    """Pixels per side at which all pictures are compared; they are cropped to a square and scaled."""
+    size: Unset[int] = None
+    """Pixels per side at which all pictures are compared; they are cropped to a square and scaled.
+    Default: 256; for stages of a run the size of its network."""
     cluster_size: Unset[int] = None
     """Compare at most so many random members of a cluster, 50 in Ojha et al. 2021 (default: all)."""
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
@@ -89,7 +103,7 @@ class Folders:
 @dataclasses.dataclass
 class Options:
     runs: Positional[Unset[tuple[str, ...]]] = None
-    """Folders of finished runs from a built-in source to a built-in target."""
+    """Folders of finished runs from a built-in source to a built-in target; with --at of any runs."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -110,39 +124,132 @@ Intra-LPIPS: higher is more diverse; memorised: distance to the nearest training
 over that of fresh target pictures, far below 1 are copies""")
 
 
+def at_size(images: Tensor, size: int) -> Tensor:
+    """Pictures (N, 3, H, W), scaled to (N, 3, size, size) if they are not."""
+    if images.shape[2] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callable[[int], dict[str, float]]:
+    """A function that gives the figures of a run's stage after so many iterations, by name: the judge's if it
+    knows the source and the target, else those of `comparison`.
+    """
+    n, steps, run = options.sampling.n, options.sampling.steps, run_folder.read_options(folder)
+    if judge.knows(run):
+        def judged(iteration: int) -> dict[str, float]:
+            figures = judge.score_run(folder, n, steps, device, iteration)["score"]
+            return {name: figures[name] for name in STAGE_COLUMNS}
+        return judged
+
+    own = run_folder.load_run(folder, run_folder.stages(folder)[0]["iteration"])[0].image_size
+    size = options.folders.size or max(32, own)
+    targets, _ = domains.training_images(run["target"], size, run.get("hold_out", 0))
+    score = comparison(options.folders, targets, reference_of(options.folders, size), size, device)
+
+    def compared(iteration: int) -> dict[str, float]:
+        network, _ = run_folder.load_run(folder, iteration)
+        network.check_steps(steps)
+        samples = judge.draw(network.to(device), n, steps, f"{folder} --at {iteration}")
+        try:
+            return score(at_size(samples, size))[1]
+        except ValueError as error:
+            raise InputError(f"-n {n}: {error}") from None
+    return compared
+
+
+def score_stages(folder: Path, options: Options, device: torch.device) -> None:
+    """Prints a table of a run's stages, or of the one that --at names; all of them also become stages.png and
+    stages.json in its folder.
+    """
+    n, steps, at = options.sampling.n, options.sampling.steps, options.sampling.at
+    records = run_folder.stages(folder)
+    best, rows = run_folder.best_stage(records), []
+    if at != "all":
+        run_folder.find_stage(folder, int(at))
+        records = [record for record in records if record["iteration"] == int(at)]
+    elif not records:
+        raise InputError(f"{folder}: has no stages")
+    score = stage_scorer(folder, options, device)
+    for record in records:
+        figures = score(record["iteration"])
+        if best is not None:
+            figures |= {"held-out loss": record["held_out_loss"], "training loss": record["training_loss"]}
+        if not rows:
+            print(f"| iterations | {' | '.join(figures)} |\n|---|" + "---|" * len(figures))
+        rows.append(dict(iterations=record["iteration"], **figures))
+        mark = " (held-out loss lowest)" if record["iteration"] == best else ""
+        cells = " | ".join(f"{value:.4g}" for value in figures.values())
+        print(f"| {record['iteration']}{mark} | {cells} |", flush=True)
+    print(f"\n{folder}: {n} samples of each stage, DDIM in {steps} steps; memorised, nearest: how far they "
+          "are from the nearest training picture, near 0 are copies")
+    if at == "all":
+        curves = {name: [row[name] for row in rows] for name in rows[0] if name != "iterations"}
+        save_panels(folder / "stages.png", [row["iterations"] for row in rows], curves, "iterations", best)
+        text = json.dumps(dict(n=n, steps=steps, best=best, stages=rows), indent=1)
+        write_atomic(folder / "stages.json", lambda temporary: temporary.write_text(text))
+
+
 def score_folders(options: Folders, device: torch.device) -> None:
     """Prints the paper's figures for a folder of samples."""
     for name in ("samples", "target"):
         if getattr(options, name) is None:
             raise InputError(f"--{name}: missing; --samples and --target go together")
-    samples, targets = ImageFolder(options.samples, options.size), ImageFolder(options.target, options.size)
-    reference = ImageFolder(options.reference, options.size) if options.reference else None
+    size = options.size or 256
+    samples, targets = ImageFolder(options.samples, size), ImageFolder(options.target, size)
+    reference = reference_of(options, size)
+    warn_of_old(Path(options.samples))
+    score = comparison(options, targets, reference, size, device)
+    try:
+        found, figures = score(samples)
+    except ValueError as error:
+        raise InputError(f"--samples {options.samples}: {error}") from None
+    print(f"Intra-LPIPS ({options.lpips_net}, {size}x{size}, {len(samples)} samples): "
+          f"{found.mean:.3f} ± {found.std:.3f} over {len(targets) - found.dropped} clusters, "
+          f"{found.dropped} dropped; sizes {' '.join(map(str, found.sizes))}\n"
+          f"LPIPS to the nearest training picture or its mirror image, median: {figures['nearest']:.3f}")
+    if reference:
+        print(f"FID {figures['FID']:.2f}, KID {figures['KID']:.5f}: "
+              f"{len(samples)} samples against {len(reference)} pictures")
+        if min(len(samples), len(reference)) < FEW:
+            print(f"warning: FID on fewer than {FEW} pictures is too high and compares only with FID on as "
+                  "many; KID does not have that fault")
+
+
+def reference_of(options: Folders, size: int) -> ImageFolder | None:
+    """The pictures of --reference, if it is given; InputError if there is only one."""
+    reference = ImageFolder(options.reference, size) if options.reference else None
     if reference and len(reference) < 2:
         raise InputError(f"--reference {options.reference}: has one picture; FID and KID need at least two")
-    warn_of_old(Path(options.samples))
+    return reference
 
+
+def comparison(options: Folders, targets: Images, reference: Images | None, size: int,
+               device: torch.device) -> Callable[[Images], tuple[IntraLPIPS, dict[str, float]]]:
+    """A function that gives the paper's figures of samples around the targets, all of them at this size.
+
+    The figures: Intra-LPIPS; nearest, the median LPIPS to the nearest target or its mirror image; FID and KID
+    if there is a reference.  Raises InputError for targets that do not fit in memory, and for weights that
+    are not there; the function ValueError as `intra_lpips` does.
+    """
     lpips = load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device)
     inception = load_inception(options.inception_weights, options.download).to(device) if reference else None
     embed = functools.partial(lpips_features, lpips)
-    check_memory(options, embed, targets, device)
-    try:
+    features = functools.partial(inception_features, inception,
+                                 progress=functools.partial(bar, text="Inception"))
+    check_memory(embed, targets, size, device)
+    expected = features(reference) if reference else None
+
+    def score(samples: Images) -> tuple[IntraLPIPS, dict[str, float]]:
         found = intra_lpips(embed, samples, targets, options.cluster_size, options.seed,
                             progress=functools.partial(bar, text="Intra-LPIPS"))
-    except ValueError as error:
-        raise InputError(f"--samples {options.samples}: {error}") from None
-    print(f"Intra-LPIPS ({options.lpips_net}, {options.size}x{options.size}, {len(samples)} samples): "
-          f"{found.mean:.3f} ± {found.std:.3f} over {len(targets) - found.dropped} clusters, "
-          f"{found.dropped} dropped; sizes {' '.join(map(str, found.sizes))}")
-
-    if reference:
-        features = functools.partial(inception_features, inception,
-                                     progress=functools.partial(bar, text="Inception"))
-        x, y = features(samples), features(reference)
-        print(f"FID {frechet_distance(x, y):.2f}, KID {kernel_distance(x, y):.5f}: "
-              f"{len(x)} samples against {len(y)} pictures")
-        if min(len(x), len(y)) < FEW:
-            print(f"warning: FID on fewer than {FEW} pictures is too high and compares only with FID on as "
-                  "many; KID does not have that fault")
+        distances = nearest(embed, samples, targets, progress=functools.partial(bar, text="nearest"))
+        figures = {"Intra-LPIPS": found.mean, "nearest": statistics.median(distances)}
+        if reference:
+            seen = features(samples)
+            figures |= {"FID": frechet_distance(seen, expected), "KID": kernel_distance(seen, expected)}
+        return found, figures
+    return score
 
 
 def warn_of_old(samples: Path) -> None:
@@ -165,34 +272,47 @@ def memory(device: torch.device) -> float:
     return pages * size if pages > 0 else math.inf
 
 
-def check_memory(options: Folders, embed: Callable[[Tensor], Tensor], targets: ImageFolder,
+def check_memory(embed: Callable[[Tensor], Tensor], targets: Images, size: int,
                  device: torch.device) -> None:
     """InputError if what Intra-LPIPS keeps, two rows of features for each training picture, cannot fit."""
     needed, there = 2 * len(targets) * embed(targets[0][None]).nbytes, memory(device)
     if needed > there:
         raise InputError(
-            f"--target {options.target}: {len(targets)} training pictures at --size {options.size} need "
-            f"{needed / 2**30:.1f} GiB of memory, there are {there / 2**30:.1f}; give fewer (the paper has "
-            "ten), or a smaller --size")
+            f"{len(targets)} training pictures at --size {size} need {needed / 2**30:.1f} GiB of "
+            f"memory, there are {there / 2**30:.1f}; give fewer (the paper has ten), or a smaller --size")
+
+
+def unused(options: Options) -> tuple[dict[str, Any], str]:
+    """The options that have nothing to say about what is scored, and why."""
+    if not options.runs:
+        return flat(options.sampling), "is for runs; --samples are scored as they are"
+    if not options.sampling.at:
+        return flat(options.folders), "is for folders of pictures; --samples is not given"
+    if all(judge.knows(run_folder.read_options(folder)) for folder in options.runs):
+        return flat(options.folders), "is for pictures that the judge does not know; it knows these"
+    return {}, ""
 
 
 def main() -> None:
     options, typed = parse(Options, __doc__)
-    if bool(options.runs) == bool({"samples", "target", "reference"} & typed):
+    at = options.sampling.at
+    if bool(options.runs) == bool({"samples", "target", *(() if at else ("reference",))} & typed):
         raise InputError("what to score: give either folders of runs, or --samples DIR --target DIR")
-    if options.runs:
-        other, why = options.folders, "is for folders of pictures; --samples is not given"
-    else:
-        other, why = options.sampling, "is for runs; --samples are scored as they are"
-    for name in flat(other):
+    names, why = unused(options)
+    for name in names:
         if name in typed:
             raise InputError(f"{flag(name)}: {why}; leave it out")
+    if at and at != "all" and not at.isdecimal():
+        raise InputError(f"--at {at}: give all, or the iterations of a stage")
     at_least(options, n=2, steps=1, size=32, cluster_size=2)
     check_seed(options)
     device = distributed.setup(options.device)
     if distributed.world() > 1:
         raise InputError("evaluate.py: works in one process; start it without torchrun")
-    if options.runs:
+    if at:
+        for folder in map(Path, options.runs):
+            score_stages(folder, options, device)
+    elif options.runs:
         score_runs(options.runs, options.sampling.n, options.sampling.steps, device)
     else:
         score_folders(options.folders, device)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adversarial_noise import norm, worst_case_noise
-from classifier import SOURCE, TARGET, guided_loss, similarity_guidance
+from classifier import SOURCE, TARGET, fade, guided_loss, similarity_guidance
 from ddpm import Model, Schedule, predict_eps, sample
 from unet import timestep_embedding
 
@@ -153,7 +153,8 @@ def wasserstein(x: Tensor) -> Tensor:
 
 
 def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor, t: int, repeats: int,
-                      g: torch.Generator, gamma: float, omega: float, steps: int) -> dict[str, Tensor]:
+                      g: torch.Generator, gamma: float, omega: float, steps: int,
+                      own: bool = False) -> dict[str, Tensor]:
     """First gradients (E, 2) by method, of shots (10, E, 2) repeated so often, at the same t and noise.
 
     "reference" has 10,000 different target points instead.  "norm only" normalises the noise and stops there,
@@ -163,7 +164,7 @@ def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor
     noises = torch.randn(max(len(many), len(x0)), *many.shape[1:], generator=g)
     reference = output_gradient(model, many, torch.full((len(many),), t), noises[:len(many)])
     eps, times = noises[:len(x0)], torch.full((len(x0),), t)
-    worst, _ = worst_case_noise(model, SCHEDULE, x0, times, eps, steps, omega, dims=(0,))
+    worst, _ = worst_case_noise(model, SCHEDULE, x0, times, eps, steps, omega, (0,), own)
     found = {"reference": reference, "worst": worst}
     for name, noise in (("baseline", eps), ("norm only", norm(eps, dims=(0,))), ("adversarial", worst)):
         found[name] = output_gradient(model, x0, times, noise)
@@ -174,20 +175,23 @@ def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor
 
 
 def adapt(model: MLP, shots: Tensor, g: torch.Generator, classifier: Model | None, gamma: float, omega: float,
-          steps: int, learning_rate: float, iterations: int, progress: Progress = iter) -> Iterator[MLP]:
+          steps: int, learning_rate: float, iterations: int, progress: Progress = iter, fading: int = 0,
+          own: bool = False) -> Iterator[MLP]:
     """Algorithm 1: fine-tune a copy of `model` for each draw of shots (10, E, 2), 40 points an iteration as
     in the paper; yields the networks after each.  Without classifier and with steps (J) 0 it is the baseline.
+
+    fading    iterations over which gamma falls to 0; 0: it stays, as printed
     """
     experiments = shots.shape[1]
     model = model.select([0] * experiments).requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     x0 = shots.repeat(4, 1, 1)                                                              # line 2
-    for _ in progress(range(iterations)):                                                   # line 1
+    for i in progress(range(iterations)):                                                   # line 1
         t = torch.randint(SCHEDULE.timesteps, (len(x0),), generator=g)                      # line 3
         eps = torch.randn(x0.shape, generator=g)                                            # line 4
-        eps, _ = worst_case_noise(model, SCHEDULE, x0, t, eps, steps, omega, dims=(0,))     # lines 5-7, Eq. 8
+        eps, _ = worst_case_noise(model, SCHEDULE, x0, t, eps, steps, omega, (0,), own)     # lines 5-7, Eq. 8
         xt = SCHEDULE.add_noise(x0, t, eps)
-        guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma)                  # Eq. 5
+        guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma * fade(i, fading))  # Eq. 5
         losses = guided_loss(eps, predict_eps(model, xt, t), guidance)                      # line 8, Eq. 9
         optimizer.zero_grad()
         (experiments * losses.mean()).backward()

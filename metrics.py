@@ -93,6 +93,36 @@ def intra_lpips(embed: Callable[[Tensor], Tensor], samples: Images, targets: Ima
     return IntraLPIPS(clusters, sizes, assigned)
 
 
+# ---- copies ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def nearest(embed: Callable[[Tensor], Tensor], samples: Images, targets: Images, batch_size: int = 4,
+            progress: Callable[[Iterable], Iterable] = iter) -> list[float]:
+    """Distance of each sample to the nearest target or its mirror image, which training shows as often.
+
+    embed, batch_size and progress as for `intra_lpips`.  In memory at a time: 2K + batch_size rows of
+    features for K targets.
+    """
+    batches = (stack(targets, rows) for rows in torch.arange(len(targets)).split(batch_size))
+    centres = [f for pictures in batches for f in embed(torch.cat([pictures, pictures.flip(3)]))]
+    return [squared_distances(f, centres).min().item()
+            for rows in progress(torch.arange(len(samples)).split(batch_size))
+            for f in embed(stack(samples, rows))]
+
+
+def pixels(images: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, D), whose squared Euclidean distance is the mean squared difference of pixels."""
+    return images.flatten(1) / images[0].numel() ** 0.5
+
+
+def nearest_rms(samples: Images, targets: Images) -> float:
+    """`nearest` without a network, in pixels of [-1, 1]: the root mean square difference, median of samples.
+
+    0 are copies.
+    """
+    return statistics.median(d ** 0.5 for d in nearest(pixels, samples, targets))
+
+
 # ---- distances between sets of features --------------------------------------------------------------------
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Draw pictures from an adapted model, or from a source alone.
 
   python sample.py runs/sunglasses -n 64           64 pictures in runs/sunglasses/drawn/, and a grid
+  python sample.py runs/sunglasses --at 96         of an earlier stage, in runs/sunglasses/drawn-000096/
   python sample.py toyfaces -n 64                  the built-in source
   python sample.py ffhq_p2.pt -n 8                 a published source
   torchrun --nproc_per_node=8 sample.py runs/sunglasses -n 1000
@@ -33,6 +34,8 @@ class Options:
     """Folder of a run, built-in source, file of weights or folder of diffusers."""
     n: Annotated[int, short("-n")] = 64
     """Number of pictures."""
+    at: Unset[int] = None
+    """Draw from the stage of the run after so many iterations, a row of progress.png (default: its end)."""
     arch: Unset[str] = None
     """Network of a published file that does not show it: see python -m checkpoints, or a JSON file."""
     steps: int = 50
@@ -46,7 +49,7 @@ class Options:
     batch_size: int = 64
     """Pictures at once on a device."""
     output_dir: Unset[str] = None
-    """Where they go (default: RUN/drawn, or runs/NAME-samples)."""
+    """Where they go (default: RUN/drawn, RUN/drawn-STAGE, or runs/NAME-samples)."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
 
@@ -77,7 +80,7 @@ def main() -> None:
     finite(options, "guidance")
     check_seed(options)
     folder = Path(options.model)
-    network, of_run = run_folder.load_model(options.model, options.arch)
+    network, of_run = run_folder.load_model(options.model, options.arch, options.at)
     network.check_steps(options.steps)
     network.to(device)
     gradient = None
@@ -85,7 +88,8 @@ def main() -> None:
         classifier = run_folder.load_classifier(folder).model.to(device).requires_grad_(False)
         gradient = functools.partial(log_prob_gradient, classifier, label=TARGET)
 
-    default = folder / "drawn" if of_run else f"runs/{folder.stem}-samples"
+    drawn = "drawn" if options.at is None else f"drawn-{options.at:06d}"
+    default = folder / drawn if of_run else f"runs/{folder.stem}-samples"
     out = Path(options.output_dir or default).resolve()
     if out.is_dir() and any(out.glob("*.png")):
         distributed.say(f"note: {out} already holds pictures; those of other seeds stay there")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 import domains
+from adaptor import FORMS
 from checkpoints.load import BUILT_IN
 from checkpoints.network import Network
 from classifier import AUGMENTATIONS
@@ -54,9 +55,10 @@ class GuidanceOptions:
     gamma: float = 5.0
     """Strength of the guidance."""
     guidance_fade: Unset[float] = None
-    """Share of the run over which gamma falls to 0; with 0 it stays (default: 0, as printed; 0.5 for a small source)."""
+    """Share of the run over which gamma falls to 0; 0: it stays, as printed.
+    Default: 0; 0.5 for a small source."""
     guidance_limit: Unset[float] = None
-    """Longest guidance of a picture, as a share of what it has left to learn, eps - eps_theta (default: no limit)."""
+    """Longest guidance of a picture, as a share of eps - eps_theta, what is left to learn (default: none)."""
     guidance_power: Literal[1, 2] = 2
     """Power of sigma_hat before the gradient: 2 as printed, 1 as derived from Eqs. 2-3."""
     guidance_below: Unset[int] = None
@@ -95,7 +97,7 @@ class AdversarialNoiseOptions:
     pgd_steps: Unset[int] = None
     """J, the steps of the ascent (default: 10; 2 for a small source)."""
     norm: Unset[Literal["paper", "own"]] = None
-    """What Norm makes of a noise.  paper: mean 0 and standard deviation 1, as printed; own: those it was drawn with.
+    """What Norm gives a noise; paper: mean 0, standard deviation 1; own: those it was drawn with.
     Default: paper; own for a small source."""
     pgd_network: Literal["current", "source"] = "current"
     """Whose worst noise is sought: current (theta and psi), or source (theta alone, as Eq. 10 prints)."""
@@ -164,12 +166,19 @@ class Options:
     """Decay of the running average of the weights, which is what is kept in the end; less at the start."""
     flip: bool = True
     """Mirror half of the pictures."""
+    adaptor: Literal[tuple(FORMS)] = "bottleneck"
+    """What psi is.  bottleneck: a small network beside each residual block; scale-shift: a change of the
+    norms, per channel; low-rank: a change of the convolutions (LoRA).  The changes cost nothing in sampling.
+    """
     adaptor_width: Unset[int] = None
-    """Channels d of the adaptors (default: near the paper's parameter rate; 8 for a small source)."""
+    """Channels d of the bottlenecks (default: near the paper's parameter rate; 8 for a small source), or the
+    rank of low-rank (default: 4)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 autocast."""
     checkpoint_blocks: bool = False
     """Recompute activations instead of storing them: less memory, more time."""
+    hold_out: int = 0
+    """Keep the last so many of the pictures from training: their loss shows at which stage copying begins."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -190,7 +199,8 @@ PAPER = dict(iterations=300, batch_size=40, learning_rate=5e-5, learning_rate_de
 LATENT = dict(learning_rate=1e-5)
 # What suits small networks (64 pixels and less) instead, chosen on babies.
 SMALL = dict(iterations=160, batch_size=16, learning_rate_decay="cosine")
-SMALL_ADAPTORS = dict(learning_rate=2e-3, adaptor_width=8)
+SMALL_ADAPTORS = dict(learning_rate=2e-3)
+SMALL_BOTTLENECK = dict(adaptor_width=8)
 SMALL_FINETUNE = dict(learning_rate=3e-4)  # all weights at once take smaller steps
 SMALL_GUIDED = dict(classifier_iterations=150, guidance_fade=0.5)
 SMALL_ADVERSARIAL = dict(pgd_steps=2, omega=0.1, norm="own")
@@ -204,7 +214,9 @@ def instead_of_paper(options: Options, source: Network) -> dict:
     method = METHODS[options.method]
     if options.paper or source.image_size > 64:
         return LATENT if source.first_stage else {}
+    bottleneck = method.adaptors and options.adaptor == "bottleneck"
     return {**SMALL, **(SMALL_ADAPTORS if method.adaptors else SMALL_FINETUNE),
+            **(SMALL_BOTTLENECK if bottleneck else {}),
             **(SMALL_GUIDED if method.guidance else {}),
             **(SMALL_ADVERSARIAL if method.adversarial_noise else {}),
             **(SMALL_PA if method.pairwise_losses else {}),
@@ -221,7 +233,7 @@ def suited(options: Options, source: Network) -> Options:
 def used_by(method: str) -> frozenset[str]:
     """The names of the options that a method uses."""
     uses, options = METHODS[method], Options()
-    unused = {} if uses.adaptors else {"adaptor_width": None}
+    unused = {} if uses.adaptors else {"adaptor": None, "adaptor_width": None}
     for group in ("guidance", "adversarial_noise", "pairwise_losses"):
         if not getattr(uses, group):
             unused |= flat(getattr(options, group))
@@ -252,10 +264,12 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     if "classifier_arch" in typed and options.guidance.classifier in (None, "encoder", "scratch"):
         raise InputError("--classifier-arch: says what network the file of --classifier holds; give that, "
                          "too")
+    if options.adaptor == "scale-shift" and options.adaptor_width is not None:
+        raise InputError("--adaptor-width: --adaptor scale-shift has no width; leave it out")
     at_least(options, iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0,
-             adaptor_width=1, save_every=1, ema=0, samples=0, sample_steps=1, previews=1, guidance_below=0,
-             classifier_batch_size=2, classifier_iterations=1, source_count=1, omega=0, pgd_steps=0,
-             guidance_fade=0, guidance_limit=0, pairwise_weights=0)
+             adaptor_width=1, save_every=1, ema=0, hold_out=0, samples=0, sample_steps=1, previews=1,
+             guidance_below=0, classifier_batch_size=2, classifier_iterations=1, source_count=1, omega=0,
+             pgd_steps=0, guidance_fade=0, guidance_limit=0, pairwise_weights=0)
     below(options, ema=1)
     positive(options, "learning_rate", "classifier_learning_rate")
     finite(options, "gamma")

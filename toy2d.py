@@ -12,6 +12,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from matplotlib.axes import Axes
@@ -27,9 +28,13 @@ from gaussians import MLP, SCHEDULE, angle, ellipse, trajectories
 from plumbing import options as flags
 from plumbing.seeds import generator
 
-METHODS = {"baseline": (False, False), "guided, ten": (True, False), "TAN, ten": (True, True)}  # Eqs. 6, 8
-SHOWN = (*METHODS, "guided, exact", "TAN, exact")  # by classifiers that know the ten shots, or by Bayes'
-COLOURS = {"reference": "cyan", "baseline": "darkblue", "guided": "sienna", "TAN": "orange"}  # the caption's
+# Whether gamma and J are used (Eqs. 6, 8), and whether gamma fades, which is ours
+METHODS = {"baseline": (False, False, False), "guided, ten": (True, False, False),
+           "TAN, ten": (True, True, False), "fading, ten": (True, False, True)}
+SHOWN = ("baseline", "guided, ten", "TAN, ten", "guided, exact", "TAN, exact")  # p_phi of the shots, or Bayes
+COLOURS = {"reference": "cyan", "baseline": "darkblue", "guided": "sienna", "TAN": "orange",  # the caption's
+           "fading": "green"}
+COLUMNS = (*SHOWN, "fading, ten")
 FEW = 3                                                            # iterations before Figures 2(b) and 2(c)
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # and the last: where Figure 2(d) looks
 bar = functools.partial(tqdm, leave=False, mininterval=0.5, disable=None)  # no bar in a log file
@@ -49,6 +54,10 @@ class Options:
     """Rate of the gradient ascent (Eq. 8)."""
     pgd_steps: int = 10
     """Its steps J."""
+    norm: Literal["paper", "own"] = "paper"
+    """What Norm gives the noises of a batch; paper: mean 0, standard deviation 1; own: those as drawn."""
+    guidance_fade: int = 8
+    """Iterations over which gamma falls to 0, for the method "fading"."""
     iterations: int = 256
     """Updates when adapting."""
     learning_rate: float = 0.02
@@ -63,10 +72,11 @@ class Options:
 
 def adapt(options: Options, method: str, model: MLP, ten: MLP, shots: Tensor, updates: int) -> Iterator[MLP]:
     """Algorithm 1 from shots (10, E, 2) and E classifiers that know them; the same draws for each method."""
-    guided, adversarial = METHODS[method]
+    guided, adversarial, fades = METHODS[method]
     return gaussians.adapt(model, shots, generator(options.seed, 3), ten.class_logits if guided else None,
                            options.gamma, options.omega, options.pgd_steps if adversarial else 0,
-                           options.learning_rate, updates, functools.partial(bar, desc=method))
+                           options.learning_rate, updates, functools.partial(bar, desc=method),
+                           options.guidance_fade if fades else 0, options.norm == "own")
 
 
 def compare(options: Options, model: MLP, ten: MLP, shots: Tensor, t: int) -> dict[str, Tensor]:
@@ -76,7 +86,8 @@ def compare(options: Options, model: MLP, ten: MLP, shots: Tensor, t: int) -> di
         part, g = slice(first, first + 10), generator(options.seed, 4, options.repeats, t, first)
         classifiers = {"ten": ten.select(part).class_logits, "exact": gaussians.bayes_classifier}
         parts.append(gaussians.compare_gradients(model, classifiers, shots[:, part], t, options.repeats, g,
-                                                 options.gamma, options.omega, options.pgd_steps))
+                                                 options.gamma, options.omega, options.pgd_steps,
+                                                 options.norm == "own"))
     return {name: torch.cat([part[name] for part in parts], dim=-2) for name in parts[0]}
 
 
@@ -139,7 +150,8 @@ def main() -> None:
     if options.quick:
         fewer = dict(draws=20, repeats=100, iterations=32)
         options = flags.replace(options, **{name: n for name, n in fewer.items() if name not in typed})
-    flags.at_least(options, draws=1, repeats=1, timesteps=0, iterations=FEW, pgd_steps=0, omega=0)
+    flags.at_least(options, draws=1, repeats=1, timesteps=0, iterations=FEW, pgd_steps=0, omega=0,
+                   guidance_fade=0)
     flags.below(options, timesteps=SCHEDULE.timesteps)
     flags.positive(options, "gamma", "learning_rate")
     flags.check_seed(options)
@@ -174,22 +186,23 @@ def main() -> None:
     # What it says of them: a number for each of SHOWN
     half, long = ellipse(gradients[middle]["worst"])
     ratio, along = half[:, 1] / half[:, 0], (angle(long, gradients[middle]["adversarial"]) - 90).abs() > 45
-    medians = [[median for _, _, median, _ in curve] for curve in curves.values()]
+    medians = [[middle for _, _, middle, _ in curves[name]] if name in curves else [] for name in COLUMNS]
     (peak_b, shift_b, spread_b), (peak_c, shift_c, spread_c) = drawn
     claims = {f"(a) closer to 10,000 samples, degrees, t = {t}":
               [angle(found[name], found["reference"]).mean().item() for name in SHOWN]
               for t, found in gradients.items()}
     claims |= {f"(a) noise an ellipse: ratio of axes, t = {middle}": [None, None, ratio.mean().item()],
                "    share of draws with it along the gradient": [None, None, along.float().mean().item()],
-               f"(d) learnt faster: distance after {FEW} iterations": [m[STAGES.index(FEW)] for m in medians],
-               "    the largest (2.83 before)": [max(m) for m in medians],
-               "    at the end": [m[-1] for m in medians],
+               f"(d) learnt faster: distance after {FEW} iterations":
+               [m[STAGES.index(FEW)] if m else None for m in medians],
+               "    the largest (2.83 before)": [max(m, default=None) for m in medians],
+               "    at the end": [m[-1] if m else None for m in medians],
                "(c) brighter centre: peak (ideal 0.40)": [peak_b, None, peak_c],
                "(c) parallel lines: mean shift (ideal -2)": [shift_b, None, shift_c],
                "    its standard deviation (ideal 0)": [spread_b, None, spread_c]}
-    results = dict(options=flags.flat(options), shown=SHOWN, claims=claims, distances=curves)
+    results = dict(options=flags.flat(options), shown=COLUMNS, claims=claims, distances=curves)
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"{'what the paper says, and what was measured':46}" + "".join(f"{name:>14}" for name in SHOWN))
+    print(f"{'what the paper says, and what was measured':46}" + "".join(f"{name:>14}" for name in COLUMNS))
     for claim, numbers in claims.items():
         print(f"{claim:46}" + "".join(" " * 14 if x is None else f"{x:14.2f}" for x in numbers))
     print(f"\n{options.draws} draws of ten shots (b, c: the first), seed {seed}.  ten: the classifier knows "

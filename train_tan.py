@@ -11,8 +11,12 @@ Options left out get what suits the source (settings.py): the paper's numbers ab
 smaller sources such as the built-in ones.  The program prints those that are not the paper's.
 
 A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below),
-progress.png (the same noises at several iterations), loss.png, metrics.jsonl, options.json, checkpoint.pt,
-weights.safetensors, classifier.safetensors.  More pictures from it: python sample.py runs/TARGET -n 64
+progress.png (the same noises at several iterations, with their median distance to the nearest training
+picture or its mirror image, rms over pixels: 0 are copies), stages/ (the weights of each row), loss.png,
+metrics.jsonl, options.json, checkpoint.pt, weights.safetensors, classifier.safetensors.
+
+  python sample.py runs/TARGET -n 64            more pictures from it; from a stage with --at 96
+  python evaluate.py runs/TARGET --at all       its stages compared; --hold-out 2 shows where copying begins
 """
 
 import functools
@@ -30,6 +34,7 @@ from baselines.pairwise import PairwiseLosses
 from checkpoints import run_folder
 from checkpoints.load import load_source, start_classifier
 from checkpoints.network import Network, save_network
+from checkpoints.run_report import Report
 from classifier import Classifier, fade, guided_loss, limited, make_classifier, similarity_guidance
 from ddpm import predict_eps
 from plumbing import distributed, progress
@@ -44,7 +49,7 @@ def trainable(source: Network, options: Options) -> list[torch.nn.Parameter]:
     source.model.eval().use_checkpoint = options.checkpoint_blocks
     if not METHODS[options.method].adaptors:
         return list(source.model.requires_grad_(True).parameters())
-    adaptor.attach(source.model, options.adaptor_width)
+    adaptor.attach(source.model, options.adaptor_width, options.adaptor)
     return adaptor.parameters(source.model)
 
 
@@ -112,11 +117,13 @@ def describe(source: Network, psi: list[torch.nn.Parameter], targets: Tensor, as
     model, size = source.model, source.image_size
     learning = sum(p.numel() for p in psi)
     theta = sum(p.numel() for name, p in model.named_parameters() if ".adaptor." not in name)
+    held_out = f" ({options.hold_out} held out)" if options.hold_out else ""
     latent = f", as latents {'x'.join(map(str, source.shape))}" if source.first_stage else ""
     distributed.say(
         f"source {options.source}: {size}x{size}{latent}, {theta / 1e6:.2f} M parameters; "
         f"training {learning / 1e6:.3f} M ({learning / theta:.1%}) with {options.method} on {len(targets)} "
-        f"pictures of {options.target}; {device}, {options.precision}, {distributed.world()} process(es)")
+        f"pictures of {options.target}{held_out}; {device}, {options.precision}, "
+        f"{distributed.world()} process(es)")
     before, after = flat(asked), flat(options)
     filled = [name for name in settings.instead_of_paper(options, source) if before[name] is None]
     if filled:
@@ -132,13 +139,19 @@ def pairwise_losses(source: Network, pictures: Tensor, options: Options) -> Pair
     return PairwiseLosses(source.model, source.schedule, largest, options.pairwise_losses.pairwise_weights)
 
 
+def learning_rate(options: Options, iteration: int) -> float:
+    """Adam's in an iteration, from 0."""
+    decay = cosine_decay(iteration, options.iterations) if options.learning_rate_decay == "cosine" else 1.0
+    return options.learning_rate * warmup(iteration, options.warmup) * decay
+
+
 def watch(loop: Loop, line: dict[str, Any], fades: bool) -> None:
     """Warn where the guidance outweighs what the pictures themselves have left to teach."""
     bearable = 2.0 if fades else 0.5  # on latents a constant pull of half the residual ruins the model
     for quarter, ratio in enumerate(line.get("guidance_ratio", []), start=1):
         if ratio is not None and ratio > bearable:
-            loop.warn(f"in timestep quarter {quarter} the guidance is {ratio:.1f} times what is left to learn; "
-                      "--guidance-fade 0.5, --guidance-limit 0.5 or a lower --gamma is safer")
+            loop.warn(f"in timestep quarter {quarter} the guidance is {ratio:.1f} times what is left to "
+                      "learn; --guidance-fade 0.5, --guidance-limit 0.5 or a lower --gamma is safer")
 
 
 def main() -> None:
@@ -155,9 +168,9 @@ def main() -> None:
     source = load_source(options.source, options.arch)
     asked, options = options, settings.suited(options, source)
     settings.check(options, typed, source)
-    targets = domains.target_images(options.target, source.image_size)
+    targets, held_out = domains.training_images(options.target, source.image_size, options.hold_out)
     classifier_targets, begins = classifier_inputs(source, targets, options)
-    identity = run_folder.identity(source, targets, settings.compared(options))
+    identity = run_folder.identity(source, torch.cat([targets, held_out]), settings.compared(options))
     state = run_folder.open_run(out, flat(options), identity)  # what a resumed run goes on from
     method, guide, pgd = METHODS[options.method], options.guidance, options.adversarial_noise
 
@@ -175,17 +188,11 @@ def main() -> None:
     x0s = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
 
     pairwise = pairwise_losses(source, x0s[:len(targets)], options)
-    report = run_folder.Report(out, flat(options), source, identity["source"], targets, ema, device)
-
-    def learning_rate(iteration: int) -> float:
-        decays = options.learning_rate_decay == "cosine"
-        return (options.learning_rate * warmup(iteration, options.warmup)
-                * (cosine_decay(iteration, options.iterations) if decays else 1))
-
+    report = Report(out, flat(options), source, identity["source"], targets, held_out, ema, device)
     b, micro = options.batch_size, options.micro_batch_size or options.batch_size
     loop = Loop(out, options.method, options.iterations, options.save_every, batch_size=b, parameters=psi,
                 optimizer=optimizer, ema=ema, device=device, state=state, keep=identity, after=report.preview,
-                learning_rate=learning_rate)
+                learning_rate=functools.partial(learning_rate, options))
     mine = distributed.share(b)
     for iteration in loop:                                                 # Algorithm 1, lines 1 and 10
         g = generator(options.seed, 0, iteration)                          # every rank draws the global batch

@@ -159,14 +159,10 @@ class Encoder(nn.Module):
                  resblock_updown: bool = False, dropout: float = 0.0, norm_groups: int = 32,
                  use_checkpoint: bool = False, flip_sin_to_cos: bool = True, freq_shift: int = 0,
                  norm_eps: float = 1e-5, downsample_padding: int = 1):
+        options = {**locals()}
         super().__init__()
-        self.config = dict(image_size=image_size, in_channels=in_channels, model_channels=model_channels,
-                           out_channels=out_channels, num_res_blocks=num_res_blocks,
-                           attention_resolutions=attention_resolutions, channel_mult=channel_mult,
-                           num_heads=num_heads, num_head_channels=num_head_channels,
-                           use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
-                           dropout=dropout, norm_groups=norm_groups, flip_sin_to_cos=flip_sin_to_cos,
-                           freq_shift=freq_shift, norm_eps=norm_eps, downsample_padding=downsample_padding)
+        not_of_config = ("self", "__class__", "use_checkpoint")
+        self.config = {name: value for name, value in options.items() if name not in not_of_config}
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.norm_groups = model_channels, norm_groups
         self.use_checkpoint = use_checkpoint

@@ -1,19 +1,30 @@
-"""Folders of diffusers: reading a UNet2DModel and its scheduler, writing a first stage as theirs."""
+"""Folders of diffusers: reading a UNet2DModel and its scheduler, writing a U-Net and a first stage as theirs.
+"""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from autoencoder import KL, VQ
+from checkpoints.layouts import names
 from checkpoints.published import ARCHITECTURES, LINEAR, read_json
 from plumbing.options import InputError
+from unet import UNet
 
 # Options of UNet2DModel that unet.py does not have, with the one value that means the same network.
 FIXED = dict(center_input_sample=False, time_embedding_type="positional", time_embedding_dim=None,
-             mid_block_type="UNetMidBlock2D", mid_block_scale_factor=1, downsample_type="conv",
-             upsample_type="conv", act_fn="silu", attn_norm_num_groups=None, add_attention=True,
-             resnet_time_scale_shift="default", class_embed_type=None, num_class_embeds=None)
+             mid_block_type="UNetMidBlock2D", mid_block_scale_factor=1, act_fn="silu",
+             add_attention=True, class_embed_type=None, num_class_embeds=None)
+# (attention, resblock_updown): types of a level's blocks on the way down and up.
+BLOCKS = {(False, False): ("DownBlock2D", "UpBlock2D"), (True, False): ("AttnDownBlock2D", "AttnUpBlock2D"),
+          (False, True): ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
+          (True, True): ("AttnDownBlock2D", "AttnUpBlock2D")}
+# Options of which there are two here, the default first.
+CHOICES = dict(resnet_time_scale_shift=("default", "scale_shift"), downsample_type=("conv", "resnet"),
+               upsample_type=("conv", "resnet"))
 # Options of a scheduler that ddpm.Schedule does not have, likewise.
 FIXED_SCHEDULE = dict(prediction_type="epsilon", trained_betas=None, rescale_betas_zero_snr=False)
 # diffusers' names: ours.
@@ -60,13 +71,26 @@ def _unet_config(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
     for key, value in FIXED.items():
         if theirs.get(key, value) != value:
             raise InputError(f"{file}: {key} is {theirs[key]!r}; only {value!r} can be read")
+    chosen = {key: theirs.get(key, values[0]) for key, values in CHOICES.items()}
+    for key, values in CHOICES.items():
+        if chosen[key] not in values:
+            raise InputError(f"{file}: {key} is {chosen[key]!r}; only {values[0]!r} and {values[1]!r} can be "
+                             "read")
+    if chosen["downsample_type"] != chosen["upsample_type"]:
+        raise InputError(f"{file}: upsample_type is {chosen['upsample_type']!r}; only the same as "
+                         "downsample_type can be read")
+    updown = chosen["downsample_type"] == "resnet"
+    scale_shift = chosen["resnet_time_scale_shift"] == "scale_shift"
+    groups, middle = theirs.get("norm_num_groups", 32), theirs.get("attn_norm_num_groups")
+    if middle != groups and (middle is not None or scale_shift):  # None: of scale_shift, no norm at all
+        raise InputError(f"{file}: attn_norm_num_groups is {middle!r}; only {groups!r} can be read")
     try:
         widths, down, up = theirs["block_out_channels"], theirs["down_block_types"], theirs["up_block_types"]
         attention = [kind == "AttnDownBlock2D" for kind in down]
-        expected_up = ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)]
-        if set(down) - {"DownBlock2D", "AttnDownBlock2D"} or list(up) != expected_up:
-            raise InputError(f"{file}: down_block_types {down} and up_block_types {up}; "
-                             "only (Attn)DownBlock2D and their mirror image can be read")
+        if (list(down), list(up)) != _block_types(attention, updown):
+            raise InputError(f"{file}: down_block_types {down} and up_block_types {up}; only (Attn)Down"
+                             "Block2D, with 'resnet' ResnetDownsampleBlock2D, and their mirror image can be "
+                             "read")
         if any(w % widths[0] for w in widths):
             raise InputError(f"{file}: block_out_channels {widths}; only multiples of the first can be read")
         if not isinstance(theirs["sample_size"], int):
@@ -78,12 +102,19 @@ def _unet_config(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
             attention_resolutions=[2 ** i for i, a in enumerate(attention) if a],
             channel_mult=[w // widths[0] for w in widths],
             num_heads=1, num_head_channels=theirs.get("attention_head_dim", 8),
-            dropout=theirs.get("dropout", 0.0), norm_groups=theirs.get("norm_num_groups", 32),
+            use_scale_shift_norm=scale_shift, resblock_updown=updown,
+            dropout=theirs.get("dropout", 0.0), norm_groups=groups,
             norm_eps=theirs.get("norm_eps", 1e-5), flip_sin_to_cos=theirs.get("flip_sin_to_cos", True),
             freq_shift=theirs.get("freq_shift", 0), downsample_padding=theirs.get("downsample_padding", 1))
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: does not describe a UNet2DModel of diffusers "
                          f"({type(error).__name__}: {error})") from None
+
+
+def _block_types(attention: list[bool], updown: bool) -> tuple[list[str], list[str]]:
+    """down_block_types and up_block_types of a U-Net whose levels have attention or not."""
+    down, up = zip(*(BLOCKS[a, updown] for a in attention))
+    return list(down), list(up[::-1])
 
 
 def _schedule_in(folder: Path, arch: str | None) -> dict[str, Any]:
@@ -109,6 +140,51 @@ def _schedule(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
                          f"only {' or '.join(map(repr, BETA_SCHEDULES))} can be read")
     return dict(name=BETA_SCHEDULES[name], timesteps=theirs.get("num_train_timesteps", 1000),
                 beta_start=theirs.get("beta_start", 1e-4), beta_end=theirs.get("beta_end", 0.02))
+
+
+# ---- U-Nets, for export ------------------------------------------------------------------------------------
+
+def unet_config(unet: UNet) -> dict[str, Any]:
+    """Options of the UNet2DModel that is this network, less a learned variance.
+
+    Raises ValueError for the few shapes that diffusers cannot express.
+    """
+    ours, mult = unet.config, unet.config["channel_mult"]
+    widths = [unet.model_channels * m for m in mult]
+    attention = [2 ** level in ours["attention_resolutions"] for level in range(len(mult))]
+    attended = {width for width, a in zip(widths, attention) if a} | {widths[-1]}  # the middle has some, too
+    of_a_head = {width // unet.heads(width) for width in attended}
+    alone = all(unet.heads(width) == 1 for width in attended)
+    if mult[0] != 1 or not (alone or len(of_a_head) == 1):
+        raise ValueError("diffusers wants channel_mult to begin with 1, and attention heads of one width "
+                         "everywhere")
+    down, up = _block_types(attention, ours["resblock_updown"])
+    resample = "resnet" if ours["resblock_updown"] else "conv"
+    return dict(_class_name="UNet2DModel", sample_size=unet.image_size, in_channels=unet.in_channels,
+                out_channels=unet.in_channels, block_out_channels=widths, down_block_types=down,
+                up_block_types=up, layers_per_block=ours["num_res_blocks"],
+                attention_head_dim=None if alone else of_a_head.pop(), dropout=ours["dropout"],
+                norm_num_groups=unet.norm_groups, attn_norm_num_groups=unet.norm_groups,
+                norm_eps=ours["norm_eps"],
+                resnet_time_scale_shift="scale_shift" if ours["use_scale_shift_norm"] else "default",
+                flip_sin_to_cos=ours["flip_sin_to_cos"], freq_shift=ours["freq_shift"],
+                downsample_padding=ours["downsample_padding"], downsample_type=resample,
+                upsample_type=resample)
+
+
+def unet_weights(unet: UNet) -> dict[str, Tensor]:
+    """The weights under diffusers' names; of those of a learned variance, none."""
+    weights = {}
+    for key, value in unet.state_dict().items():
+        theirs = names(key, "diffusers", unet.config["num_res_blocks"], len(unet.config["channel_mult"]))
+        if len(theirs) == 3:  # (heads, [q k v], width)
+            heads = unet.heads(len(value) // 3)
+            parts = [part.flatten(0, 1) for part in value.unflatten(0, (heads, 3, -1)).unbind(1)]
+        else:
+            parts = [value[:unet.in_channels] if key.startswith("out.2.") else value]
+        matrix = value.ndim == 3  # a convolution of tokens here
+        weights |= {name: part.flatten(1) if matrix else part for name, part in zip(theirs, parts)}
+    return weights
 
 
 # ---- first stages, for export ------------------------------------------------------------------------------

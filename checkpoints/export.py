@@ -3,11 +3,19 @@
   python -m checkpoints.export runs/sunglasses exported-sunglasses
   python -m checkpoints.export toyfaces exported-toyfaces
 
+What diffusers' own UNet2DModel can be is written as it:
+
+    DIR/unet/, DIR/scheduler/        UNet2DModel and DDIMScheduler: weights and options
+    DIR/vqvae/                       of latent models, the first stage as VQModel or AutoencoderKL
+
+Bottleneck adaptors, and the few networks that it cannot be, take their code along:
+
     DIR/pipeline.py                  exported/pipeline.py
     DIR/unet/tan_unet.py             unet.py, adaptor.py and exported/tan_unet.py; beside it weights, options
     DIR/scheduler/tan_scheduler.py   ddpm.py and exported/tan_scheduler.py; beside it options
-    DIR/vae/                         of latent models, the first stage as diffusers' VQModel or AutoencoderKL
-    DIR/README.md, DIR/samples.png   exported/card.md, and the pairs of a run
+    DIR/vae/                         as vqvae/ above
+
+    DIR/README.md, DIR/samples.png   in both: exported/card.md, and the pairs of a run
 
 The code of a model is one file: of its folder on the Hub, diffusers fetches that file, config.json and
 weights, and no other that it might import.  Nothing here needs diffusers; whoever loads the folder does.
@@ -27,7 +35,13 @@ from torch import Tensor
 
 import adaptor
 from checkpoints import run_folder
-from checkpoints.diffusers_folder import BETA_SCHEDULES, first_stage_config, first_stage_names
+from checkpoints.diffusers_folder import (
+    BETA_SCHEDULES,
+    first_stage_config,
+    first_stage_names,
+    unet_config,
+    unet_weights,
+)
 from checkpoints.network import Network
 from plumbing.files import write_atomic
 from plumbing.options import InputError, Positional, Unset, parse, run
@@ -38,7 +52,8 @@ PAIRS = """
 
 *The same noise through the source model (upper row of each pair) and through this one (lower row).*
 """
-LOAD = """\
+LOAD = 'pipe = DiffusionPipeline.from_pretrained("{folder}")'
+LOAD_CODE = """\
 pipe = DiffusionPipeline.from_pretrained("{folder}", custom_pipeline="{folder}", trust_remote_code=True)"""
 
 
@@ -86,8 +101,19 @@ def write_model(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]
                  lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
 
 
+def why_code(network: Network) -> str | None:
+    """Why diffusers' own UNet2DModel cannot be this network, in words; None: it can."""
+    if adaptor.state_dict(network.model):
+        return "diffusers has no adaptors of this form"
+    try:
+        unet_config(network.model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def write_unet(folder: Path, network: Network) -> None:
-    """The U-Net, with its adaptors if it has any."""
+    """The U-Net, with its adaptors if it has any, as code of ours."""
     psi = next(iter(adaptor.blocks(network.model).values())).adaptor
     config = dict(_class_name="TANUNet", network=network.model.config,
                   adaptor_width=psi.down.out_channels if psi else None)
@@ -95,15 +121,15 @@ def write_unet(folder: Path, network: Network) -> None:
     write_text(folder / "tan_unet.py", joined("unet.py", "adaptor.py", "checkpoints/exported/tan_unet.py"))
 
 
-def write_scheduler(folder: Path, network: Network) -> None:
-    """The noise schedule; of pixel models the predicted x_0 is clipped."""
+def write_scheduler(folder: Path, network: Network, kind: str) -> None:
+    """The noise schedule, for the class `kind` of schedulers; of pixel models the predicted x_0 is clipped."""
     schedule = network.schedule.config
     theirs = {ours: name for name, ours in BETA_SCHEDULES.items()}
     write_json(folder / "scheduler_config.json", dict(
-        _class_name="TANScheduler", num_train_timesteps=schedule["timesteps"],
+        _class_name=kind, num_train_timesteps=schedule["timesteps"],
         beta_start=schedule["beta_start"], beta_end=schedule["beta_end"],
-        beta_schedule=theirs[schedule["name"]], clip_sample=network.first_stage is None))
-    write_text(folder / "tan_scheduler.py", joined("ddpm.py", "checkpoints/exported/tan_scheduler.py"))
+        beta_schedule=theirs[schedule["name"]], clip_sample=network.first_stage is None,
+        timestep_spacing="trailing"))  # which begins at the last timestep, where x_t is noise
 
 
 def write_vae(folder: Path, network: Network, name: str) -> str:
@@ -120,21 +146,28 @@ def write_vae(folder: Path, network: Network, name: str) -> str:
     return config["_class_name"]
 
 
-def write(folder: Path, network: Network, name: str, card: str, pairs: Path) -> None:
-    """Everything a consumer needs, into `folder`, which exists and is empty.
+def write_plain(folder: Path, network: Network, name: str) -> None:
+    """A pipeline of diffusers' own classes into `folder`; `name` is the model's, for errors."""
+    index: dict[str, Any] = dict(_class_name="DDIMPipeline")
+    if network.first_stage:
+        kind = write_vae(folder / "vqvae", network, name)
+        index = dict(_class_name="LDMPipeline", vqvae=["diffusers", kind])
+    write_model(folder / "unet", unet_config(network.model), unet_weights(network.model))
+    write_scheduler(folder / "scheduler", network, "DDIMScheduler")
+    write_json(folder / "model_index.json", dict(
+        index, unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DDIMScheduler"]))
 
-    name    of the model, for errors
-    pairs   the picture that the card shows, if it exists
-    """
+
+def write_with_code(folder: Path, network: Network, name: str) -> None:
+    """A pipeline of our own classes, and their code, into `folder`; `name` is the model's, for errors."""
     vae = [None, None]
     if network.first_stage:
         vae = ["diffusers", write_vae(folder / "vae", network, name)]
     write_unet(folder / "unet", network)
-    write_scheduler(folder / "scheduler", network)
+    write_scheduler(folder / "scheduler", network, "TANScheduler")
+    code = joined("ddpm.py", "checkpoints/exported/tan_scheduler.py")
+    write_text(folder / "scheduler" / "tan_scheduler.py", code)
     write_text(folder / "pipeline.py", joined("checkpoints/exported/pipeline.py"))
-    if pairs.exists():
-        shutil.copyfile(pairs, folder / "samples.png")
-    write_text(folder / "README.md", card)
     write_json(folder / "model_index.json", dict(
         _class_name=["pipeline", "TANPipeline"], unet=["tan_unet", "TANUNet"],
         scheduler=["tan_scheduler", "TANScheduler"], vae=vae))

@@ -168,11 +168,15 @@ def names(key: str, layout: str, num_res_blocks: int, levels: int) -> list[str]:
     table, (module, end) = TABLES[layout], key.rsplit(".", 1)  # end: weight or bias
     if module in table:
         return [f"{table[module]}.{end}"]
-    pattern = r"(input|middle|output)_blocks?\.(\d+)(?:\.\d)?\.([a-z].*)"
-    part, stage, leaf = re.fullmatch(pattern, module).groups()
+    pattern = r"(input|middle|output)_blocks?\.(\d+)(?:\.(\d))?\.([a-z].*)"
+    part, stage, place_in_stage, leaf = re.fullmatch(pattern, module).groups()
     kind = leaf if leaf in ("op", "conv") else "attention" if leaf in ("norm", "qkv", "proj_out") else "block"
     back = part == "output"  # the way back has one more block a level, and no stage like input_blocks.0
     level, i = divmod(int(stage) - (not back), num_res_blocks + 1)
+    if kind == "block" and part == "input" and i == num_res_blocks:  # residual blocks that change the size
+        kind = "op"
+    if kind == "block" and part == "output" and place_in_stage != "0":
+        kind = "conv"
     place = table[f"middle {stage}" if part == "middle" else f"{part} {kind}"]
     place = place.format(level=levels - 1 - level if back else level, up=level, i=i)
     return [f"{place}{name}.{end}" for name in table[leaf].split()]

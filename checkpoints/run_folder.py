@@ -1,8 +1,8 @@
 """What a run of train_tan.py leaves on disk, and how it is read back.
 
 options.json and weights.safetensors together are the adapted model: psi alone beside the source it belongs
-to, or all weights after a method without adaptors.  checkpoint.pt holds the training state; the rest is for
-people.
+to, or all weights after a method without adaptors.  stages/ holds the same for each row of progress.png,
+and what was measured there.  checkpoint.pt holds the training state; the rest is for people.
 """
 
 import hashlib
@@ -11,23 +11,21 @@ import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 import adaptor
 from checkpoints.load import load_network, load_source, read_tensors
-from checkpoints.network import Network, fingerprint, load_strictly, save_tensors
+from checkpoints.network import Network, fingerprint, load_strictly
 from plumbing import distributed
-from plumbing.figures import save_curve
-from plumbing.files import load_checkpoint, read_metrics, remove_unfinished, write_atomic
+from plumbing.files import load_checkpoint, remove_unfinished, write_atomic
 from plumbing.options import InputError, flag, flat, replace
-from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
-from plumbing.training import EMA
 
 T = TypeVar("T")
 FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl",
-         "targets.png", "samples.png", "progress.png", "loss.png", "score.json")
+         "targets.png", "samples.png", "progress.png", "loss.png", "score.json",
+         "stages.json", "stages.png")
+FOLDERS = ("progress", "stages")
 MAY_CHANGE = {"resume", "output_dir", "iterations", "device", "micro_batch_size", "checkpoint_blocks",
               "save_every"}
 
@@ -54,6 +52,10 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
                              f"flag out (--output-dir {out} --resume), or start another run with another "
                              "--output-dir")
     kept = {name: asked[name] for name in (typed & MAY_CHANGE) | {"device"}}
+    wanted, before = kept.get("iterations", saved["iterations"]), saved["iterations"]
+    if wanted != before and (saved["learning_rate_decay"] == "cosine" or saved["guidance_fade"]):
+        distributed.say(f"what falls with the run's length (--learning-rate-decay, --guidance-fade) falls over "
+                        f"{wanted} iterations from now on, not over {before}")
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     return replace(options, **{**saved, **kept, "resume": True})
 
@@ -101,17 +103,19 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
     if is_run and not options["resume"] and not options["overwrite"]:
         raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with "
                          "--overwrite, or choose --output-dir")
-    if not is_run and any((out / name).exists() for name in FILES):
+    if not is_run and any((out / name).exists() for name in FILES + FOLDERS):
         raise InputError(f"{out}: holds files with the names a run would write, but is not a run; choose "
                          "another --output-dir")
     distributed.barrier()
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(out)
+        for folder in (out, *(out / name for name in FOLDERS)):
+            remove_unfinished(folder)
         if not options["resume"]:
             for name in FILES:
                 (out / name).unlink(missing_ok=True)
-            shutil.rmtree(out / "progress", ignore_errors=True)
+            for name in FOLDERS:
+                shutil.rmtree(out / name, ignore_errors=True)
         if state is None or state["iteration"] < options["iterations"]:
             # A finished run that goes on is not finished.
             (out / "weights.safetensors").unlink(missing_ok=True)
@@ -123,14 +127,57 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
 
 # ---- read back ---------------------------------------------------------------------------------------------
 
-def load_run(folder: Path) -> tuple[Network, dict[str, Any]]:
-    """A finished run's adapted model and its options.  InputError if a key or the source does not match."""
-    folder = Path(folder)
+def read_options(folder: Path) -> dict[str, Any]:
+    """The (flat) options of a run."""
     try:
-        options = json.loads((folder / "options.json").read_text())
+        return json.loads((Path(folder) / "options.json").read_text())
     except (OSError, ValueError):
         raise InputError(f"{folder}: not the folder of a run (no options.json)") from None
-    path = folder / "weights.safetensors"
+
+
+def stage_file(folder: Path, iteration: int) -> Path:
+    """The weights of a stage, as in weights.safetensors; its record is beside them, in their description."""
+    return Path(folder) / "stages" / f"{iteration:06d}.safetensors"
+
+
+def stages(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's stages, in order.
+
+    iteration        how many are done
+    nearest          `metrics.nearest_rms` of the eight pictures of progress.png; None without pictures
+    held_out_loss, training_loss   of `run_report.Report.loss`; None where no pictures are held out
+    """
+    found = []
+    for path in sorted((Path(folder) / "stages").glob("[0-9]*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found.append(json.loads(file.metadata()["description"])["stage"])
+    return found
+
+
+def best_stage(records: list[dict[str, Any]]) -> int | None:
+    """The iteration after which the held-out loss is lowest: from there on the training pictures are learnt
+    by heart.  None if nothing was held out.
+    """
+    losses = {record["iteration"]: record["held_out_loss"] for record in records}
+    return None if None in losses.values() else min(losses, key=losses.get, default=None)
+
+
+def find_stage(folder: Path, at: int) -> Path:
+    """The file of a run's stage after `at` iterations; InputError that lists the stages if there is none."""
+    path = stage_file(folder, at)
+    if not path.exists():
+        known = ", ".join(str(record["iteration"]) for record in stages(folder)) or "none"
+        raise InputError(f"--at {at}: no such stage; {folder} has {known}")
+    return path
+
+
+def load_run(folder: Path, at: int | None = None) -> tuple[Network, dict[str, Any]]:
+    """A finished run's adapted model, or that of its stage after `at` iterations, and its options.
+
+    Raises InputError if there is none, or if a key or the source does not match.
+    """
+    folder, options = Path(folder), read_options(folder)
+    path = folder / "weights.safetensors" if at is None else find_stage(folder, at)
     if not path.exists():
         raise InputError(f"{folder}: this run is not finished; continue it with train_tan.py "
                          f"--output-dir {folder} --resume")
@@ -141,7 +188,7 @@ def load_run(folder: Path) -> tuple[Network, dict[str, Any]]:
     if not any(".adaptor." in key for key in tensors):  # a method that changes theta itself
         load_strictly(network.model, tensors, path)
         return network, options
-    adaptor.attach(network.model, options["adaptor_width"])
+    adaptor.attach(network.model, options["adaptor_width"], options.get("adaptor", "bottleneck"))
     try:
         adaptor.load_state_dict(network.model, tensors)
     except KeyError as error:
@@ -149,16 +196,22 @@ def load_run(folder: Path) -> tuple[Network, dict[str, Any]]:
     return network, options
 
 
-def load_model(name: str, arch: str | None) -> tuple[Network, dict[str, Any] | None]:
+def load_model(name: str, arch: str | None,
+               at: int | None = None) -> tuple[Network, dict[str, Any] | None]:
     """The network of a run's folder, with the run's options, or of a source (`load_source`), with None.
 
-    Raises InputError as these do, and for an `arch` beside a run.
+    psi is folded into theta where its form allows that.  Raises InputError as these do, and for an `arch`
+    beside a run or an `at` beside a source.
     """
     if not (Path(name) / "options.json").exists():
+        if at is not None:
+            raise InputError(f"--at {at}: {name} is not a run, and has no stages; leave it out")
         return load_source(name, arch), None
     if arch:
         raise InputError(f"--arch {arch}: a run has the network it was trained with; leave it out")
-    return load_run(Path(name))
+    network, options = load_run(Path(name), at)
+    adaptor.fold(network.model)
+    return network, options
 
 
 def load_classifier(folder: Path) -> Network:
@@ -168,80 +221,3 @@ def load_classifier(folder: Path) -> Network:
         raise InputError(f"{folder}: this run has no classifier; guidance needs a run with --method tan "
                          "or guided")
     return load_network(path)
-
-
-# ---- what a run shows --------------------------------------------------------------------------------------
-
-class Report:
-    """The pictures of a run and its final weights; rank 0 writes, the others do nothing.
-
-    options   flat, as options.json has them
-    source    the network that is adapted
-    theta     its fingerprint from before
-    ema       averages of what learns; they are what the pictures and the weights show
-    """
-
-    def __init__(self, out: Path, options: dict[str, Any], source: Network, theta: str, targets: Tensor,
-                 ema: EMA, device: torch.device):
-        self.out, self.options, self.source, self.theta, self.ema = out, options, source, theta, ema
-        self.device, self.shape = device, targets.shape[1:]
-        previews = options["previews"]
-        self.stages = {0} | {round(options["iterations"] * (i + 1) / previews) for i in range(previews)}
-        if distributed.rank() == 0:
-            save_grid(out / "targets.png", targets[:20], columns=min(10, len(targets)))
-
-    def draw(self, network: Network, n: int, steps: int) -> Tensor:
-        """Pictures (n, 3, H, W) of the seeds 0 to n - 1."""
-        network.to(self.device).model.eval()
-        bf16 = self.options["precision"] == "bf16" and self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return network.sample(range(n), steps, batch_size=self.options["micro_batch_size"] or 64)
-
-    def preview(self, done: int, saved: bool = False) -> None:
-        """One more row of progress.png, if one is due after so many iterations: always the same noises."""
-        folder = self.out / "progress"
-        strip = folder / f"{done:06d}.png"
-        due = done in self.stages and self.options["samples"] > 0 and not strip.exists()
-        if distributed.rank() != 0 or not due:
-            return
-        self.ema.swap()
-        drawn = self.draw(self.source, 8, min(25, self.options["sample_steps"]))
-        self.ema.swap()
-        folder.mkdir(exist_ok=True)
-        pixels = torch.cat(list(to_uint8(drawn)), dim=1)                         # (8, H, W, 3) -> (H, 8W, 3)
-        write_atomic(strip, lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
-        strips = sorted(folder.glob("[0-9]*.png"))
-        rows = [to_tensor(read_array(file)[None])[0].chunk(8, dim=2)             # 8 of (3, H, W) each
-                for file in strips]
-        save_grid(self.out / "progress.png", torch.cat([torch.stack(row) for row in rows]), columns=8,
-                  labels=[f"{int(file.stem)}" for file in strips])
-
-    def finish(self, loss: str) -> None:
-        """weights.safetensors (of the running average), samples.png, and loss.png labelled with `loss`."""
-        if distributed.rank() != 0:
-            return
-        self.ema.swap()
-        weights = adaptor.state_dict(self.source.model) or self.source.model.state_dict()
-        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        description = dict(method=self.options["method"], source=self.theta)
-        save_tensors(self.out / "weights.safetensors", tensors, description)
-        if self.options["samples"]:
-            self.pairs()
-        self.ema.swap()
-        values = [line["loss"] for line in read_metrics(self.out / "metrics.jsonl")]
-        save_curve(self.out / "loss.png", values, f"loss ({loss})")
-        drawn = "samples.png (same noise: source above, adapted below), progress.png, "
-        if not self.options["samples"]:
-            drawn = ""
-        print(f"done: {self.out}/{drawn}loss.png; more with: python sample.py {self.out} -n 64")
-
-    def pairs(self) -> None:
-        """samples.png: pairs of rows, source pictures above, the adapted ones from the same noise below."""
-        n, steps = self.options["samples"], self.options["sample_steps"]
-        columns = min(16, n)
-        adapted = self.draw(self.source, n, steps)
-        source = self.draw(load_source(self.options["source"], self.options["arch"]), n, steps)
-        blank = torch.ones(-n % columns, *self.shape)  # both rows of the last pair are full
-        above, below = (torch.cat([images, blank]).split(columns) for images in (source, adapted))
-        rows = [row for pair in zip(above, below) for row in pair]
-        save_grid(self.out / "samples.png", torch.cat(rows), columns, gap_after=2)

@@ -118,6 +118,20 @@ def target_images(name_or_folder: str | Path, size: int) -> torch.Tensor:
     return load_folder(name_or_folder, size)
 
 
+def training_images(name_or_folder: str | Path, size: int,
+                    hold_out: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """`target_images`, those to train on and the last `hold_out`, which are kept from training.
+
+    Raises InputError if that leaves fewer than two to train on, and as target_images does.
+    """
+    images = target_images(name_or_folder, size)
+    kept = len(images) - hold_out
+    if hold_out and kept < 2:
+        raise InputError(f"--hold-out {hold_out}: {name_or_folder} has {len(images)} pictures; at least 2 "
+                         "must be left to train on")
+    return images[:kept], images[kept:]
+
+
 def source_images(name_or_folder: str | Path, n: int, size: int, seed: int) -> torch.Tensor:
     """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else from a folder.
 

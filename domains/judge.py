@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import domains
+import metrics
 from checkpoints import run_folder
 from checkpoints.load import ASSETS, load_network, load_source
 from checkpoints.network import Network, fingerprint
-from metrics import IntraLPIPS, frechet_distance, intra_lpips, kernel_distance, squared_distances
+from metrics import IntraLPIPS, frechet_distance, intra_lpips, kernel_distance
 from plumbing.files import write_atomic
 from plumbing.options import InputError
 from plumbing.pictures import to_tensor
@@ -91,9 +92,7 @@ def nearest(judge: Network, pictures: Tensor, shots: Tensor) -> list[float]:
     """Toy LPIPS from each picture (N, 3, H, W) to the nearest training picture (K, 3, H, W) or its mirror
     image, which training shows as often.
     """
-    centres = list(perceptual_features(judge, torch.cat([shots, shots.flip(3)])))
-    return [squared_distances(f, centres).min().item()
-            for part in pictures.split(64) for f in perceptual_features(judge, part)]
+    return metrics.nearest(functools.partial(perceptual_features, judge), pictures, shots, batch_size=64)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------
@@ -101,7 +100,7 @@ def nearest(judge: Network, pictures: Tensor, shots: Tensor) -> list[float]:
 @dataclasses.dataclass
 class Reference:
     """What samples of a target are compared with: FRESH of its pictures that no run has seen."""
-    shots: Tensor                    # the ten training pictures (10, 3, H, W)
+    shots: Tensor                    # the training pictures (K, 3, H, W)
     features: Tensor                 # of the fresh pictures, for toy FID and KID
     visible: list[str]               # attributes that can be read in the target's pictures
     shares: dict[str, np.ndarray]    # of each value of a visible attribute, among the fresh pictures
@@ -109,11 +108,15 @@ class Reference:
 
 
 @functools.cache
-def reference(target: str, size: int) -> Reference:
-    """The comparison for samples of a built-in target at this size, made once a program."""
+def reference(target: str, size: int, hold_out: int = 0) -> Reference:
+    """The comparison for samples of a built-in target at this size, made once a program.
+
+    hold_out   of its ten pictures the last so many were not trained on
+    """
     judge = load_judge(domains.TARGETS[target])
     pixels, labels = domains.evaluation_pictures(target, FRESH, size)
-    fresh, shots = fit(judge, to_tensor(pixels)), fit(judge, to_tensor(domains.ten_shots(target, size)[0]))
+    trained_on, _ = domains.training_images(target, size, hold_out)
+    fresh, shots = fit(judge, to_tensor(pixels)), fit(judge, trained_on)
     known = judge.description["attributes"]
     seen, truth = attributes(judge, fresh), dict(zip(known, labels.T))  # the labels lack the last, "domain"
     visible = [name for name in truth if (seen[name].numpy() == truth[name]).mean() >= VISIBLE]
@@ -122,9 +125,9 @@ def reference(target: str, size: int) -> Reference:
     return Reference(shots, features(judge, fresh), visible, shares, median)
 
 
-def score(samples: Tensor, of_source: Tensor, target: str) -> dict[str, float]:
+def score(samples: Tensor, of_source: Tensor, target: str, hold_out: int = 0) -> dict[str, float]:
     """Adapted samples (N, 3, H, W), and the source model's from the first M <= N of their noises (M, 3, H, W)
-    -> figures, by name.
+    -> figures, by name.  `hold_out` as for `reference`.
 
     target      share of samples the judge puts in the target domain
     kept        share of visible attributes that agree with the source sample from the same noise
@@ -138,7 +141,7 @@ def score(samples: Tensor, of_source: Tensor, target: str) -> dict[str, float]:
 
     Raises InputError for so few samples that no two of them are nearest to the same training picture.
     """
-    judge, fresh = load_judge(domains.TARGETS[target]), reference(target, samples.shape[2])
+    judge, fresh = load_judge(domains.TARGETS[target]), reference(target, samples.shape[2], hold_out)
     known = judge.description["attributes"]
     before, after = attributes(judge, of_source), attributes(judge, samples)
     kept = [(after[name][:len(of_source)] == before[name]).float().mean() for name in fresh.visible]
@@ -167,7 +170,7 @@ def protocol(target: str, n: int, steps: int) -> dict[str, int | str]:
     return dict(n=n, steps=steps, paired=min(n, PAIRED), fresh=FRESH, judge=fingerprint(judge))
 
 
-def _draw(network: Network, n: int, steps: int, name: str) -> Tensor:
+def draw(network: Network, n: int, steps: int, name: str) -> Tensor:
     """Samples (n, 3, H, W) from the noises that all runs are scored with."""
     seeds = range(FIRST_SEED, FIRST_SEED + n)
     return network.sample(seeds, steps, progress=functools.partial(bar, text=name))
@@ -176,20 +179,27 @@ def _draw(network: Network, n: int, steps: int, name: str) -> Tensor:
 @functools.lru_cache(maxsize=2)
 def source_samples(source: str, n: int, steps: int, device: torch.device) -> Tensor:
     """What a built-in source model makes of the noises that runs are scored with: (n, 3, H, W)."""
-    return _draw(load_source(source).to(device), n, steps, source)
+    return draw(load_source(source).to(device), n, steps, source)
 
 
-def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict[str, dict]:
+def knows(options: dict) -> bool:
+    """Whether a run with these (flat) options went from a built-in source to one of its targets."""
+    drawn = domains.drawn_by(options["source"])
+    return drawn is not None and domains.TARGETS.get(options["target"]) == drawn
+
+
+def score_run(folder: Path, n: int, steps: int, device: torch.device,
+              at: int | None = None) -> dict[str, dict]:
     """{"run": what was scored and how, "score": the figures of `score`}; kept in score.json beside the run.
 
+    at    score its stage after so many iterations instead; kept beside the weights of that
     Samples are drawn anew only if the run, `n` or `steps` has changed.  Raises InputError for what is not a
     finished run from a built-in source to one of its targets, for more steps than the model has, and as
     `score` does.
     """
-    network, options = run_folder.load_run(folder)
+    network, options = run_folder.load_run(folder, at)
     source, target = options["source"], options["target"]
-    drawn = domains.drawn_by(source)
-    if drawn is None or domains.TARGETS.get(target) != drawn:
+    if not knows(options):
         raise InputError(
             f"{folder}: from {source} to {target}; the judge knows built-in sources and their targets "
             f"only. For other pictures: python sample.py {folder} -n 1000, then "
@@ -198,10 +208,13 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device) -> dict[st
     run = {name: options[name] for name in ("source", "target", "method", "seed", "iterations")}
     run |= protocol(target, n, steps) | dict(weights=fingerprint(network))
     path = folder / "score.json"
+    if at is not None:
+        run["iterations"], path = at, run_folder.stage_file(folder, at).with_suffix(".json")
     if path.exists() and (kept := json.loads(path.read_text()))["run"] == run:
         return kept
-    samples = _draw(network.to(device), n, steps, str(folder))
-    figures = score(samples, source_samples(source, min(n, PAIRED), steps, device), target)
+    samples = draw(network.to(device), n, steps, str(folder))
+    of_source = source_samples(source, min(n, PAIRED), steps, device)
+    figures = score(samples, of_source, target, options.get("hold_out", 0))
     found = dict(run=run, score=figures)
     write_atomic(path, lambda temporary: temporary.write_text(json.dumps(found, indent=1)))
     return found

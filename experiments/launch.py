@@ -14,7 +14,8 @@ from settings import Options, suited, used_by
 
 TRAIN = Path(__file__).parents[1] / "train_tan.py"
 # Options of which nothing shows in the weights.
-UNSEEN = MAY_CHANGE - {"iterations"} | {"overwrite", "paper", "classifier_check"} | flat(Options().pictures).keys()
+UNSEEN = (MAY_CHANGE - {"iterations"} | {"overwrite", "paper", "classifier_check"}
+          | flat(Options().pictures).keys())
 
 
 def settings(options: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,20 @@ def save_figure(path: Path, figure: "Figure", dpi: int = 110) -> None:
     plt.close(figure)
 
 
+def save_panels(path: Path, x: list[float], curves: dict[str, list[float]], xlabel: str,
+                mark: float | None = None) -> None:
+    """A small plot of each curve over x, side by side, as PNG.  mark: a dotted line at this x."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.2 * len(curves), 2.8), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        axes.plot(x, values, color="tab:blue", marker="o", markersize=3)
+        if mark is not None:
+            axes.axvline(mark, color="tab:red", linestyle=":")
+        axes.set(xlabel=xlabel, title=name)
+        axes.grid(alpha=0.3)
+    save_figure(path, figure, dpi=120)
+
+
 def save_curve(path: Path, values: list[float], ylabel: str, smooth: int = 25) -> None:
     """A curve over iterations as PNG: each value faint, its running mean over `smooth` of them on top."""
     from matplotlib.figure import Figure  # unlike pyplot it asks for no window, whatever the user's settings

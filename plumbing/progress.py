@@ -27,6 +27,11 @@ class Lines:
         self.stream.flush()
 
 
+def say(text: str) -> None:
+    """Print a line above the bars that are shown."""
+    tqdm.write(text)
+
+
 def bar(steps: Iterable | None, text: str, leave: bool = False, total: int | None = None,
         initial: int = 0) -> tqdm:
     """`steps`, shown as they are taken.  With steps None the caller takes them: bar.update().

@@ -51,6 +51,7 @@ def tiny(tmp_path_factory):
             Image.fromarray(rng.integers(low, low + 128, (16, 16, 3), np.uint8)).save(folder / name / f"{i}.png")
     options = dict(source=folder / "source.safetensors", target=folder / "targets", source_images=folder / "sources",
                    source_count=8, classifier_iterations=3, iterations=6, batch_size=4, pgd_steps=2, adaptor_width=4,
+                   learning_rate_decay="none", guidance_fade=0.0,  # so that a run may go on as if it had been meant longer
                    samples=0, sample_steps=2, previews=1, device="cpu")
 
     def flags(method="tan"):

@@ -49,7 +49,7 @@ def tiny_unet():
 @pytest.fixture
 def without_norm(monkeypatch):
     """One step then gives eps + omega * gradient, from which the gradient can be read."""
-    monkeypatch.setattr(adversarial_noise, "norm", lambda eps, dims: eps)
+    monkeypatch.setattr(adversarial_noise, "norm", lambda eps, dims, like: eps)
 
 
 def pgd_gradient(model, x0, t, eps):
@@ -99,6 +99,38 @@ def test_norm():
     points = norm(5 + 3 * randn(100, 2), dims=(0,))  # toy2d: over the batch, each dimension on its own
     torch.testing.assert_close(points.mean(0), torch.zeros(2), rtol=0, atol=1e-5)
     torch.testing.assert_close(points.pow(2).mean(0), torch.ones(2))
+
+
+def test_norm_gives_a_noise_its_own_moments_back():
+    drawn = randn(4, 3, 8, 8)
+    eps = norm(5 + 3 * drawn, like=drawn)  # nothing but moments was changed, and they are changed back
+    torch.testing.assert_close(eps, drawn, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["paper", "own"])
+def test_what_the_mean_of_xt_tells_of_x0(own):
+    """R^2 of the brightness of x_0 from the mean of x_t alone: of plain noise a v / (a v + (1 - a) / D), v its variance.
+
+    As printed Norm leaves no noise in the mean: at any timestep it tells the brightness exactly, which in sampling it does not.
+    """
+    n, size, t = 2000, 8, torch.tensor([900])
+    brightness = 0.3 * randn(n, 1, 1, 1)
+    x0, eps = brightness + 0.1 * randn(n, 3, size, size, seed=1), randn(n, 3, size, size, seed=2)
+    worst, _ = worst_case_noise(Net(), SCHEDULE, x0, t.expand(n), eps, steps=2, omega=0.05, own=own)
+    assert (worst - norm(eps)).abs().mean() > 0.01  # there was an ascent
+    means = [x.mean((1, 2, 3)) for x in (x0, SCHEDULE.add_noise(x0, t.expand(n), worst))]
+    told = torch.corrcoef(torch.stack(means))[0, 1].item() ** 2
+    a, v = a_bar(t).item(), means[0].var().item()
+    plain = a * v / (a * v + (1 - a) / (3 * size ** 2))
+    assert plain < 0.01 and told == pytest.approx(plain if own else 1, abs=0.02)
+
+
+def test_ascent_keeps_each_noises_own_moments():
+    x0, eps = x0_and_eps(size=8)
+    worst, losses = worst_case_noise(Net(), SCHEDULE, x0, T, eps, steps=3, omega=0.05, own=True)
+    torch.testing.assert_close(worst.mean((1, 2, 3)), eps.mean((1, 2, 3)))
+    torch.testing.assert_close(worst.std((1, 2, 3)), eps.std((1, 2, 3)))
+    assert (losses[-1] > losses[0]).all()
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------

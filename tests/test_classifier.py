@@ -13,9 +13,11 @@ from classifier import (
     Classifier,
     accuracy_by_quartile,
     augment,
+    fade,
     fine_tune,
     from_unet,
     guided_loss,
+    limited,
     log_prob_gradient,
     make_classifier,
     replace_head,
@@ -91,7 +93,25 @@ def test_similarity_guidance():
     torch.testing.assert_close(similarity_guidance(model, schedule, xt, t, 3.0), 3 * sigma_hat ** 2 * gradient)
     guidance = similarity_guidance(model, schedule, xt, t, 3.0, power=1, below=500)
     torch.testing.assert_close(guidance[:2], 3 * (sigma_hat * gradient)[:2])
-    assert guidance[:2].any() and not guidance[2:].any() and similarity_guidance(None, schedule, xt, t, 3.0) == 0
+    assert guidance[:2].any() and not guidance[2:].any()
+    for nothing in (similarity_guidance(None, schedule, xt, t, 3.0), similarity_guidance(model, schedule, xt, t, 0.0)):
+        assert nothing == 0
+
+
+def test_gamma_falls_linearly_to_0():
+    assert [fade(done, 8) for done in (0, 2, 4, 7, 8, 9)] == [1, 0.75, 0.5, 0.125, 0, 0]
+    assert [fade(done, 0) for done in (0, 0.5, 1)] == [1, 1, 1]  # as printed
+
+
+def test_no_picture_is_pulled_further_than_the_limit():
+    guidance, residual = randn(3, 3, 4, 4), randn(3, 3, 4, 4, seed=1)
+    guidance = guidance * torch.tensor([0.1, 10, 0]).view(3, 1, 1, 1)
+    short, long, none = limited(guidance, residual, 0.5)
+    assert short.equal(guidance[0]) and not none.any()
+    assert long.norm().item() == pytest.approx(0.5 * residual[1].norm().item())
+    torch.testing.assert_close(long / long.norm(), guidance[1] / guidance[1].norm())  # shorter, not turned
+    assert limited(guidance, residual, None) is guidance and limited(0.0, residual, 0.5) == 0
+    assert not limited(guidance, torch.zeros_like(residual), 0.5).any()
 
 
 # ---- where a classifier comes from -----------------------------------------------------------------------------------

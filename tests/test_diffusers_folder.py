@@ -69,7 +69,7 @@ def test_diffusers_pipeline_folder(tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("time_embedding_type", "fourier"), ("resnet_time_scale_shift", "scale_shift"), ("num_class_embeds", 10),
+    ("time_embedding_type", "fourier"), ("resnet_time_scale_shift", "spatial"), ("num_class_embeds", 10),
     ("act_fn", "gelu"), ("mid_block_scale_factor", 2), ("block_out_channels", [32, 48, 96]),
     ("down_block_types", ["SkipDownBlock2D"] * 3), ("up_block_types", ["UpBlock2D"] * 3),
     ("sample_size", [16, 24])])

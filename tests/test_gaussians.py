@@ -109,6 +109,24 @@ def test_normalised_noise_leaves_the_repeated_gradient_alone():
     assert angle(found["reference"], (MEANS[TARGET] - MEANS[SOURCE]).expand(4, 2)).max() < 3
 
 
+def test_own_norm_gives_each_coordinate_of_the_batch_its_drawn_moments_back():
+    """So the gradient knows the noises' own mean again, as it does without adversarial noise."""
+    shots = draw_points(TARGET, 10, 4, generator(1))
+    noises = {own: gaussians.compare_gradients(optimal_predictor, {}, shots, 300, 2, generator(2), 5.0, 0.02, 3, own)
+              for own in (False, True)}
+    drawn = torch.randn(10_000, 4, 2, generator=after_points())[:20]
+    torch.testing.assert_close(noises[True]["worst"].mean(0), drawn.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(noises[True]["worst"].std(0), drawn.std(0), atol=1e-5, rtol=1e-4)
+    assert noises[False]["worst"].mean(0).abs().max() < 1e-5 < drawn.mean(0).abs().min()
+
+
+def after_points():
+    """The generator as compare_gradients has it when it draws its noises."""
+    g = generator(2)
+    draw_points(TARGET, 10_000, 4, g)
+    return g
+
+
 def test_wasserstein_against_the_matrix_square_root():
     x = randn(300, 1, 2) @ torch.tensor([[1.5, 0.0], [0.7, 0.4]], dtype=torch.float64)
     mean, covariance = x[:, 0].mean(0), torch.cov(x[:, 0].T, correction=0)
@@ -129,20 +147,21 @@ def test_networks_side_by_side_do_not_mix():
     assert torch.equal(ends[0][0], ends[1][0]) and not torch.equal(ends[0][1], ends[1][1])
 
 
-@pytest.mark.parametrize("classifier, steps", [(None, 0), (bayes_classifier, 0), (bayes_classifier, 3)])
-def test_adapt_is_algorithm_1(classifier, steps):
+@pytest.mark.parametrize("classifier, steps, fading",
+                         [(None, 0, 0), (bayes_classifier, 0, 0), (bayes_classifier, 3, 0), (bayes_classifier, 3, 4)])
+def test_adapt_is_algorithm_1(classifier, steps, fading):
     """Two iterations by hand, from 40 points; the baseline is plain denoising."""
     torch.manual_seed(0)
     model, shots = MLP(1), draw_points(TARGET, 10, 1, generator(1))
     numbers = NUMBERS | dict(steps=steps)
-    *_, adapted = gaussians.adapt(model, shots, generator(0, 3), classifier, **numbers, iterations=2)
+    *_, adapted = gaussians.adapt(model, shots, generator(0, 3), classifier, **numbers, iterations=2, fading=fading)
     g, x0 = generator(0, 3), shots.repeat(4, 1, 1)
-    for _ in range(2):
+    for gamma in (5.0, 5.0 * 3 / 4 if fading else 5.0):
         t, eps = torch.randint(1000, (40,), generator=g), torch.randn(40, 1, 2, generator=g)
         if steps:
             eps, _ = worst_case_noise(model, SCHEDULE, x0, t, eps, steps, 0.02, dims=(0,))
         xt = SCHEDULE.add_noise(x0, t, eps)
-        guidance = similarity_guidance(classifier, SCHEDULE, xt, t, 5.0) if classifier else 0.0
+        guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma) if classifier else 0.0
         loss = (eps - model(xt, t) - guidance).square().mean()
         for p, gradient in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
             p.data -= 0.02 * gradient

@@ -8,18 +8,24 @@ import settings
 from plumbing.options import InputError, flat, replace
 from settings import METHODS, PAPER, Options, suited, used_by
 
+SMALL = settings.SMALL | settings.SMALL_ADAPTORS | settings.SMALL_BOTTLENECK
+GUIDED, ADVERSARIAL = settings.SMALL_GUIDED, settings.SMALL_ADVERSARIAL
+FINETUNE = settings.SMALL | settings.SMALL_FINETUNE
+
+
+def source_of(size, latent=False):
+    return SimpleNamespace(image_size=size, first_stage=object() if latent else None)
+
 
 @pytest.mark.parametrize("target, method, size, latent, expected", [
-    ("sunglasses", "tan", 32, False, settings.SMALL | settings.SMALL_GUIDED),
-    ("sunglasses", "adaptor", 64, True, settings.SMALL),
-    ("sunglasses", "finetune", 32, False, settings.SMALL_FINETUNE),
-    ("photos", "guided", 32, False, settings.SMALL | settings.SMALL_GUIDED),
-    ("haunted-houses", "adaptor", 32, False, settings.SMALL | settings.CHURCHES),
-    ("haunted-houses", "pa", 32, False, settings.SMALL_FINETUNE | settings.SMALL_PA | settings.CHURCHES),
+    ("sunglasses", "tan", 32, False, SMALL | GUIDED | ADVERSARIAL), ("sunglasses", "adaptor", 64, True, SMALL),
+    ("sunglasses", "finetune", 32, False, FINETUNE), ("photos", "guided", 32, False, SMALL | GUIDED),
+    ("haunted-houses", "adaptor", 32, False, SMALL | settings.CHURCHES),
+    ("haunted-houses", "pa", 32, False, FINETUNE | settings.SMALL_PA | settings.CHURCHES),
     ("photos", "tan", 256, False, {}), ("photos", "finetune", 256, True, settings.LATENT),
     ("haunted-houses", "tan", 128, False, {})])
 def test_what_stands_in_for_the_papers_settings(target, method, size, latent, expected):
-    source = SimpleNamespace(image_size=size, first_stage=object() if latent else None)
+    source = source_of(size, latent)
     options = Options(target=target, method=method)
     assert settings.instead_of_paper(options, source) == expected
     assert flat(suited(options, source)) == flat(options) | PAPER | expected
@@ -27,19 +33,24 @@ def test_what_stands_in_for_the_papers_settings(target, method, size, latent, ex
     assert flat(suited(typed, source)) == flat(options) | PAPER | expected | dict(iterations=7, learning_rate=0.5)
 
 
-def test_the_papers_numbers():
-    """Section 5.2."""
-    source = SimpleNamespace(image_size=256, first_stage=None)
-    options, latent = suited(Options(), source), suited(Options(), SimpleNamespace(image_size=256, first_stage=1))
-    assert (options.guidance.gamma, options.adversarial_noise.pgd_steps, options.adversarial_noise.omega) == (5, 10, 0.02)
-    assert (options.iterations, options.batch_size) == (300, 40)
-    assert (options.learning_rate, latent.learning_rate) == (5e-5, 1e-5)
+@pytest.mark.parametrize("options, source", [
+    (Options(), source_of(256)), (Options(paper=True), source_of(32)), (Options(paper=True), source_of(64, latent=True)),
+    (Options(), source_of(256, latent=True))])
+def test_the_papers_numbers(options, source):
+    """Section 5.2: above 64 pixels without being asked, else with --paper; Norm and gamma as they are printed."""
+    given = suited(options, source)
+    ascent, guidance = given.adversarial_noise, given.guidance
+    assert (ascent.pgd_steps, ascent.omega, ascent.norm, ascent.pgd_network) == (10, 0.02, "paper", "current")
+    assert (guidance.gamma, guidance.guidance_power, guidance.guidance_fade) == (5, 2, 0)
+    assert guidance.guidance_below is guidance.guidance_limit is None
+    assert (given.iterations, given.batch_size, given.learning_rate_decay, given.warmup) == (300, 40, "none", 0)
+    assert given.learning_rate == (1e-5 if source.first_stage else 5e-5)
 
 
 def test_options_of_a_method():
     asks = {name: {method for method in METHODS if name in used_by(method)} for name in flat(Options())}
     assert asks["gamma"] == asks["classifier_check"] == {"tan", "guided"}
-    assert asks["omega"] == asks["pgd_network"] == {"tan"} and asks["pairwise_weights"] == {"pa"}
+    assert asks["omega"] == asks["pgd_network"] == asks["norm"] == {"tan"} and asks["pairwise_weights"] == {"pa"}
     assert asks["adaptor_width"] == {"tan", "guided", "adaptor"}
     assert asks["target"] == asks["samples"] == asks["ema"] == set(METHODS)
 

@@ -57,7 +57,7 @@ def test_bad_input_is_refused(program, bad, tmp_path):
 
 def test_the_demo_prints_what_it_writes(run):
     _, results, printed = run(toy2d)
-    assert results["shown"] == list(toy2d.SHOWN) and results["options"]["draws"] == 3
+    assert results["shown"] == list(toy2d.COLUMNS) and results["options"]["draws"] == 3
     for claim, numbers in results["claims"].items():
         line, = (line for line in printed.splitlines() if line.startswith(claim))
         cells = [f"{number:.2f}" for number in numbers if number is not None]
@@ -66,9 +66,10 @@ def test_the_demo_prints_what_it_writes(run):
         iterations, low, medians, high = zip(*curve)
         assert iterations == (1, 2, 3, 4) and all(a <= b <= c for a, b, c in zip(low, medians, high))
         assert medians[0] < 8 ** 0.5  # a step towards the target
-        assert results["claims"]["    at the end"][list(toy2d.METHODS).index(method)] == medians[-1]
-    baseline, guided, tan = results["distances"].values()
+        assert results["claims"]["    at the end"][toy2d.COLUMNS.index(method)] == medians[-1]
+    baseline, guided, tan, fading = (results["distances"][name] for name in toy2d.METHODS)
     assert baseline != guided != tan != baseline
+    assert fading[0] == guided[0] and fading[1] != guided[1]  # at first gamma is the same
 
 
 def test_quick_holds_where_nothing_else_is_typed(monkeypatch):

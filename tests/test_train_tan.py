@@ -1,6 +1,7 @@
 """train_tan.py: the loss of Eq. 6, the four methods, and that a run comes out the same however it is split, stopped or spread."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -94,7 +95,7 @@ def test_the_weights_are_the_running_average(train, tmp_path):
 
 def test_every_iteration_draws_its_own_batch(train, tmp_path, monkeypatch):
     drawn = []
-    def record(model, schedule, x0, t, eps, *rest):
+    def record(model, schedule, x0, t, eps, *rest, **how):
         drawn.append((x0, t, eps))
         return eps, []
     monkeypatch.setattr(train_tan, "worst_case_noise", record)
@@ -170,6 +171,16 @@ def test_more_iterations_later(train, finished, tmp_path):
     assert json.loads((run / "options.json").read_text())["iterations"] == 6
 
 
+@pytest.mark.parametrize("flags, noted", [(["--learning-rate-decay", "cosine"], True), (["--guidance-fade", "0.5"], True), ([], False)])
+def test_more_iterations_of_a_run_that_fades(flags, noted, train, tmp_path, capsys):
+    """What falls with the run's length is from now on that of the longer run, and this is said."""
+    run = train(tmp_path / "run", "--iterations", "2", *flags)
+    resume(run, "--iterations", "2")
+    assert "falls over" not in capsys.readouterr().out
+    resume(run, "--iterations", "3")
+    assert ("falls over 3 iterations from now on, not over 2" in capsys.readouterr().out) == noted
+
+
 def test_a_seed_is_a_run(train, finished, tmp_path):
     assert weights(train(tmp_path / "same")) == weights(finished)
     other = train(tmp_path / "other", "--seed", "1")
@@ -212,9 +223,9 @@ def test_an_iteration_is_algorithm_1(flags, train, finished, tmp_path, monkeypat
     def spy(name, home):
         original = getattr(home, name)
 
-        def called(*a):
-            result = original(*a)
-            calls[name].append((a, result))
+        def called(*a, own=None):
+            result = original(*a) if own is None else original(*a, own=own)
+            calls[name].append(((*a, own) if own is not None else a, result))
             return result
         monkeypatch.setattr(home, name, called)
 
@@ -222,15 +233,43 @@ def test_an_iteration_is_algorithm_1(flags, train, finished, tmp_path, monkeypat
     for name, home in homes.items():
         spy(name, home)
     train(tmp_path / "run", "--iterations", "1", "--batch-size", "16", *flags)
-    ((adversary, schedule, x0, t, eps, steps, omega), (worst, ascent)), ((_, xt, t_scored, label), score), ((eps_in_loss, _, guidance), _) = (
+    ((adversary, schedule, x0, t, eps, steps, omega, own), (worst, ascent)), ((_, xt, t_scored, label), score), ((eps_in_loss, eps_theta, guidance), _) = (
         calls[name][-1] for name in calls)
     power, below = (float(dict(zip(flags[::2], flags[1::2])).get(flag, default)) for flag, default in (("--guidance-power", 2), ("--guidance-below", 1000)))
-    assert (steps, omega, label) == (2, 0.02, 1) and len(ascent) == 2 and not torch.equal(worst, eps)
+    assert (steps, omega, own, label) == (2, 0.1, "paper" not in flags, 1) and len(ascent) == 2 and not torch.equal(worst, eps)
     assert torch.equal(eps_in_loss, worst) and torch.equal(xt, schedule.add_noise(x0, t, worst)) and torch.equal(t_scored, t)
     expected = 5 * schedule.sigma_hat(t, xt) ** power * score * (t < below).view(-1, 1, 1, 1)
+    if "--guidance-limit" in flags:
+        left, pull = (x.pow(2).sum((1, 2, 3), keepdim=True).sqrt() for x in (worst - eps_theta, expected))
+        assert (pull > 1e-4 * left).any()
+        expected = expected * torch.minimum(1e-4 * left / pull, torch.ones_like(pull))
     torch.testing.assert_close(guidance, expected)
     assert expected.abs().max() > 0 and (t >= 500).any()
     assert any(".adaptor." in name for name, _ in adversary.named_parameters()) == ("source" not in flags)
+
+
+def test_gamma_and_learning_rate_fall_to_0(train, tmp_path, monkeypatch):
+    gammas, original = [], train_tan.similarity_guidance
+    monkeypatch.setattr(train_tan, "similarity_guidance", lambda *a: (gammas.append(a[4]), original(*a))[1])
+    run = train(tmp_path / "run", "--guidance-fade", "0.5", "--learning-rate-decay", "cosine", "--learning-rate", "1e-3")
+    assert gammas == pytest.approx([5, 5 * 2 / 3, 5 / 3, 0, 0, 0])
+    lines = metrics(run)
+    rates = [line["learning_rate"] for line in lines]
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)])
+    assert ["guidance_ratio" in line for line in lines] == [True] * 3 + [False] * 3
+    constant = train(tmp_path / "constant", "--guidance-fade", "0", "--learning-rate-decay", "none", "--learning-rate", "1e-3")
+    assert gammas[6:] == [5] * 6
+    assert {line["learning_rate"] for line in metrics(constant)} == {1e-3}
+
+
+def test_paper_is_the_printed_numbers_typed_out(train, tmp_path):
+    few = ["--iterations", "2", "--batch-size", "4", "--classifier-iterations", "3"]
+    paper = train(tmp_path / "paper", "--paper", *few)
+    typed = train(tmp_path / "typed", *few, "--learning-rate", "5e-5", "--learning-rate-decay", "none", "--guidance-fade", "0",
+                  "--omega", "0.02", "--norm", "paper")
+    assert weights(paper) == weights(typed)
+    ours = train(tmp_path / "ours", *few)
+    assert weights(paper) != weights(ours)
 
 
 # ---- what goes wrong, and what is said -------------------------------------------------------------------------------
@@ -399,8 +438,8 @@ def test_bf16_reaches_the_networks(train, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, mirrored", [(["--no-flip"], False), ([], True)])
 def test_mirrored_pictures(flags, mirrored, train, tiny, tmp_path, monkeypatch):
     seen, original = [], train_tan.worst_case_noise
-    monkeypatch.setattr(train_tan, "worst_case_noise", lambda model, schedule, x0, *rest: seen.append(x0)
-                        or original(model, schedule, x0, *rest))
+    monkeypatch.setattr(train_tan, "worst_case_noise", lambda model, schedule, x0, *rest, **how: seen.append(x0)
+                        or original(model, schedule, x0, *rest, **how))
     train(tmp_path / "run", "--iterations", "2", "--batch-size", "8", *flags)
     shots = load_folder(tiny.targets, 16)
     plain = [any(torch.equal(x, shot) for shot in shots) for x in torch.cat(seen)]

@@ -114,18 +114,20 @@ def test_stats():
     t = torch.tensor([0, 249, 250, 999, 750])
     losses, ascent = torch.tensor([1.0, 2, 3, 4, 5]), [torch.full((5,), 2.0), torch.full((5,), 2.5), torch.tensor([3.0, 3, 3, 3, 8])]
     guidance = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    residual = torch.full((5, 3, 2, 2), 2.0)
     stats = Stats(1000, torch.device("cpu"))
     for part in (slice(0, 2), slice(2, 5)):
-        stats.add(t[part], losses[part], guidance[part], [step[part] for step in ascent])
+        stats.add(t[part], losses[part], guidance[part], residual[part], [step[part] for step in ascent])
     line = stats.reduce()
     assert line["loss"] == pytest.approx(3) and line["loss_by_quarter"] == [1.5, 3, None, 4.5]
     assert line["guidance_rms"] == pytest.approx([0.5 ** 0.5, 2, None, 12.5 ** 0.5])  # sqrt((0 + 1)/2), 2, -, sqrt((9 + 16)/2)
+    assert line["guidance_ratio"] == pytest.approx([0.5 ** 0.5 / 2, 1, None, 12.5 ** 0.5 / 2])
     assert line["pgd_gain"] == pytest.approx(2)  # 20 / 10
 
 
 def test_stats_without_guidance_and_ascent():
     stats = Stats(1000, torch.device("cpu"))
-    stats.add(torch.tensor([0]), torch.tensor([1.0]), 0.0, [])
+    stats.add(torch.tensor([0]), torch.tensor([1.0]), 0.0, torch.ones(1, 3, 2, 2), [])
     assert stats.reduce() == dict(loss=1, loss_by_quarter=[1, None, None, None])
 
 

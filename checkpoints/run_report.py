@@ -1,0 +1,147 @@
+"""What a run of train_tan.py keeps while it goes on, and shows: stages, rows of progress.png, final weights.
+
+Few-shot adaptation is decided by when it stops.  A stage keeps the running average at that time, so that the
+best one can be chosen afterwards: by the pictures, by how near they come to the training pictures, or by the
+loss of pictures that were held out.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import adaptor
+from checkpoints.load import load_source
+from checkpoints.network import Network, save_tensors
+from checkpoints.run_folder import best_stage, stage_file, stages
+from classifier import guided_loss
+from ddpm import predict_eps
+from metrics import nearest_rms
+from plumbing import distributed, progress
+from plumbing.figures import save_curve
+from plumbing.files import read_metrics, write_atomic
+from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
+from plumbing.seeds import generator
+from plumbing.training import EMA
+
+NOISES = 8  # a picture, for the losses of a stage
+STAGE_NOISE = 5  # stream of random numbers
+
+
+class Report:
+    """The stages of a run, its final weights and its pictures; rank 0 writes, the others do nothing.
+
+    options   flat, as options.json has them
+    source    the network that is adapted
+    theta     its fingerprint from before
+    targets   the training pictures (K, 3, H, W)
+    held_out  pictures kept from training, or none (K', 3, H, W)
+    ema       averages of what learns; they are what the pictures, the losses and the weights show
+    """
+
+    def __init__(self, out: Path, options: dict[str, Any], source: Network, theta: str, targets: Tensor,
+                 held_out: Tensor, ema: EMA, device: torch.device):
+        self.out, self.options, self.source, self.theta, self.ema = out, options, source, theta, ema
+        self.targets, self.held_out, self.device = targets, held_out, device
+        previews = options["previews"]
+        self.stages = {0} | {round(options["iterations"] * (i + 1) / previews) for i in range(previews)}
+        if distributed.rank() == 0:
+            save_grid(out / "targets.png", targets[:20], columns=min(10, len(targets)))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision of everything here."""
+        bf16 = self.options["precision"] == "bf16" and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+    def draw(self, network: Network, n: int, steps: int) -> Tensor:
+        """Pictures (n, 3, H, W) of the seeds 0 to n - 1."""
+        network.to(self.device).model.eval()
+        with self.autocast():
+            return network.sample(range(n), steps, batch_size=self.options["micro_batch_size"] or 64)
+
+    @torch.no_grad()
+    def loss(self, pictures: Tensor) -> float:
+        """Eq. 1 of pictures (N, 3, H, W): the mean over NOISES noises and timesteps, spread over the
+        quarters, which are the same for every picture and at every stage.
+        """
+        schedule, g = self.source.schedule, generator(self.options["seed"], STAGE_NOISE)
+        t = (torch.arange(NOISES) + torch.rand(NOISES, generator=g)) * schedule.timesteps / NOISES
+        eps = torch.randn(NOISES, *self.source.shape, generator=g).to(self.device)
+        t, losses = t.long().to(self.device), []
+        with self.autocast():
+            for x0 in self.source.encode(pictures.to(self.device)):
+                xt = schedule.add_noise(x0.expand_as(eps), t, eps)
+                losses.append(guided_loss(eps, predict_eps(self.source.model, xt, t), 0).mean())
+        return torch.stack(losses).mean().item()
+
+    def save(self, path: Path, **more: Any) -> None:
+        """The weights that the network has now, psi alone or all, with a description."""
+        weights = adaptor.state_dict(self.source.model) or self.source.model.state_dict()
+        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        save_tensors(path, tensors, dict(method=self.options["method"], source=self.theta, **more))
+
+    def preview(self, done: int, saved: bool = False) -> None:
+        """One more stage and row of progress.png, if one is due after so many iterations."""
+        path, strip = stage_file(self.out, done), self.out / "progress" / f"{done:06d}.png"
+        there = path.exists() and (strip.exists() or not self.options["samples"])
+        if distributed.rank() != 0 or done not in self.stages or there:
+            return
+        record, drawn = dict(iteration=done, nearest=None, held_out_loss=None, training_loss=None), None
+        self.ema.swap()
+        if self.options["samples"]:
+            drawn = self.draw(self.source, 8, min(25, self.options["sample_steps"]))  # always the same noises
+            record.update(nearest=nearest_rms(drawn, self.targets))
+        if len(self.held_out):
+            record.update(held_out_loss=self.loss(self.held_out), training_loss=self.loss(self.targets))
+            progress.say("after {iteration} iterations: held-out loss {held_out_loss:.4f}, "
+                         "training loss {training_loss:.4f}".format(**record))
+        path.parent.mkdir(exist_ok=True)
+        self.save(path, stage=record)
+        self.ema.swap()
+        if drawn is not None:
+            self.add_row(strip, drawn)
+
+    def add_row(self, strip: Path, drawn: Tensor) -> None:
+        """Pictures (8, 3, H, W) as one more file in progress/, and all of these as progress.png."""
+        strip.parent.mkdir(exist_ok=True)
+        pixels = torch.cat(list(to_uint8(drawn)), dim=1)                         # (8, H, W, 3) -> (H, 8W, 3)
+        write_atomic(strip, lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
+        rows, labels = [], []
+        for record in stages(self.out):
+            if (file := strip.with_name(f"{record['iteration']:06d}.png")).exists():
+                rows += to_tensor(read_array(file)[None])[0].chunk(8, dim=2)     # 8 of (3, H, W)
+                labels.append(f"{record['iteration']}  rms {record['nearest']:.2f}")
+        save_grid(self.out / "progress.png", torch.stack(rows), columns=8, labels=labels)
+
+    def finish(self, loss: str) -> None:
+        """weights.safetensors (of the running average), samples.png, and loss.png labelled with `loss`."""
+        if distributed.rank() != 0:
+            return
+        self.ema.swap()
+        self.save(self.out / "weights.safetensors")
+        if self.options["samples"]:
+            self.pairs()
+        self.ema.swap()
+        values = [line["loss"] for line in read_metrics(self.out / "metrics.jsonl")]
+        save_curve(self.out / "loss.png", values, f"loss ({loss})")
+        drawn = "samples.png (same noise: source above, adapted below), progress.png, "
+        if not self.options["samples"]:
+            drawn = ""
+        print(f"done: {self.out}/{drawn}loss.png; more with: python sample.py {self.out} -n 64")
+        if (best := best_stage(stages(self.out))) is not None:
+            print(f"held-out loss is lowest after {best} of {self.options['iterations']} iterations: "
+                  f"python sample.py {self.out} --at {best}")
+
+    def pairs(self) -> None:
+        """samples.png: pairs of rows, source pictures above, the adapted ones from the same noise below."""
+        n, steps = self.options["samples"], self.options["sample_steps"]
+        columns = min(16, n)
+        adapted = self.draw(self.source, n, steps)
+        source = self.draw(load_source(self.options["source"], self.options["arch"]), n, steps)
+        blank = torch.ones(-n % columns, *self.targets.shape[1:])  # both rows of the last pair are full
+        above, below = (torch.cat([images, blank]).split(columns) for images in (source, adapted))
+        rows = [row for pair in zip(above, below) for row in pair]
+        save_grid(self.out / "samples.png", torch.cat(rows), columns, gap_after=2)
