@@ -163,11 +163,13 @@ def augment(x: Tensor, kinds: Collection[str], g: torch.Generator) -> Tensor:
 
 def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor, iterations: int,
               batch_size: int, learning_rate: float, kinds: Collection[str], g: torch.Generator,
-              micro_batch_size: int | None = None, progress: Callable[[Iterable], Iterable] = iter) -> None:
+              micro_batch_size: int | None = None, progress: Callable[[Iterable], Iterable] = iter,
+              share: Callable[[int], slice] = slice, sum_gradients: Callable[[list], object] = len) -> None:
     """Teach source against target at all timesteps, every batch half source and half target.
 
     source (N, C, H, W), target (M, C, H, W), on the model's device.  `kinds` are augmentations; randomness
-    comes from g.  micro_batch_size limits the pictures that go through the network at once.
+    comes from g.  micro_batch_size limits the pictures that go through the network at once.  Of several
+    processes each takes its share of a batch, and all then sum_gradients.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
     model.train().requires_grad_(True)
@@ -184,8 +186,10 @@ def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Ten
         eps = torch.randn(x0.shape, generator=g).to(x0.device)
         xt = schedule.add_noise(x0, t, eps)
         optimizer.zero_grad()
-        for xt_, t_, labels_ in zip(xt.split(micro), t.split(micro), labels.split(micro)):
+        parts = (values[share(2 * half)].split(micro) for values in (xt, t, labels))
+        for xt_, t_, labels_ in zip(*parts):
             (F.cross_entropy(model(xt_, t_).float(), labels_, reduction="sum") / (2 * half)).backward()
+        sum_gradients(list(model.parameters()))
         optimizer.step()
     model.eval().requires_grad_(False)
 
@@ -225,7 +229,7 @@ def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source:
                     encode: Callable[[Tensor], Tensor] | None = None, check: bool = True,
                     micro_batch_size: int | None = None,
                     progress: Callable[[Iterable, str], Iterable] = lambda steps, text: steps,
-                    ) -> tuple[Classifier, list[float] | None]:
+                    **processes: Callable) -> tuple[Classifier, list[float] | None]:
     """p_phi of Eq. 5: `start()` fine-tuned on pictures of the target against pictures of the source.
 
     start             a classifier that has not seen a target picture, with a fresh two-way head; called for
@@ -236,6 +240,7 @@ def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source:
                       picture several changed versions are encoded
     check             first train a trial classifier without a fifth of the pictures, and return its accuracy
                       on that fifth by quarter of the timesteps (None without `check`, or with one picture)
+    processes         share and sum_gradients of `fine_tune`
     """
     def x0(pictures: Tensor, versions: int) -> Tensor:
         if encode is None:
@@ -246,7 +251,7 @@ def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source:
         model = start()
         fine_tune(model, schedule, x0(source, 2), x0(target, 16), iterations, batch_size, learning_rate,
                   kinds if encode is None else (), stream(BATCHES), micro_batch_size,
-                  lambda steps: progress(steps, text))
+                  lambda steps: progress(steps, text), **processes)
         return model
 
     accuracy = None

@@ -45,12 +45,15 @@ class Schedule:
             raise ValueError(f"unknown noise schedule '{name}': linear, scaled-linear or cosine")
         self.timesteps = timesteps
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)
+        self.tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def at(self, t: Tensor, x: Tensor) -> Tensor:
         """alpha_bar_t, shaped (B, 1, ...) to multiply x of shape (B, ...); t is int (B,), -1 gives 1."""
-        padded = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar])
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return padded.to(dtype).to(x.device)[t + 1].view(-1, *[1] * (x.dim() - 1))
+        kind = x.device, torch.promote_types(x.dtype, torch.float32)
+        if kind not in self.tables:  # copied to a device once, not at every call
+            with torch.inference_mode(False):  # training may use what sampling put there
+                self.tables[kind] = torch.cat([torch.ones(1), self.alpha_bar]).to(*kind)
+        return self.tables[kind][t + 1].view(-1, *[1] * (x.dim() - 1))
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, a draw from q(x_t | x_0).

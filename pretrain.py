@@ -398,7 +398,7 @@ def main() -> None:
         x0, eps = x0.to(device), eps.to(device)
         labels = None if labels is None else labels.to(device)
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+        with distributed.autocast(device, training.precision):
             loss = losses_of(network, x0, labels, t, eps, options.latent.kl_weight).sum() / b
         loss.backward()
         distributed.sum_gradients(parameters)
@@ -408,7 +408,6 @@ def main() -> None:
         optimizer.step()
         ema.update()
         loop.record(loss=total, gradient_norm=gradient_norm)
-    distributed.barrier()
     distributed.cleanup()
 
 

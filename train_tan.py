@@ -36,12 +36,15 @@ from checkpoints.load import load_source, start_classifier
 from checkpoints.network import Network, save_network
 from checkpoints.run_report import Report
 from classifier import Classifier, fade, guided_loss, limited, make_classifier, similarity_guidance
-from ddpm import predict_eps
+from ddpm import Schedule, predict_eps
 from plumbing import distributed, progress
 from plumbing.options import flag, flat, parse, replace, run
 from plumbing.seeds import generator
-from plumbing.training import EMA, Loop, Stats, cosine_decay, warmup
+from plumbing.training import EMA, Loop, MicroBatches, Stats, cosine_decay, warmup
 from settings import METHODS, Options
+from unet import UNet
+
+REMEDY = "start again with --overwrite and a lower --learning-rate or --gamma, or --precision fp32"
 
 
 def trainable(source: Network, options: Options) -> list[torch.nn.Parameter]:
@@ -49,7 +52,10 @@ def trainable(source: Network, options: Options) -> list[torch.nn.Parameter]:
     source.model.eval().use_checkpoint = options.checkpoint_blocks
     if not METHODS[options.method].adaptors:
         return list(source.model.requires_grad_(True).parameters())
-    adaptor.attach(source.model, options.adaptor_width, options.adaptor)
+    if options.precision == "bf16":  # what is frozen need not be cast at every pass
+        for p in source.model.parameters():
+            p.data = p.data.bfloat16() if p.dim() > 1 else p.data
+    adaptor.attach(source.model, options.adaptor_width, form=options.adaptor)
     return adaptor.parameters(source.model)
 
 
@@ -62,8 +68,10 @@ def source_pictures(source: Network, options: Options) -> Tensor:
     distributed.say(f"sampling {count} source pictures for the classifier "
                     "(--source-images FOLDER would save this)")
     # psi, which is attached already, is still zero: the network draws what the source model draws.
-    return source.sample(range(10**6, 10**6 + count), 25, batch_size=options.micro_batch_size or 64,
+    seeds = range(10**6, 10**6 + count)
+    mine = source.sample(seeds[distributed.share(count)], 25, batch_size=options.micro_batch_size or 64,
                          progress=functools.partial(progress.bar, text="source pictures"))
+    return distributed.gather(mine, count, next(source.model.parameters()).device)
 
 
 def classifier_inputs(source: Network, targets: Tensor, options: Options) -> tuple[Tensor, Network | None]:
@@ -83,7 +91,7 @@ def classifier_inputs(source: Network, targets: Tensor, options: Options) -> tup
 
 def obtain_classifier(source: Network, targets: Tensor, begins: Network, options: Options, out: Path,
                       device: torch.device) -> Classifier:
-    """p_phi (Eq. 5) of the run in `out`; if it is not there yet, rank 0 fine-tunes it on the targets."""
+    """p_phi (Eq. 5) of the run in `out`; if it is not there yet, it is fine-tuned on the targets."""
     wanted, path = options.guidance, out / "classifier.safetensors"
 
     def start() -> Classifier:
@@ -92,7 +100,7 @@ def obtain_classifier(source: Network, targets: Tensor, begins: Network, options
         model.to(device).use_checkpoint = options.checkpoint_blocks
         return model
 
-    if distributed.rank() == 0 and not path.exists():
+    if distributed.any_rank(not path.exists(), device):
         pictures = source_pictures(source, options).to(device)
         kinds = wanted.augment or domains.AUGMENT.get(options.target, ("flip", "shift"))
         model, accuracy = make_classifier(
@@ -100,9 +108,11 @@ def obtain_classifier(source: Network, targets: Tensor, begins: Network, options
             iterations=wanted.classifier_iterations, batch_size=wanted.classifier_batch_size,
             learning_rate=wanted.classifier_learning_rate, stream=functools.partial(generator, options.seed),
             encode=source.encode if source.first_stage else None, check=wanted.classifier_check,
-            micro_batch_size=options.micro_batch_size, progress=progress.bar)
+            micro_batch_size=options.micro_batch_size, progress=progress.bar,
+            share=distributed.share, sum_gradients=distributed.sum_gradients)
         description = dict(begins.description, held_out_accuracy=accuracy)
-        save_network(path, Network(model, source.schedule, description))
+        if distributed.rank() == 0:
+            save_network(path, Network(model, source.schedule, description))
     distributed.barrier()
     network = run_folder.load_classifier(out)
     if accuracy := network.description["held_out_accuracy"]:
@@ -145,6 +155,29 @@ def learning_rate(options: Options, iteration: int) -> float:
     return options.learning_rate * warmup(iteration, options.warmup) * decay
 
 
+def losses_of(model: UNet, ascended: UNet, classifier: Classifier | None, pairwise: PairwiseLosses | None,
+              schedule: Schedule, options: Options, gamma: float, x0: Tensor, t: Tensor,
+              eps: Tensor) -> tuple:
+    """Lines 5 to 8: the loss (B,) of pictures x0, timesteps t and noises eps, and what Stats wants to know.
+
+    ascended    the network whose worst noise is sought
+    """
+    guide, pgd, ascent = options.guidance, options.adversarial_noise, []
+    if METHODS[options.method].adversarial_noise:                          # lines 5-7, Eq. 8
+        eps, ascent = worst_case_noise(ascended, schedule, x0, t, eps, pgd.pgd_steps, pgd.omega,
+                                       own=pgd.norm == "own")
+    xt = schedule.add_noise(x0, t, eps)
+    eps_theta = predict_eps(model, xt, t)
+    residual = eps - eps_theta.detach()
+    guidance = similarity_guidance(classifier, schedule, xt, t, gamma, guide.guidance_power,
+                                   guide.guidance_below)
+    guidance = limited(guidance, residual, guide.guidance_limit)
+    losses = guided_loss(eps, eps_theta, guidance)                         # line 8, Eq. 9
+    if pairwise:
+        losses = losses + pairwise(xt, t, eps_theta, x0)
+    return losses, guidance, residual, ascent
+
+
 def watch(loop: Loop, line: dict[str, Any], fades: bool) -> None:
     """Warn where the guidance outweighs what the pictures themselves have left to teach."""
     bearable = 2.0 if fades else 0.5  # on latents a constant pull of half the residual ruins the model
@@ -157,6 +190,7 @@ def watch(loop: Loop, line: dict[str, Any], fades: bool) -> None:
 def main() -> None:
     options, typed = parse(Options, __doc__)
     device = distributed.setup(options.device)
+    distributed.check_precision(device, options.precision)
 
     # What is adapted, to what, with which numbers.
     # All that can be wrong is found out before anything is written.
@@ -172,28 +206,33 @@ def main() -> None:
     classifier_targets, begins = classifier_inputs(source, targets, options)
     identity = run_folder.identity(source, torch.cat([targets, held_out]), settings.compared(options))
     state = run_folder.open_run(out, flat(options), identity)  # what a resumed run goes on from
-    method, guide, pgd = METHODS[options.method], options.guidance, options.adversarial_noise
+    method, guide = METHODS[options.method], options.guidance
 
     # Require: binary classifier p_phi, pre-trained eps_theta (and psi beside it: section 4.3), learning rate
     torch.manual_seed(options.seed)
     model, schedule = source.to(device).model, source.schedule
     psi = trainable(source, options)  # all of theta for a method without adaptors
     describe(source, psi, targets, asked, options, device)
-    classifier = (obtain_classifier(source, classifier_targets, begins, options, out, device)
-                  if method.guidance else None)
-    ascended = adaptor.source_model(model) if pgd.pgd_network == "source" else model  # theta of Eq. 10
-    optimizer, ema = torch.optim.Adam(psi, lr=options.learning_rate), EMA(psi, options.ema)
+    classifier = None
+    if method.guidance:
+        with distributed.autocast(device, options.precision):
+            classifier = obtain_classifier(source, classifier_targets, begins, options, out, device)
+    if options.compile:
+        model.compile()
+    source_alone = options.adversarial_noise.pgd_network == "source"  # theta of Eq. 10
+    ascended = adaptor.source_model(model) if source_alone else model
+    optimizer, ema = torch.optim.Adam(psi, fused=device.type == "cuda"), EMA(psi, options.ema)
 
     # q(x_0): the pictures and, after them, their mirror images, as the network sees them
     x0s = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
 
     pairwise = pairwise_losses(source, x0s[:len(targets)], options)
     report = Report(out, flat(options), source, identity["source"], targets, held_out, ema, device)
-    b, micro = options.batch_size, options.micro_batch_size or options.batch_size
+    b = options.batch_size
+    micro_batches = MicroBatches(options.micro_batch_size or b, fixed=method.pairwise_losses)
     loop = Loop(out, options.method, options.iterations, options.save_every, batch_size=b, parameters=psi,
                 optimizer=optimizer, ema=ema, device=device, state=state, keep=identity, after=report.preview,
                 learning_rate=functools.partial(learning_rate, options))
-    mine = distributed.share(b)
     for iteration in loop:                                                 # Algorithm 1, lines 1 and 10
         g = generator(options.seed, 0, iteration)                          # every rank draws the global batch
         chosen = torch.randint(len(targets), (b,), generator=g)
@@ -201,38 +240,28 @@ def main() -> None:
         eps = torch.randn(b, *source.shape, generator=g)                   # line 4
         mirrored = torch.rand(b, generator=g) < (0.5 if options.flip else 0)
         x0 = x0s[chosen + len(targets) * mirrored]                         # line 2
-        x0, t, eps = (values[mine].to(device) for values in (x0, t, eps))  # and works on its share
-
+        x0, t, eps = (values[distributed.share(b)].to(device) for values in (x0, t, eps))  # this rank's
         gamma = guide.gamma * fade(iteration / options.iterations, guide.guidance_fade)
-        stats = Stats(schedule.timesteps, device)
-        for x0_, t_, eps_ in zip(x0.split(micro), t.split(micro), eps.split(micro)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                eps_star, pgd_losses = eps_, []
-                if method.adversarial_noise:                               # lines 5-7, Eq. 8
-                    eps_star, pgd_losses = worst_case_noise(ascended, schedule, x0_, t_, eps_, pgd.pgd_steps,
-                                                            pgd.omega, own=pgd.norm == "own")
-                xt = schedule.add_noise(x0_, t_, eps_star)
-                eps_theta = predict_eps(model, xt, t_)
-                residual = eps_star - eps_theta.detach()
-                guidance = similarity_guidance(classifier, schedule, xt, t_, gamma, guide.guidance_power,
-                                               guide.guidance_below)
-                guidance = limited(guidance, residual, guide.guidance_limit)
-                losses = guided_loss(eps_star, eps_theta, guidance)        # line 8, Eq. 9
-                if pairwise:
-                    losses = losses + pairwise(xt, t_, eps_theta, x0_)
-            (losses.sum() / b).backward()
-            stats.add(t_, losses.detach(), guidance, residual, pgd_losses)
+
+        for parts in micro_batches(x0, t, eps):
+            stats = Stats(schedule.timesteps, device)
+            optimizer.zero_grad()
+            with micro_batches:
+                for x0_, t_, eps_ in parts:                                # lines 5-8
+                    with distributed.autocast(device, options.precision):
+                        losses, *seen = losses_of(model, ascended, classifier, pairwise, schedule, options,
+                                                  gamma, x0_, t_, eps_)
+                    (losses.sum() / b).backward()
+                    stats.add(t_, losses.detach(), *seen)
         distributed.sum_gradients(psi)
 
         line = stats.reduce()
-        remedy = "start again with --overwrite and a lower --learning-rate or --gamma, or --precision fp32"
-        gradient_norm = loop.check(line["loss"], remedy)
+        gradient_norm = loop.check(line["loss"], REMEDY)
         optimizer.step()                                                   # line 9, by Adam
         ema.update()
         loop.record(**line, gradient_norm=gradient_norm)
         watch(loop, line, guide.guidance_fade > 0)
     report.finish(method.loss)
-    distributed.barrier()
     distributed.cleanup()
 
 

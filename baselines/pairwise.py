@@ -52,9 +52,9 @@ def high_frequency(x: Tensor) -> Tensor:
 
 def log_similarities(x: Tensor) -> Tensor:
     """Log-softmax over the other pictures of each one's cosine similarity to them: (B, ...) -> (B, B - 1)."""
-    x = F.normalize(x.flatten(1), dim=1)
-    others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    return (x @ x.T)[others].view(len(x), -1).log_softmax(1)
+    x, n = F.normalize(x.flatten(1), dim=1), len(x)
+    others = (x @ x.T).flatten()[1:].view(n - 1, n + 1)[:, :-1]     # (B, B) without its diagonal, row by row
+    return others.reshape(n, n - 1).log_softmax(1)
 
 
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:

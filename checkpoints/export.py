@@ -121,15 +121,17 @@ def write_unet(folder: Path, network: Network) -> None:
     write_text(folder / "tan_unet.py", joined("unet.py", "adaptor.py", "checkpoints/exported/tan_unet.py"))
 
 
-def write_scheduler(folder: Path, network: Network, kind: str) -> None:
-    """The noise schedule, for the class `kind` of schedulers; of pixel models the predicted x_0 is clipped."""
+def write_scheduler(folder: Path, network: Network, kind: str, **more: str) -> None:
+    """The noise schedule, for schedulers of the class `kind`; of pixel models the predicted x_0 is clipped.
+
+    more   options of that class alone
+    """
     schedule = network.schedule.config
     theirs = {ours: name for name, ours in BETA_SCHEDULES.items()}
     write_json(folder / "scheduler_config.json", dict(
         _class_name=kind, num_train_timesteps=schedule["timesteps"],
         beta_start=schedule["beta_start"], beta_end=schedule["beta_end"],
-        beta_schedule=theirs[schedule["name"]], clip_sample=network.first_stage is None,
-        timestep_spacing="trailing"))  # which begins at the last timestep, where x_t is noise
+        beta_schedule=theirs[schedule["name"]], clip_sample=network.first_stage is None, **more))
 
 
 def write_vae(folder: Path, network: Network, name: str) -> str:
@@ -153,7 +155,8 @@ def write_plain(folder: Path, network: Network, name: str) -> None:
         kind = write_vae(folder / "vqvae", network, name)
         index = dict(_class_name="LDMPipeline", vqvae=["diffusers", kind])
     write_model(folder / "unet", unet_config(network.model), unet_weights(network.model))
-    write_scheduler(folder / "scheduler", network, "DDIMScheduler")
+    # From the last timestep, where x_t is noise, in steps of one length: the nearest to ddpm.Schedule.subset.
+    write_scheduler(folder / "scheduler", network, "DDIMScheduler", timestep_spacing="trailing")
     write_json(folder / "model_index.json", dict(
         index, unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DDIMScheduler"]))
 
@@ -173,12 +176,12 @@ def write_with_code(folder: Path, network: Network, name: str) -> None:
         scheduler=["tan_scheduler", "TANScheduler"], vae=vae))
 
 
-def model_card(network: Network, name: str, run_options: dict[str, Any] | None, pairs: bool,
-               load: str) -> str:
+def model_card(network: Network, name: str, run_options: dict[str, Any] | None, pairs: bool, folder: str,
+               code: bool) -> str:
     """README.md for the exported folder.
 
     run_options   those of train_tan.py; None for a source alone
-    load          the line that loads the folder
+    code          whether the folder has code
     """
     path = Path(run_options["source"] if run_options else name)
     source = path.parent.name if path.stem == "model" else path.stem  # pretrain.py: RUN/model.safetensors
@@ -194,9 +197,12 @@ def model_card(network: Network, name: str, run_options: dict[str, Any] | None, 
     parameters = f"{sum(p.numel() for p in network.model.parameters()) / 1e6:.2f} M parameters"
     if psi := adaptor.state_dict(network.model):
         parameters += f", of which {sum(p.numel() for p in psi.values()) / 1e6:.2f} M are the adaptors'"
-    card = (ROOT / "checkpoints/exported/card.md").read_text(encoding="utf-8")
-    return card.format(title=title, what=what, size=size, parameters=parameters, load=load,
-                       pairs=PAIRS if pairs else "", shape=", ".join(map(str, network.shape)))
+    card, loading = ((ROOT / "checkpoints/exported" / file).read_text(encoding="utf-8")
+                     for file in ("card.md", "loading_code.md" if code else "loading.md"))
+    loading = loading.format(load=(LOAD_CODE if code else LOAD).format(folder=folder),
+                             shape=", ".join(map(str, network.shape)))
+    return card.format(title=title, what=what, size=size, parameters=parameters, loading=loading,
+                       pairs=PAIRS if pairs else "")
 
 
 def main() -> None:
@@ -205,14 +211,18 @@ def main() -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{options.folder}: is there already; choose a folder that does not exist yet")
     network, run_options = run_folder.load_model(options.model, options.arch)
-    card = model_card(network, options.model, run_options, pairs.exists(), LOAD.format(folder=out.name))
+    reason = why_code(network)
+    card = model_card(network, options.model, run_options, pairs.exists(), out.name, bool(reason))
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{options.folder}: cannot be made ({error.strerror})") from None
     try:
-        write(unfinished, network, options.model, card, pairs)
+        (write_with_code if reason else write_plain)(unfinished, network, options.model)
+        if pairs.exists():
+            shutil.copyfile(pairs, unfinished / "samples.png")
+        write_text(unfinished / "README.md", card)
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)
@@ -220,8 +230,10 @@ def main() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     print(f"{options.folder}: {size:.1f} MB; with diffusers installed, and nothing of this project, it is "
-          f"loaded by\n\n{LOAD.format(folder=options.folder)}\n\nwhich runs the code in the folder: whoever "
-          "gets it should read that, or trust you (README.md there says so)")
+          f"loaded by\n\n{(LOAD_CODE if reason else LOAD).format(folder=options.folder)}\n")
+    if reason:
+        print(f"which runs the code in the folder ({reason}): whoever gets it should read that, or trust you "
+              "(README.md there says so)")
 
 
 if __name__ == "__main__":

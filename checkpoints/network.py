@@ -49,21 +49,23 @@ class Network:
         return self.model.image_size * (self.first_stage.factor if self.first_stage else 1)
 
     def to(self, device: torch.device | str) -> "Network":
-        """Moves the network, first stage and all."""
-        self.model.to(device)
-        if self.first_stage:
-            self.first_stage.to(device)
+        """Moves the network, first stage and all, and lays it out as convolutions are fastest."""
+        for model in (self.model, self.first_stage):
+            if model:
+                model.to(device, memory_format=torch.channels_last)
         return self
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> x_0, (B, *shape); both on the network's device."""
-        return self.first_stage.encode(images) * self.scale_factor if self.first_stage else images
+        """Pictures (B, 3, H, W) in [-1, 1] -> x_0, (B, *shape), in fp32; both on the network's device."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.first_stage.encode(images) * self.scale_factor if self.first_stage else images
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """x_0 -> pictures (B, 3, H, W), of a latent model within [-1, 1]; both on the network's device."""
-        return self.first_stage.decode(x0 / self.scale_factor).clamp(-1, 1) if self.first_stage else x0
+        """x_0 -> pictures (B, 3, H, W), of a latent model within [-1, 1], in fp32; both on its device."""
+        with torch.autocast(x0.device.type, enabled=False):
+            return self.first_stage.decode(x0 / self.scale_factor).clamp(-1, 1) if self.first_stage else x0
 
     def sample(self, seeds: Sequence[int], steps: int = 50, **options: Any) -> Tensor:
         """Pictures (N, 3, H, W) on the CPU, one for each seed; the options are those of ddpm.sample."""

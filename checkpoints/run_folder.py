@@ -27,7 +27,7 @@ FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.saf
          "stages.json", "stages.png")
 FOLDERS = ("progress", "stages")
 MAY_CHANGE = {"resume", "output_dir", "iterations", "device", "micro_batch_size", "checkpoint_blocks",
-              "save_every"}
+              "compile", "save_every"}
 
 
 # ---- where a run begins, or goes on ------------------------------------------------------------------------
@@ -54,8 +54,8 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
     kept = {name: asked[name] for name in (typed & MAY_CHANGE) | {"device"}}
     wanted, before = kept.get("iterations", saved["iterations"]), saved["iterations"]
     if wanted != before and (saved["learning_rate_decay"] == "cosine" or saved["guidance_fade"]):
-        distributed.say(f"what falls with the run's length (--learning-rate-decay, --guidance-fade) falls over "
-                        f"{wanted} iterations from now on, not over {before}")
+        distributed.say("what falls with the run's length (--learning-rate-decay, --guidance-fade) falls "
+                        f"over {wanted} iterations from now on, not over {before}")
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     return replace(options, **{**saved, **kept, "resume": True})
 

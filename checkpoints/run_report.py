@@ -5,7 +5,7 @@ best one can be chosen afterwards: by the pictures, by how near they come to the
 loss of pictures that were held out.
 """
 
-import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,10 @@ class Report:
         if distributed.rank() == 0:
             save_grid(out / "targets.png", targets[:20], columns=min(10, len(targets)))
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision of everything here."""
-        bf16 = self.options["precision"] == "bf16" and self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-
     def draw(self, network: Network, n: int, steps: int) -> Tensor:
         """Pictures (n, 3, H, W) of the seeds 0 to n - 1."""
         network.to(self.device).model.eval()
-        with self.autocast():
+        with distributed.autocast(self.device, self.options["precision"]):
             return network.sample(range(n), steps, batch_size=self.options["micro_batch_size"] or 64)
 
     @torch.no_grad()
@@ -71,7 +66,7 @@ class Report:
         t = (torch.arange(NOISES) + torch.rand(NOISES, generator=g)) * schedule.timesteps / NOISES
         eps = torch.randn(NOISES, *self.source.shape, generator=g).to(self.device)
         t, losses = t.long().to(self.device), []
-        with self.autocast():
+        with distributed.autocast(self.device, self.options["precision"]):
             for x0 in self.source.encode(pictures.to(self.device)):
                 xt = schedule.add_noise(x0.expand_as(eps), t, eps)
                 losses.append(guided_loss(eps, predict_eps(self.source.model, xt, t), 0).mean())
@@ -140,7 +135,11 @@ class Report:
         n, steps = self.options["samples"], self.options["sample_steps"]
         columns = min(16, n)
         adapted = self.draw(self.source, n, steps)
-        source = self.draw(load_source(self.options["source"], self.options["arch"]), n, steps)
+        if adaptor.state_dict(self.source.model):
+            before = dataclasses.replace(self.source, model=adaptor.source_model(self.source.model))
+        else:  # its weights are gone
+            before = load_source(self.options["source"], self.options["arch"])
+        source = self.draw(before, n, steps)
         blank = torch.ones(-n % columns, *self.targets.shape[1:])  # both rows of the last pair are full
         above, below = (torch.cat([images, blank]).split(columns) for images in (source, adapted))
         rows = [row for pair in zip(above, below) for row in pair]

@@ -156,20 +156,22 @@ def conclusion(rows: list[Row], reach: float) -> str:
     if fewest is None:
         return (f"With J omega = {reach:g} the ascent moves the noise by less than {MATTERS:.1%} everywhere: "
                 "too little to tell the J apart; a larger --reach would.")
-    flags, where = f"--pgd-steps {fewest} --omega {reach / fewest:.3g}", f"noise moves by {MATTERS:.1%} or more"
+    flags = f"--pgd-steps {fewest} --omega {reach / fewest:.3g}"
+    where = f"in every quarter where the noise moves by {MATTERS:.1%} or more"
     if fewest == most:
-        return f"{flags}: with fewer steps the cosine falls below {CLOSE} in a quarter where the {where}."
+        return f"{flags}: no fewer steps have a cosine of {CLOSE} with {most} {where}."
     rise = min(row.rise for row in rows if row.steps == fewest and row.timesteps in matter(rows))
-    return (f"{flags}: in every quarter where the {where} the cosine with {most} steps is at least {CLOSE}, the "
-            f"rise of the loss is {rise:.0%} of theirs or more, and an iteration takes {fewest + 1} passes through "
-            f"the network instead of {most + 1}.")
+    return (f"{flags}: {where} the cosine with {most} steps is at least {CLOSE}, the rise of the loss is at "
+            f"least {rise:.0%} of theirs, and an iteration takes {fewest + 1} passes through the network "
+            f"instead of {most + 1}.")
 
 
 def table(rows: list[Row], title: str, reach: float) -> str:
     """The rows as Markdown."""
     head = ["timesteps t", "J", "omega", "cosine", "length", "moves", "loss", "rise"]
-    cells = [[row.timesteps, str(row.steps), f"{reach / row.steps:.3g}", f"{row.cosine:.4f}",
-              f"{row.length:.3f}", f"{row.moves:.2%}", f"x {row.loss:.3f}", f"{row.rise:.1%}"] for row in rows]
+    cells = [[row.timesteps, f"{row.steps}", f"{reach / row.steps:.3g}", f"{row.cosine:.4f}",
+              f"{row.length:.3f}", f"{row.moves:.2%}", f"x {row.loss:.3f}", f"{row.rise:.1%}"]
+             for row in rows]
     return markdown(title, head, cells)
 
 

@@ -20,6 +20,7 @@ UNSEEN = (MAY_CHANGE - {"iterations"} | {"overwrite", "paper", "classifier_check
 
 def settings(options: dict[str, Any]) -> dict[str, Any]:
     """Of a run's (flat) options, those that its figures depend on: {name: value as in JSON}."""
+    options = flat(Options()) | options  # an older run does not name what has become an option since
     found = {name: options[name] for name in flat(Options()) if name in used_by(options["method"]) - UNSEEN}
     if found.get("classifier_targets"):
         found["classifier_targets"] = Path(found["classifier_targets"]).name  # the folder of runs may move

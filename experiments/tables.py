@@ -221,7 +221,8 @@ TABLES = {"tables": main_tables, "classifier": classifier_table, "iterations": i
 def identity(found: Row) -> str:
     """What tells a run in results.json from the others."""
     what = {name: value for name, value in found["run"].items() if name not in ("weights", "judge")}
-    return json.dumps([what, found.get("settings")], sort_keys=True)
+    trained = found.get("settings")
+    return json.dumps([what, trained and launch.settings(trained)], sort_keys=True)
 
 
 def current(found: Row, options: Options) -> bool:
@@ -234,7 +235,7 @@ def current(found: Row, options: Options) -> bool:
     asked = ["target", "source", "method", "seed"]
     asked += ["classifier_targets"] if scored.get("pictures") else []
     asked += ["iterations"] if scored.get("stage") else []
-    return trained == launch.settings_today(**{name: trained.get(name) for name in asked})
+    return launch.settings(trained) == launch.settings_today(**{name: trained.get(name) for name in asked})
 
 
 def read(file: Path) -> dict[str, list[Row]]:

@@ -31,6 +31,9 @@ def setup(device: str = "auto") -> torch.device:
         raise InputError(f"--device {device}: not a device; give auto, cpu, cuda or mps")
     if not available[kind]:
         raise InputError(f"--device {device}: not available on this machine; --device cpu always is")
+    if kind == "cuda":  # shapes never change, and TF32's mantissa is long enough for products
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if launched and device not in ("cuda", "cpu"):
         raise InputError(f"--device {device}: under torchrun give cuda (one GPU a process), cpu, or nothing")
     if launched and device == "cuda":
@@ -44,6 +47,18 @@ def setup(device: str = "auto") -> torch.device:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                 timeout=datetime.timedelta(hours=2))  # others wait while rank 0 trains p_phi
     return torch.device(device)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The precision of the networks in the block: fp32, or bf16, which --precision says."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def check_precision(device: torch.device, precision: str) -> None:
+    """Say so if a CPU has no bf16 of its own and will imitate it."""
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if precision == "bf16" and device.type == "cpu" and native and not native():
+        say("note: this CPU has no bf16 of its own; imitating it may take 20 times as long as fp32")
 
 
 def rank() -> int:
@@ -78,9 +93,18 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gather(mine: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
+    """All n items (n, ...) on the CPU, of which this rank has its `share`; the same on each."""
+    if world() == 1:
+        return mine
+    all_items = torch.zeros(n, *mine.shape[1:], device=device)
+    all_items[share(n)] = mine.to(device)
+    return sum_over_ranks(all_items).cpu()
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if it is on one: what a signal told one process, all must heed together."""
-    return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
+    return flag if world() == 1 else sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
 
 
 def barrier() -> None:
@@ -96,6 +120,7 @@ def say(text: str) -> None:
 
 
 def cleanup() -> None:
-    """Leave the process group."""
+    """Leave the process group, when every rank is here."""
+    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -137,6 +137,12 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
+            raise
+        print("error: out of memory; fewer pictures at once need less (--micro-batch-size, --batch-size), "
+              "and so do --checkpoint-blocks and --precision bf16", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -69,6 +69,43 @@ def cosine_decay(iteration: int, iterations: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
+class MicroBatches:
+    """The parts of a batch that go through the network together; halved where the device runs out of memory.
+
+        for parts in micro_batches(x0, eps):     # again, from the start of the batch, if memory ran out
+            with micro_batches:
+                for x0_, eps_ in parts:
+                    ...
+
+    As gradients are summed over the parts, smaller ones give the same result, but for rounding.
+
+    size     pictures together
+    fixed    their number must not change: running out of memory is an InputError at once
+    """
+
+    def __init__(self, size: int, fixed: bool):
+        self.size, self.fixed, self.complete = size, fixed, True
+
+    def __call__(self, *batch: Tensor) -> Iterator[list[tuple[Tensor, ...]]]:
+        self.size, self.complete = min(self.size, len(batch[0])), False
+        while not self.complete:
+            yield list(zip(*(values.split(self.size) for values in batch)))
+
+    def __enter__(self) -> None:
+        self.complete = True
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return False
+        if self.fixed or self.size == 1:
+            raise InputError(f"out of memory with {self.size} picture(s) at once; --checkpoint-blocks and "
+                             "--precision bf16 need less") from None
+        self.size, self.complete = self.size // 2, False
+        torch.cuda.empty_cache()
+        print(f"out of memory: going on with --micro-batch-size {self.size}", file=sys.stderr, flush=True)
+        return True
+
+
 class StopSignal:
     """In the `with` block Ctrl-C and SIGTERM only set `received`: the loop stops when it suits.
 

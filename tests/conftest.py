@@ -67,7 +67,11 @@ def train(tiny):
     """train(out, *flags): a run of train_tan.py on the tiny source; later flags win.  Returns its folder."""
     def train(out, *flags):
         method = flags[flags.index("--method") + 1] if "--method" in flags else "tan"
-        call(train_tan.main, *tiny.flags(method), "--output-dir", out, *flags)
+        given = tiny.flags(method)
+        if "scale-shift" in flags:  # has no width
+            at = given.index("--adaptor-width")
+            del given[at:at + 2]
+        call(train_tan.main, *given, "--output-dir", out, *flags)
         return out
     return train
 

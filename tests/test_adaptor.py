@@ -3,11 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import call
+from safetensors.torch import load_file
 from torch import nn
 
 import adaptor
+import sample
+from checkpoints import run_folder
+from checkpoints.load import load_source
 from checkpoints.published import ARCHITECTURES
-from unet import UNet
+from plumbing.pictures import read_array, to_uint8
+from unet import AttentionBlock, ResBlock, UNet
 
 SMALL = dict(image_size=16, in_channels=3, model_channels=8, out_channels=3, num_res_blocks=1, attention_resolutions=[2],
              channel_mult=[1, 2], norm_groups=4)
@@ -39,20 +45,22 @@ def source(config="updown"):
     return unet
 
 
-def attached(config="updown", width=4):
+def attached(config="updown", width=4, form="bottleneck"):
     unet = source(config)
-    adaptor.attach(unet, width)
+    adaptor.attach(unet, width, form)
     return unet
 
 
 # ---- step 0 ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("height, width", [(16, 16), (32, 32), (48, 48), (12, 40)])
-def test_attached_is_the_source_bit_for_bit(config, height, width):
+@pytest.mark.parametrize("form, height, width", [
+    ("bottleneck", 16, 16), ("bottleneck", 32, 32), ("bottleneck", 48, 48), ("bottleneck", 12, 40),
+    ("scale-shift", 16, 24), ("low-rank", 16, 24)])
+def test_attached_is_the_source_bit_for_bit(config, form, height, width):
     unet, x = source(config), randn(2, 3, height, width)
     before = unet(x, T)
-    adaptor.attach(unet, 4)
+    adaptor.attach(unet, 4, form)
     assert before.abs().max() > 0.1 and unet(x, T).equal(before)
     perturb(adaptor.parameters(unet))
     assert not unet(x, T).equal(before)
@@ -92,19 +100,22 @@ def test_adaptor_sees_image_and_time_and_adds_to_its_block():
 
 # ---- what learns -----------------------------------------------------------------------------------------------------
 
-def test_only_psi_learns():
-    unet = attached()
+@pytest.mark.parametrize("form", adaptor.FORMS)
+def test_only_psi_learns(form):
+    theta, unet = source().state_dict(), attached(form=form)
     psi = {name for name, p in unet.named_parameters() if p.requires_grad}
     assert psi == adaptor.state_dict(unet).keys() and all(".adaptor." in name for name in psi)
     assert sum(p.numel() for p in adaptor.parameters(unet)) == sum(p.numel() for p in unet.parameters() if p.requires_grad)
     unet(randn(2, 3, 16, 16), T).square().sum().backward()
     assert {name for name, p in unet.named_parameters() if p.grad is not None} == psi
+    assert unet.state_dict().keys() - psi == theta.keys()  # theta's own names
 
 
+@pytest.mark.parametrize("form", adaptor.FORMS)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_no_branch_is_dead(config):
+def test_no_branch_is_dead(config, form):
     """One step moves psi's last layers off zero; from then on every tensor of every adaptor has a gradient."""
-    unet, x = attached(config), randn(2, 3, 32, 32)
+    unet, x = attached(config, form=form), randn(2, 3, 32, 32)
     optimiser = torch.optim.Adam(adaptor.parameters(unet), 0.01)
     for _ in range(2):
         optimiser.zero_grad()
@@ -116,10 +127,11 @@ def test_no_branch_is_dead(config):
 
 # ---- off and on ------------------------------------------------------------------------------------------------------
 
-def test_the_source_model_shares_theta_and_lacks_psi():
+@pytest.mark.parametrize("form", adaptor.FORMS)
+def test_the_source_model_shares_theta_and_lacks_psi(form):
     unet, x = source(), randn(2, 3, 16, 16)
     before = unet(x, T)
-    adaptor.attach(unet)
+    adaptor.attach(unet, form=form)
     perturb(adaptor.parameters(unet))
     adapted, theta = unet(x, T), adaptor.source_model(unet)
     assert theta(x, T).equal(before) and not adaptor.state_dict(theta)
@@ -128,19 +140,28 @@ def test_the_source_model_shares_theta_and_lacks_psi():
     assert all(p is own[name] for name, p in theta.named_parameters())
 
 
-def test_attaching_twice_is_refused():
+@pytest.mark.parametrize("form", adaptor.FORMS)
+def test_attaching_twice_is_refused(form):
     with pytest.raises(ValueError, match="already has adaptors"):
-        adaptor.attach(attached())
+        adaptor.attach(attached(form=form))
 
 
 # ---- psi in a file ---------------------------------------------------------------------------------------------------
 
-def test_round_trip():
-    unet, other, x = attached(), attached(), randn(2, 3, 16, 16)
+@pytest.mark.parametrize("form", adaptor.FORMS)
+def test_round_trip(form):
+    unet, other, x = attached(form=form), attached(form=form), randn(2, 3, 16, 16)
     perturb(adaptor.parameters(unet))
     adaptor.load_state_dict(other, {key: value.clone() for key, value in adaptor.state_dict(unet).items()})
     assert other(x, T).equal(unet(x, T))
     assert all(p.requires_grad for p in adaptor.parameters(other))
+
+
+@pytest.mark.parametrize("form", adaptor.FORMS)
+def test_the_weights_of_another_form_do_not_fit(form):
+    other = next(another for another in adaptor.FORMS if another != form)
+    with pytest.raises(KeyError, match="adaptor weights: (unexpected|missing) key .*.adaptor."):
+        adaptor.load_state_dict(attached(form=form), adaptor.state_dict(attached(form=other)))
 
 
 @pytest.mark.parametrize("fault, message", [
@@ -169,7 +190,96 @@ def test_parameter_rate_is_the_papers(name, millions, percent):
     psi = sum(p.numel() for name, p in unet.named_parameters() if ".adaptor." in name)
     assert abs(theta / 1e6 - millions) < 0.01
     assert adaptor.parameter_rate(unet) == pytest.approx(psi / theta)
-    assert abs(100 * psi / theta - percent) < 0.4
+    assert abs(100 * psi / theta - percent) < 0.6 and adaptor.default_width(unet) % 8 == 0
+
+
+@pytest.mark.parametrize("name, form, percent", [
+    ("ffhq256", "scale-shift", 0.05), ("ddpm256", "scale-shift", 0.05), ("ffhq256", "low-rank", 1.0),
+    ("ldm-ffhq256", "low-rank", 0.6)])
+def test_parameter_rate_of_the_other_forms(name, form, percent):
+    with torch.device("meta"):
+        unet = UNet(**ARCHITECTURES[name]["config"])
+        adaptor.attach(unet, form=form)
+    assert 100 * adaptor.parameter_rate(unet) == pytest.approx(percent, rel=0.1)
+
+
+# ---- scale-shift and low-rank: changes of theta's layers ---------------------------------------------------------------
+
+@pytest.mark.parametrize("form, kinds, leaf", [("scale-shift", nn.GroupNorm, "scale"),
+                                              ("low-rank", (nn.Conv1d, nn.Conv2d), "A.weight")])
+def test_where_psi_is(form, kinds, leaf):
+    """In each norm or convolution of the residual and attention blocks, and in no other."""
+    blocks = [m for m in source("deep").modules() if isinstance(m, (ResBlock, AttentionBlock))]
+    expected = sum(isinstance(layer, kinds) for block in blocks for layer in block.modules())
+    places = [key for key in adaptor.state_dict(attached("deep", form=form)) if key.endswith(f".adaptor.{leaf}")]
+    assert len(places) == expected > 20
+    assert not [key for key in places if key.startswith(("input_blocks.0.", "out.", "time_embed."))]
+
+
+def test_scale_shift_is_the_norm_with_other_weights():
+    unet, x = attached(form="scale-shift"), randn(2, 16, 8, 8)
+    norm = unet.get_submodule("middle_block.0.in_layers.0")
+    perturb(norm.adaptor.parameters())
+    scale, shift = norm.weight + norm.adaptor.scale, norm.bias + norm.adaptor.shift
+    flat = x.unflatten(1, (4, 4)).flatten(2)
+    flat = (flat - flat.mean(2, keepdim=True)) / (flat.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(norm(x), flat.view_as(x) * scale[:, None, None] + shift[:, None, None])
+
+
+@pytest.mark.parametrize("name", ["middle_block.0.in_layers.2", "middle_block.1.qkv", "output_blocks.0.0.skip_connection"])
+@pytest.mark.parametrize("rank", [2, 4])
+def test_low_rank_is_the_convolution_with_another_weight(name, rank):
+    """Hu et al. 2021: W + (alpha / r) B A, alpha = 4 here."""
+    conv = attached(width=rank, form="low-rank").get_submodule(name)
+    perturb(conv.adaptor.parameters())
+    x = randn(2, conv.in_channels, *[8] * (conv.weight.ndim - 2))
+    change = torch.einsum("or...,ri...->oi...", conv.adaptor.B.weight, conv.adaptor.A.weight)
+    assert torch.linalg.matrix_rank(change.flatten(1)) == rank
+    convolve = F.conv2d if x.ndim == 4 else F.conv1d
+    expected = convolve(x, conv.weight + 4 / rank * change, conv.bias, padding=conv.padding)
+    torch.testing.assert_close(conv(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["scale-shift", "low-rank"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_folded_is_unfolded(config, form):
+    unet, theta, x = attached(config, 2, form), source(config), randn(2, 3, 16, 16)
+    perturb(adaptor.parameters(unet), 0.1)
+    adapted, before = unet(x, T), theta(x, T)
+    adaptor.fold(unet)
+    assert not adaptor.state_dict(unet) and unet.state_dict().keys() == theta.state_dict().keys()
+    assert (adapted - before).abs().max() > 0.01
+    theta.load_state_dict(unet.state_dict())  # a plain network
+    for folded in (unet(x, T), theta(x, T)):
+        torch.testing.assert_close(folded, adapted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["scale-shift", "low-rank"])
+def test_a_run_goes_on_and_samples(form, train, tiny, tmp_path):
+    flags = ["--method", "adaptor", "--adaptor", form, "--learning-rate", "0.01", "--learning-rate-decay", "none"]
+    whole = train(tmp_path / "whole", *flags, "--iterations", "4", "--checkpoint-blocks")
+    run = train(tmp_path / "run", *flags, "--iterations", "2")
+    train(run, *flags, "--iterations", "4", "--resume")
+    psi, expected = load_file(run / "weights.safetensors"), load_file(whole / "weights.safetensors")
+    assert psi.keys() == expected.keys() and all(".adaptor." in key for key in psi)
+    for key, value in psi.items():
+        torch.testing.assert_close(value, expected[key])
+    adapted, folded = run_folder.load_run(run)[0], run_folder.load_model(str(run), None)[0]
+    assert adaptor.state_dict(adapted.model).keys() == psi.keys() and not adaptor.state_dict(folded.model)
+    x, source = randn(2, 3, 16, 16), load_source(str(tiny.source))
+    torch.testing.assert_close(folded.model(x, T), adapted.model(x, T), atol=1e-5, rtol=1e-5)
+    assert (folded.model(x, T) - source.model(x, T)).abs().max() > 0.01
+    call(sample.main, run, "-n", 2, "--steps", 2, "--device", "cpu")
+    drawn = torch.stack([read_array(file) for file in sorted((run / "drawn").iterdir())])
+    assert (drawn.int() - to_uint8(adapted.sample(range(2), 2)).int()).abs().max() <= 1
+
+
+def test_a_bottleneck_is_not_folded():
+    unet, x = attached(), randn(2, 3, 16, 16)
+    perturb(adaptor.parameters(unet))
+    before, psi = unet(x, T), adaptor.state_dict(unet).keys()
+    adaptor.fold(unet)
+    assert unet(x, T).equal(before) and adaptor.state_dict(unet).keys() == psi
 
 
 def test_attention_and_mlp_are_residual():

@@ -252,3 +252,14 @@ def test_number_of_steps_out_of_range(steps):
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="'quadratic'"):
         Schedule("quadratic")
+
+
+def test_a_table_made_while_sampling_serves_training():
+    schedule, x, t = Schedule(), torch.randn(2, 3), torch.tensor([-1, 999])
+    with torch.inference_mode():
+        schedule.at(t, x)
+    w = torch.ones(2, 3, requires_grad=True)
+    (schedule.at(t, x) * w * w).sum().backward()  # an inference tensor could not be kept for this
+    assert w.grad is not None
+    assert schedule.at(t, x) is not schedule.at(t, x.double()) and schedule.at(t, x.double()).dtype == torch.float64
+    torch.testing.assert_close(schedule.at(t, x.double())[:, 0], torch.tensor([1, schedule.alpha_bar[999]], dtype=torch.float64))

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_published import T, arch, randn
 
+from checkpoints.diffusers_folder import unet_config, unet_weights
 from checkpoints.layouts import sources
 from checkpoints.load import load_source
 from checkpoints.network import build
 from checkpoints.published import ARCHITECTURES, LINEAR
 from plumbing.options import InputError
+from unet import UNet
 
 HO = dict(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, downsample_padding=0, attention_head_dim=None)
 DIFFUSERS = dict(sample_size=16, block_out_channels=[32, 64, 96], layers_per_block=2, norm_num_groups=16,
@@ -72,7 +74,7 @@ def test_diffusers_pipeline_folder(tmp_path):
     ("time_embedding_type", "fourier"), ("resnet_time_scale_shift", "spatial"), ("num_class_embeds", 10),
     ("act_fn", "gelu"), ("mid_block_scale_factor", 2), ("block_out_channels", [32, 48, 96]),
     ("down_block_types", ["SkipDownBlock2D"] * 3), ("up_block_types", ["UpBlock2D"] * 3),
-    ("sample_size", [16, 24])])
+    ("sample_size", [16, 24]), ("downsample_type", "fir"), ("upsample_type", "resnet"), ("attn_norm_num_groups", 8)])
 def test_diffusers_options_that_are_not_here(tmp_path, key, value):
     diffusers_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -130,6 +132,45 @@ def test_ho_port_with_the_weights_of_a_diffusers_model(tmp_path):
     says = r"missing down.1.attn.0.k.bias; down.1.attn.0.q.bias is \[5\], expected \[64\]"
     with pytest.raises(InputError, match=says):
         load_source(str(tmp_path / "b.ckpt"), arch(tmp_path, config=config))
+
+
+OURS = dict(image_size=16, in_channels=3, model_channels=32, out_channels=3, num_res_blocks=1, norm_groups=8,
+            attention_resolutions=[2], channel_mult=[1, 2, 2])
+UPDOWN = dict(resblock_updown=True, use_scale_shift_norm=True, num_head_channels=32)
+
+
+@pytest.mark.parametrize("more", [
+    dict(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-2, downsample_padding=0), UPDOWN, dict(UPDOWN, out_channels=6),
+    dict(num_heads=2), dict(UPDOWN, num_res_blocks=2, attention_resolutions=[1, 2, 4], channel_mult=[1, 2, 3]),
+    dict(use_scale_shift_norm=True, attention_resolutions=[1, 4])])
+def test_our_unet_as_one_of_diffusers_and_back(tmp_path, more):
+    torch.manual_seed(0)
+    ours = UNet(**dict(OURS, **more)).eval()
+    for p in ours.parameters():
+        p.data += 0.05 * torch.randn(p.shape)
+    theirs = diffusers.UNet2DModel.from_config(unet_config(ours)).eval()
+    theirs.load_state_dict(unet_weights(ours))
+    x = randn(2, 3, 16, 16)
+    with torch.no_grad():
+        eps = ours(x, T)[:, :3]
+        torch.testing.assert_close(theirs(x, T).sample, eps, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_source(str(tmp_path), "ddpm256").model(x, T), eps, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [dict(channel_mult=[2, 2]), dict(num_heads=2, attention_resolutions=[1])])
+def test_our_unets_that_diffusers_has_not(more):
+    with pytest.raises(ValueError, match="channel_mult to begin with 1, and attention heads of one width"):
+        unet_config(UNet(**dict(OURS, **more)))
+
+
+@pytest.mark.parametrize("name", ["ffhq256", "adm256", "ddpm256", "ldm-ffhq256"])
+def test_published_networks_can_be_exported_as_diffusers(name):
+    with torch.device("meta"):
+        ours = build(ARCHITECTURES[name], name).model
+        theirs = diffusers.UNet2DModel.from_config(unet_config(ours)).state_dict()
+        shapes = {key: value.shape for key, value in unet_weights(ours).items()}
+    assert shapes == {key: value.shape for key, value in theirs.items()}
 
 
 @pytest.mark.parametrize("name, config", [

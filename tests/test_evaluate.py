@@ -1,21 +1,29 @@
 """evaluate.py on folders of pictures, and what it refuses."""
 
 import functools
+import json
 import math
 import os
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, tiny_network
 from PIL import Image
 
+import domains
 import evaluate
+import sample
+from checkpoints import run_report
+from checkpoints.network import save_network
 from checkpoints.perceptual import load_lpips, lpips_features
+from domains import judge
 from metrics import intra_lpips
 from plumbing import distributed
 from plumbing.options import InputError
-from plumbing.pictures import load_folder
+from plumbing.pictures import load_folder, to_tensor
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,10 @@ SAMPLES, TARGET = ["--samples", "docs/images"], ["--target", "docs/images"]
     ([*SAMPLES, *TARGET, "--reference", "no-such"], "no-such: no such folder"),
     ([*SAMPLES, *TARGET, "--lpips-backbone", "none.pth"], "none.pth: no such file"),
     ([*SAMPLES, *TARGET, "--size", "16"], "--size 16: must be at least 32"),
+    (["--at", "all"], "what to score"),
+    ([*SAMPLES, *TARGET, "--at", "all"], "--at: is for runs"),
+    (["runs/none", "--at", "all", *TARGET], "what to score"),
+    (["runs/none", "--at", "all"], "runs/none: not the folder of a run"),
     ([*SAMPLES, *TARGET, "--cluster-size", "1"], "--cluster-size 1: must be at least 2"),
     ([*SAMPLES, *TARGET, "--seed", "-1"], "--seed -1: must be from 0"),
     ([*SAMPLES, *TARGET, "--seed", str(2 ** 64)], "--seed 18446744073709551616: must be from 0"),
@@ -135,3 +147,67 @@ def test_a_run_is_scored_once(train, tmp_path, monkeypatch, capsys):
         call(evaluate.main, run, "-n", 13, "--steps", 2, "--device", "cpu")
     with pytest.raises(InputError, match="--steps 1001: this model has 1000"):
         call(evaluate.main, run, "-n", 12, "--steps", 1001)
+
+
+# ---- stages ------------------------------------------------------------------------------------------------
+
+def test_the_stages_of_a_built_in_run(train, tmp_path, monkeypatch, capsys):
+    """Two stages by the judge, the first of which the held-out loss finds best."""
+    monkeypatch.setattr(run_report.Report, "loss", lambda self, pictures: len(pictures) + self.ema.updates / 10)
+    built_in = ["--source", "toyfaces", "--target", "sunglasses", "--method", "adaptor", "--hold-out", 4]
+    run = train(tmp_path / "run", *built_in, "--iterations", 1, "--learning-rate", 0.1)
+    how, score, seen = [run, "-n", 12, "--steps", 2, "--device", "cpu"], judge.score, []
+    monkeypatch.setattr(judge, "score", lambda *a: seen.append(a[2:]) or score(*a))
+    call(evaluate.main, *how)
+    capsys.readouterr()
+    of_run = (run / "score.json").read_bytes()
+    call(evaluate.main, *how, "--at", "all")
+    out, found = capsys.readouterr().out, json.loads((run / "stages.json").read_text())
+    start, end = found["stages"]
+    assert found["best"] == 0 and (start["iterations"], end["iterations"]) == (0, 1)
+    assert [end["held-out loss"], end["training loss"]] == pytest.approx([4.1, 6.1])
+    assert f"| 0 (held-out loss lowest) | {start['toy FID']:.4g} | " in out and f"| 1 | {end['toy FID']:.4g} | " in out
+    final = json.loads(of_run)["score"]  # the last stage is the run
+    assert all(end[name] == pytest.approx(final[name]) != start[name] for name in ("toy FID", "toy Intra-LPIPS", "memorised"))
+    assert (run / "score.json").read_bytes() == of_run
+    assert Image.open(run / "stages.png").width > 1000
+    assert seen == 3 * [("sunglasses", 4)]
+    monkeypatch.setattr(judge, "score", None)  # what was measured is not measured again
+    call(evaluate.main, *how, "--at", 0)
+    only = capsys.readouterr().out
+    assert "| 0 (held-out loss lowest) | " in only and "\n| 1 " not in only and json.loads((run / "stages.json").read_text()) == found
+    with pytest.raises(InputError, match="--at 7: no such stage; .* has 0, 1"):
+        call(evaluate.main, *how, "--at", 7)
+    with pytest.raises(InputError, match="--at last: give all, or the iterations of a stage"):
+        call(evaluate.main, *how, "--at", "last")
+    with pytest.raises(InputError, match="--lpips-net: is for pictures that the judge does not know"):
+        call(evaluate.main, *how, "--at", "all", "--lpips-net", "alex")
+
+
+def test_what_was_held_out_is_no_training_picture():
+    shots = to_tensor(domains.ten_shots("sunglasses")[0])
+    scores = [judge.score(shots[8:].repeat(3, 1, 1, 1), shots[8:], "sunglasses", hold_out)["memorised"] for hold_out in (0, 2)]
+    assert scores[0] < 1e-6 and scores[1] > 0.3
+
+
+def test_the_stages_of_a_run_on_photos(train, tiny, backbone, tmp_path, capsys, monkeypatch):
+    """They get the figures of a folder of the same samples, around the pictures that were trained on."""
+    save_network(tmp_path / "source.safetensors", tiny_network(image_size=32))
+    run = train(tmp_path / "run", "--method", "adaptor", "--source", tmp_path / "source.safetensors", "--iterations", 2, "--hold-out", 1)
+    lpips = ["--lpips-net", "squeeze", "--lpips-backbone", backbone, "--device", "cpu"]
+    monkeypatch.setattr(evaluate, "load_inception", lambda *a: torch.nn.Identity())
+    monkeypatch.setattr(evaluate, "inception_features", lambda model, images, progress: torch.stack(list(images)).mean((2, 3)))
+    comparison, around = evaluate.comparison, []
+    monkeypatch.setattr(evaluate, "comparison", lambda options, targets, *a: around.append(targets) or comparison(options, targets, *a))
+    call(evaluate.main, run, "--at", "all", "-n", 6, "--steps", 2, *lpips, "--reference", tiny.sources)
+    assert torch.equal(*around, load_folder(tiny.targets, 32)[:4])
+    stages = json.loads((run / "stages.json").read_text())["stages"]
+    assert [stage["iterations"] for stage in stages] == [0, 2] and stages[0]["Intra-LPIPS"] != stages[1]["Intra-LPIPS"]
+    assert all({"FID", "KID", "held-out loss"} <= stage.keys() for stage in stages)
+    shutil.copytree(tiny.targets, tmp_path / "four")
+    (tmp_path / "four" / "4.png").unlink()
+    call(sample.main, run, "--at", 2, "-n", 6, "--steps", 2, "--seed", judge.FIRST_SEED, "--device", "cpu")
+    capsys.readouterr()
+    call(evaluate.main, "--samples", run / "drawn-000002", "--target", tmp_path / "four", "--size", 32, *lpips)
+    intra, nearest = re.search(r"samples\): (\S+) ±.*median: (\S+)", capsys.readouterr().out, re.DOTALL).groups()
+    assert [stages[1]["Intra-LPIPS"], stages[1]["nearest"]] == pytest.approx([float(intra), float(nearest)], abs=2e-3)

@@ -22,18 +22,21 @@ STAGE = dict(z_channels=3, resolution=16, ch=8, ch_mult=[1, 2], num_res_blocks=1
 VQ = dict(ddconfig=dict(STAGE, double_z=False, attn_resolutions=[8]), embed_dim=3, n_embed=16)
 KL = dict(ddconfig=dict(STAGE, double_z=True), embed_dim=3)
 FIRST_STAGES = {"vq": dict(network="VQ", config=VQ), "kl": dict(network="KL", config=KL)}
-NAMES = "adapted", "finetuned", "source", "vq", "kl-adapted"
+# Those that take their code along: bottleneck adaptors, and networks that diffusers cannot express.
+NAMES = "adapted", "source", "vq", "kl-adapted"
+# Those that are diffusers' own.
+PLAIN = "finetuned", "scale-shift", "low-rank", "plain-source", "plain-vq", "plain-kl"
 
 # Every folder is loaded before the first is used: they share the names of their modules, and must not get in
 # each other's way.
 CONSUMER = """
 import sys, torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 root = sys.argv[1]
 def load(name):
     folder = f"{root}/{name}"
     return DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-pipes, drawn = {name: load(name) for name in sys.argv[2:]}, {}
+pipes, drawn = {name: load(name) for name in sys.argv[3].split()}, {}
 for name, pipe in pipes.items():
     noise = torch.load(f"{root}/{name}.noise.pt")
     seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
@@ -47,6 +50,13 @@ for name, pipe in pipes.items():
         drawn[name]["ddim"] = pipe(latents=noise, num_inference_steps=12, output_type="pt").images
 noise = torch.load(f"{root}/kl-adapted.noise.pt")
 drawn["bf16"] = pipes["kl-adapted"].to(torch.bfloat16)(latents=noise, **options).images
+for name in sys.argv[2].split():
+    pipe, inputs = DiffusionPipeline.from_pretrained(f"{root}/{name}"), torch.load(f"{root}/{name}.inputs.pt")
+    seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    with torch.no_grad():
+        drawn[name] = dict(eps=pipe.unet(*inputs).sample, kind=type(pipe).__name__, pictures=torch.tensor(pipe(
+            batch_size=2, generator=seeds, num_inference_steps=12, output_type="np").images).movedim(3, 1))
+drawn["by DDPM"] = len(DDPMPipeline.from_pretrained(f"{root}/plain-source")(num_inference_steps=4).images)
 try:
     load("damaged")
 except ValueError as error:
@@ -60,24 +70,29 @@ torch.save(drawn, f"{root}/drawn.pt")
 def networks(train, finished, tmp_path_factory):
     """name -> (what export.py is given, the network it means).
 
-    All of 16x16, two of them latent, `source` and `vq` with 12 timesteps.
+    All of 16x16, some of them latent, those with a source or VQ in their name with 12 timesteps.
     """
     folder, paths = tmp_path_factory.mktemp("models"), dict(adapted=finished)
     torch.manual_seed(0)
     schedules = dict(source=dict(name="cosine", timesteps=12),
                      vq=dict(name="scaled-linear", timesteps=12, beta_start=1e-3, beta_end=0.4),
                      kl=dict(name="scaled-linear", beta_start=0.0015, beta_end=0.0155))
-    for name, schedule in schedules.items():
-        latent = dict(first_stage=FIRST_STAGES[name], scale_factor=0.7) if name != "source" else {}
-        out_channels = 6 if name == "source" else 3  # a learned variance
-        config = dict(TINY, image_size=8 if latent else 16, out_channels=out_channels)
+    for name in [*schedules, *(f"plain-{kind}" for kind in schedules)]:
+        kind, schedule = name.removeprefix("plain-"), schedules[name.removeprefix("plain-")]
+        latent = dict(first_stage=FIRST_STAGES[kind], scale_factor=0.7) if kind != "source" else {}
+        out_channels = 6 if kind == "source" else 3  # a learned variance
+        shape = {} if "plain" in name or kind == "kl" else dict(channel_mult=[2, 2])  # not one of diffusers
+        config = dict(TINY, image_size=8 if latent else 16, out_channels=out_channels, **shape)
         network = build(dict(network="UNet", config=config, schedule=schedule, **latent), name)
         for p in [*network.model.parameters(), *(network.first_stage.parameters() if latent else ())]:
             p.data += 0.05 * torch.randn(p.shape)
-        if name == "vq":
+        if kind == "vq":
             network.first_stage.quantize.embedding.weight.data.normal_()  # spread: which is nearest matters
         paths[name] = folder / f"{name}.safetensors"
         save_network(paths[name], network)
+    for form in ("scale-shift", "low-rank"):
+        paths[form] = train(folder / form, "--method", "adaptor", "--adaptor", form, "--iterations", "4",
+                            "--learning-rate", "0.01")
     paths["finetuned"] = train(folder / "finetuned", "--method", "finetune", "--iterations", "2")
     paths["kl-adapted"] = train(folder / "kl-run", "--source", paths["kl"], "--method", "adaptor",
                                 "--iterations", "4", "--learning-rate", "0.01")
@@ -89,19 +104,23 @@ def networks(train, finished, tmp_path_factory):
 def exported(networks, tmp_path_factory):
     """The exported folders, and what CONSUMER drew from them."""
     root = tmp_path_factory.mktemp("exported")
-    for name in NAMES:
+    for name in NAMES + PLAIN:
         path, network = networks[name]
         call(export.main, path, root / name)
         torch.save(noise(network), root / f"{name}.noise.pt")
+        torch.save((noise(network), T), root / f"{name}.inputs.pt")
     call(export.main, networks["adapted"][0], root / "damaged")
     weights = root / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     del tensors["unet.middle_block.0.adaptor.up.weight"]
     save_file(tensors, weights)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", CONSUMER, root, *NAMES], check=True, cwd=root, timeout=600,
+    subprocess.run([sys.executable, "-c", CONSUMER, root, " ".join(PLAIN), " ".join(NAMES)], check=True, cwd=root, timeout=600,
                    env=dict(env, HF_HOME=str(root / "hf"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"))
     return root, torch.load(root / "drawn.pt")
+
+
+T = torch.tensor([3, 10])
 
 
 def noise(network):
@@ -129,6 +148,33 @@ def test_the_schedule_is_what_diffusers_makes_of_its_options(exported, name):
     """With every timestep, its own DDIM takes the same steps as ours."""
     drawn = exported[1][name]
     torch.testing.assert_close(drawn["ddim"], drawn["every_step"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_diffusers_alone_computes_the_same(networks, exported, name):
+    """Without trust_remote_code, from a folder that holds no code."""
+    (_, network), drawn = networks[name], exported[1][name]
+    assert drawn["kind"] == ("LDMPipeline" if network.first_stage else "DDIMPipeline")
+    x = noise(network)
+    with torch.no_grad():
+        eps = network.model(x, T)[:, :x.shape[1]]
+    torch.testing.assert_close(drawn["eps"], eps, atol=1e-5, rtol=1e-5)
+    assert eps.std() > 0.1 and not list((exported[0] / name).rglob("*.py"))
+    assert "remote" not in (exported[0] / name / "README.md").read_text()
+    if network.schedule.timesteps == 12:  # every step: the same pictures as ours
+        ours = as_pt(network.sample([5, 6], 12))
+        assert ours.std() > 0.1 and exported[1]["by DDPM"] == 1
+        torch.testing.assert_close(drawn["pictures"], ours, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["finetuned", "scale-shift", "low-rank", "plain-source"])
+def test_what_diffusers_can_be_is_read_back(networks, exported, name):
+    """A plain folder is a source like any other of diffusers."""
+    network, back = networks[name][1], load_source(str(exported[0] / name))
+    x = noise(network)
+    with torch.no_grad():
+        torch.testing.assert_close(back.model(x, T), network.model(x, T)[:, :3], atol=1e-5, rtol=1e-5)
+    assert back.schedule.alpha_bar.equal(network.schedule.alpha_bar)
 
 
 def test_adaptors_are_in_it(networks, exported, tiny):

@@ -130,3 +130,13 @@ def test_kernel_distance_of_sets_of_different_sizes_is_the_double_loop():
 def test_a_single_picture_has_no_distribution(distance):
     with pytest.raises(ValueError, match="1 and 5 pictures"):
         distance(randn(1, 4), randn(5, 4))
+
+
+def test_distance_to_the_nearest_picture_in_pixels():
+    """Copies and mirrored copies are at 0, a constant offset at itself; the median is over the samples."""
+    targets = randn(3, 3 * 8 * 8).view(3, 3, 8, 8)
+    assert metrics.nearest_rms(targets, targets) == metrics.nearest_rms(targets.flip(3), targets) == 0
+    assert metrics.nearest_rms(targets.flip(2), targets) > 0.5
+    moved = targets + torch.tensor([0.1, 0.2, 0.4]).view(3, 1, 1, 1)
+    assert metrics.nearest_rms(moved, targets) == pytest.approx(0.2, rel=1e-5)
+    assert metrics.nearest_rms(moved[2:], targets) == pytest.approx(0.4, rel=1e-5)

@@ -33,6 +33,13 @@ def test_load_run(run, tiny):
     assert run_folder.load_classifier(run).model(X, T).shape == (2, 2)
 
 
+def test_a_run_from_before_there_were_forms_of_adaptors(run):
+    options = json.loads((run / "options.json").read_text())
+    assert options.pop("adaptor") == "bottleneck"
+    (run / "options.json").write_text(json.dumps(options))
+    assert not run_folder.load_run(run)[0].model(X, T).equal(load_source(options["source"]).model(X, T))
+
+
 def test_another_source_under_the_same_name(run):
     save_network(run.parent / "source.safetensors", tiny_network(seed=1))
     says = "weights.safetensors: made from another source than the present .*source.safetensors"
@@ -49,6 +56,30 @@ def test_keys_of_a_run(run, change, says):
     rewrite(run / "weights.safetensors", run / "weights.safetensors", change)
     with pytest.raises(InputError, match=f"weights.safetensors: adaptor weights: {says}"):
         run_folder.load_run(run)
+
+
+def test_stages(run, tiny):
+    """Those of `finished` are its start, which is the source, and its end."""
+    (start, _), (end, _), (whole, _) = (run_folder.load_run(run, at) for at in (0, 6, None))
+    assert start.model(X, T).equal(load_source(str(tiny.source)).model(X, T))
+    assert end.model(X, T).equal(whole.model(X, T)) and not end.model(X, T).equal(start.model(X, T))
+    empty = dict(nearest=None, held_out_loss=None, training_loss=None)  # --samples 0, no --hold-out
+    assert run_folder.stages(run) == [dict(iteration=i, **empty) for i in (0, 6)]
+    (run / "weights.safetensors").unlink()  # stages of a run that is not finished
+    assert run_folder.load_run(run, 6)[0].model(X, T).equal(whole.model(X, T))
+    with pytest.raises(InputError, match="--at 5: no such stage; .*run has 0, 6$"):
+        run_folder.load_run(run, 5)
+    shutil.rmtree(run / "stages")
+    with pytest.raises(InputError, match="--at 6: no such stage; .*run has none"):
+        run_folder.load_run(run, 6)
+
+
+def test_the_best_stage():
+    def records(*losses):
+        return [dict(iteration=10 * i, held_out_loss=loss) for i, loss in enumerate(losses)]
+
+    assert run_folder.best_stage(records(0.9, 0.3, 0.2, 0.4)) == 20
+    assert run_folder.best_stage(records(None, None)) is run_folder.best_stage([]) is None
 
 
 def test_unfinished_and_absent_runs(run, tmp_path):

@@ -50,6 +50,21 @@ def test_where_they_go_by_default(tiny, train, tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "source-samples" / "000000.png").exists()
 
 
+def test_an_earlier_stage(train, tiny, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "2")
+    call(sample.main, run, "--at", "0", "-n", "2", *FAST)
+    call(sample.main, run, "--at", "2", "-n", "2", *FAST)
+    assert (run / "drawn-000000.png").exists()
+    assert apart(read(run / "drawn-000000"), draw(tiny.source, tmp_path / "source", "-n", "2")) == 0
+    end = draw(run, tmp_path / "end", "-n", "2")
+    assert apart(read(run / "drawn-000002"), end) == 0 < apart(read(run / "drawn-000000"), end)
+    with pytest.raises(InputError, match="--at 1: no such stage; .* has 0, 2"):
+        draw(run, tmp_path / "out", "--at", "1")
+    with pytest.raises(InputError, match="--at 0: .*source.safetensors is not a run"):
+        draw(tiny.source, tmp_path / "out", "--at", "0")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_picture_is_its_seed(finished, tmp_path):
     pictures = draw(finished, tmp_path / "a", "-n", "5", "--eta", "1")
     again = draw(finished, tmp_path / "b", "-n", "5", "--eta", "1", "--batch-size", 64)

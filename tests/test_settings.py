@@ -51,8 +51,14 @@ def test_options_of_a_method():
     asks = {name: {method for method in METHODS if name in used_by(method)} for name in flat(Options())}
     assert asks["gamma"] == asks["classifier_check"] == {"tan", "guided"}
     assert asks["omega"] == asks["pgd_network"] == asks["norm"] == {"tan"} and asks["pairwise_weights"] == {"pa"}
-    assert asks["adaptor_width"] == {"tan", "guided", "adaptor"}
+    assert asks["adaptor"] == asks["adaptor_width"] == {"tan", "guided", "adaptor"}
     assert asks["target"] == asks["samples"] == asks["ema"] == set(METHODS)
+
+
+@pytest.mark.parametrize("form, width", [("bottleneck", 8), ("scale-shift", None), ("low-rank", None)])
+def test_the_width_of_small_sources_is_that_of_bottlenecks(form, width):
+    assert suited(Options(adaptor=form), source_of(32)).adaptor_width == width
+    assert suited(Options(adaptor="low-rank", adaptor_width=2), source_of(32)).adaptor_width == 2
 
 
 @pytest.mark.parametrize("target, source, method, expected", [
@@ -79,6 +85,9 @@ def test_where_a_run_goes(target, source, method, expected):
     ("--method adaptor --gamma 5", "--gamma: --method adaptor does not use it, only tan, guided"),
     ("--method guided --pgd-steps 3", "--pgd-steps: --method guided does not use it"),
     ("--method finetune --adaptor-width 3", "--adaptor-width: --method finetune does not use it"),
+    ("--method finetune --adaptor low-rank", "--adaptor: --method finetune does not use it, only tan, guided, adaptor"),
+    ("--adaptor scale-shift --adaptor-width 3", "--adaptor-width: --adaptor scale-shift has no width; leave it out"),
+    ("--adaptor low-rank --adaptor-width 0", "--adaptor-width 0: must be at least 1"),
     ("--pairwise-weights 1 1 1", "--pairwise-weights: --method tan does not use it, only pa"),
     ("--method adaptor --no-classifier-check", "--classifier-check: --method adaptor does not use it"),
     ("--classifier-arch imagenet256-classifier", "--classifier-arch: says what network the file of --classifier holds"),

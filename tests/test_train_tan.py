@@ -17,13 +17,14 @@ from torch.utils.checkpoint import checkpoint
 import classifier
 import train_tan
 import unet
-from checkpoints import run_folder
+from checkpoints import run_folder, run_report
 from checkpoints.load import load_network, load_source
 from checkpoints.network import save_network
 from classifier import guided_loss
 from plumbing.files import load_checkpoint
 from plumbing.options import InputError
 from plumbing.pictures import load_folder
+from plumbing.seeds import generator
 from settings import METHODS
 
 
@@ -210,7 +211,9 @@ def test_two_processes(tiny, train, tmp_path):
                     cwd=tmp_path)
     assert spread.returncode == 0, spread.stderr
     assert "2 process(es)" in spread.stdout and spread.stdout.count("done:") == 1
-    assert (run / "classifier.safetensors").read_bytes() == (alone / "classifier.safetensors").read_bytes()
+    ours, theirs = (load_file(folder / "classifier.safetensors") for folder in (run, alone))
+    for key, value in ours.items():  # its steps are shared, too: equal but for rounding
+        torch.testing.assert_close(value, theirs[key], rtol=0, atol=2e-5)
     assert_same_run(run, alone)
 
 
@@ -302,9 +305,11 @@ def test_a_folder_that_holds_a_run(train, tmp_path):
         train(run, "--method", "finetune", "--iterations", "2")
     assert len(metrics(run)) == 1
     (run / "drawn").mkdir()
+    (run / "stages.json").touch()
     train(run, "--method", "finetune", "--iterations", "2", "--overwrite")
     assert len(metrics(run)) == 2 and run_folder.load_run(run)[1]["method"] == "finetune"
     assert not any((run / name).exists() for name in ("classifier.safetensors", "samples.png", "progress"))  # the first run's
+    assert not (run / "stages.json").exists() and [record["iteration"] for record in run_folder.stages(run)] == [0, 2]
     assert (run / "drawn").exists()  # not a file of train_tan.py
     assert json.loads((run / "options.json").read_text())["overwrite"] is False
 
@@ -405,6 +410,56 @@ def test_resume_after_the_source_has_changed(tiny, train, tmp_path):
         resume(run, "--iterations", "2")
 
 
+# ---- memory and precision --------------------------------------------------------------------------------------------
+
+def memory_for(pictures, monkeypatch):
+    """A device that runs out of memory where more pictures go through the network at once."""
+    original, sizes = train_tan.predict_eps, []
+
+    def limited(model, xt, t):
+        sizes.append(len(xt))
+        if len(xt) > pictures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, xt, t)
+    monkeypatch.setattr(train_tan, "predict_eps", limited)
+    return sizes
+
+
+def test_out_of_memory_halves_the_micro_batch(train, finished, tmp_path, monkeypatch, capsys):
+    sizes = memory_for(1, monkeypatch)
+    run = train(tmp_path / "run")
+    assert sizes[:5] == [4, 2, 1, 1, 1] and set(sizes[5:]) == {1}
+    said = capsys.readouterr().err
+    assert [said.count(f"going on with --micro-batch-size {n}\n") for n in (2, 1)] == [1, 1]
+    assert_same_run(run, finished)
+
+
+@pytest.mark.parametrize("flags, fits", [((), 0), (("--method", "pa"), 3)])
+def test_where_not_even_that_fits(flags, fits, train, tmp_path, monkeypatch):
+    memory_for(fits, monkeypatch)
+    with pytest.raises(InputError, match="out of memory with . picture.* --checkpoint-blocks and --precision bf16"):
+        train(tmp_path / "run", *flags)
+
+
+def test_bf16_holds_what_is_frozen_in_bf16_and_computes_the_same(train, tmp_path, monkeypatch):
+    flags = ("--iterations", "2", "--precision", "bf16")
+    seen, original = [], train_tan.losses_of
+    monkeypatch.setattr(train_tan, "losses_of", lambda model, *a: seen.append(model) or original(model, *a))
+    cast = train(tmp_path / "cast", *flags)
+    kinds = {(".adaptor." in name, p.dim() > 1): p.dtype for name, p in seen[0].named_parameters()}
+    assert kinds == {(False, True): torch.bfloat16, (False, False): torch.float32,
+                     (True, True): torch.float32, (True, False): torch.float32}
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)  # autocast casts at each pass
+    assert losses(train(tmp_path / "autocast", *flags)) == losses(cast)
+
+
+def test_compile_compiles_the_network(train, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    train(tmp_path / "run", "--iterations", "1", "--compile")
+    assert compiled == ["UNet"]
+
+
 # ---- flags that nothing else sets ------------------------------------------------------------------------------------
 
 def test_warmup(train, tmp_path):
@@ -478,7 +533,7 @@ def test_what_is_drawn_are_the_averages_and_drawing_changes_nothing(train, tmp_p
         drawn.append([p.detach().clone() for p in self.ema.parameters])
         return torch.zeros(n, 3, 16, 16)
 
-    monkeypatch.setattr(run_folder.Report, "draw", draw)
+    monkeypatch.setattr(run_report.Report, "draw", draw)
     flags = "--method adaptor --iterations 3 --samples 2 --previews 3".split()
     run = train(tmp_path / "run", *flags)
     average = load_checkpoint(run / "checkpoint.pt")["ema"]["average"]
@@ -493,6 +548,112 @@ def test_fewer_iterations_than_were_done(train, tmp_path):
     run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "2")
     with pytest.raises(InputError, match="--iterations 1: the run in .* has done 2 already"):
         resume(run, "--iterations", "1")
+
+
+# ---- stages, and pictures held out -----------------------------------------------------------------------------------
+
+THREE_STAGES = "--iterations 6 --previews 3 --save-every 3".split()
+
+
+@pytest.mark.parametrize("method", ["adaptor", "finetune"])
+def test_a_stage_is_the_running_average_at_that_time(method, train, tmp_path):
+    """The same steps end, after two of them, where the longer run was then."""
+    flags = "--method", method, "--learning-rate-decay", "none"
+    run, short = train(tmp_path / "run", *flags, *THREE_STAGES), train(tmp_path / "short", *flags, "--iterations", "2")
+    assert [record["iteration"] for record in run_folder.stages(run)] == [0, 2, 4, 6]
+    for at, whole in ((2, short), (6, run)):
+        stage, final = load_file(run_folder.stage_file(run, at)), load_file(whole / "weights.safetensors")
+        assert stage.keys() == final.keys() and all(stage[key].equal(final[key]) for key in final)
+    assert not all(value.equal(stage[key]) for key, value in load_file(run_folder.stage_file(run, 4)).items())
+
+
+def test_a_row_says_how_near_its_pictures_are(train, tiny, tmp_path, monkeypatch):
+    """Drawn are the training pictures themselves, mirrored; at the first stage brighter."""
+    shots, seen = load_folder(tiny.targets, 16), []
+
+    def draw(self, network, n, steps):
+        moved = 0 if self.ema.updates else 0.25
+        return (shots.flip(3) + moved).repeat(2, 1, 1, 1)[:n]
+
+    monkeypatch.setattr(run_report.Report, "draw", draw)
+    monkeypatch.setattr(run_report, "save_grid", lambda path, images, columns, labels=None, **how: seen.append(labels))
+    run = train(tmp_path / "run", "--method", "adaptor", "--samples", "2", *THREE_STAGES)
+    assert ["0  rms 0.25", "2  rms 0.00", "4  rms 0.00", "6  rms 0.00"] in seen
+    assert [record["nearest"] for record in run_folder.stages(run)] == pytest.approx([0.25, 0, 0, 0], abs=1e-6)
+
+
+def test_held_out_pictures_are_not_trained_on(train, tiny, tmp_path):
+    """The run is that on a folder without the last two, classifier and all, but for what it measures."""
+    shutil.copytree(tiny.targets, tmp_path / "three")
+    for name in ("3.png", "4.png"):
+        (tmp_path / "three" / name).unlink()
+    flags = "--method", "guided", "--iterations", "3"
+    run, three = train(tmp_path / "run", *flags, "--hold-out", "2"), train(tmp_path / "other", *flags, "--target", tmp_path / "three")
+    for name in ("weights.safetensors", "classifier.safetensors", "targets.png"):
+        assert (run / name).read_bytes() == (three / name).read_bytes()
+    assert losses(run) == losses(three)
+
+
+def test_the_loss_of_held_out_pictures(train, tiny, tmp_path, capsys):
+    """Eq. 1 with the network of each stage, at a timestep of each eighth and the same noises."""
+    run = train(tmp_path / "run", "--method", "adaptor", "--hold-out", "2", *THREE_STAGES)
+    said, records = capsys.readouterr().out, run_folder.stages(run)
+    shots, g = load_folder(tiny.targets, 16), generator(0, run_report.STAGE_NOISE)
+    t = ((torch.arange(8) + torch.rand(8, generator=g)) * 125).long()
+    assert (t // 125).tolist() == list(range(8))
+    eps = torch.randn(8, 3, 16, 16, generator=g)
+    for record in records:
+        network, _ = run_folder.load_run(run, record["iteration"])
+        for name, pictures in (("held_out_loss", shots[3:]), ("training_loss", shots[:3])):
+            xt = [network.schedule.add_noise(x.expand(8, -1, -1, -1), t, eps) for x in pictures]
+            with torch.no_grad():
+                expected = torch.stack([(network.model(x, t) - eps).square().mean() for x in xt]).mean().item()
+            assert record[name] == pytest.approx(expected, rel=1e-5)
+        assert f"after {record['iteration']} iterations: held-out loss {record['held_out_loss']:.4f}, training loss" in said
+    assert len({record["held_out_loss"] for record in records}) == 4
+    best = min(records, key=lambda record: record["held_out_loss"])["iteration"]
+    assert said.splitlines()[-1] == f"held-out loss is lowest after {best} of 6 iterations: python sample.py {run} --at {best}"
+
+
+def test_measuring_held_out_pictures_changes_nothing(train, tmp_path, monkeypatch):
+    flags = "--method", "adaptor", "--hold-out", "2", *THREE_STAGES
+    run = train(tmp_path / "run", *flags)
+    monkeypatch.setattr(run_report.Report, "loss", lambda self, pictures: float(len(pictures)))
+    assert weights(train(tmp_path / "blind", *flags)) == weights(run)
+
+
+def test_a_resumed_run_keeps_its_stages(train, tmp_path, monkeypatch):
+    """It stops after five iterations and goes on from the third: the stage of the fourth is there already."""
+    flags = "--method", "adaptor", "--hold-out", "2", "--samples", "2", *THREE_STAGES
+    whole, run = train(tmp_path / "whole", *flags), tmp_path / "run"
+    interrupted(train, run, monkeypatch, 2, *flags)
+    assert load_checkpoint(run / "checkpoint.pt")["iteration"] == 3
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "stages").iterdir()}
+    assert list(sorted(before)) == ["000000.safetensors", "000002.safetensors", "000004.safetensors"]
+    (run / "stages" / ".000006.safetensors.1.tmp").touch()
+    resume(run)
+    after = {path.name: path.stat().st_mtime_ns for path in (run / "stages").iterdir()}
+    assert after.keys() == before.keys() | {"000006.safetensors"} and before.items() <= after.items()
+    for name in after:
+        assert (run / "stages" / name).read_bytes() == (whole / "stages" / name).read_bytes()
+    assert (run / "progress.png").read_bytes() == (whole / "progress.png").read_bytes() and weights(run) == weights(whole)
+
+
+@pytest.mark.parametrize("number, says", [
+    ("4", "--hold-out 4: .*targets has 5 pictures; at least 2 must be left to train on"),
+    ("9", "--hold-out 9: .*at least 2 must be left"), ("-1", "--hold-out -1: must be at least 0")])
+def test_too_many_held_out(number, says, train, tmp_path):
+    with pytest.raises(InputError, match=says):
+        train(tmp_path / "run", "--hold-out", number)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_picture_that_changed(train, tiny, tmp_path):
+    shutil.copytree(tiny.targets, tmp_path / "targets")
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1", "--target", tmp_path / "targets", "--hold-out", "2")
+    shutil.copy(tiny.sources / "0.png", tmp_path / "targets" / "4.png")
+    with pytest.raises(InputError, match="targets: the pictures have changed since the run"):
+        resume(run, "--iterations", "2")
 
 
 # ---- what the classifier is made from --------------------------------------------------------------------------------
@@ -548,3 +709,6 @@ def test_a_folder_that_holds_files_of_the_same_names(train, tmp_path):
         with pytest.raises(InputError, match="holds files with the names a run would write, but is not a run"):
             train(tmp_path, "--method", "adaptor", *more)
     assert (tmp_path / "samples.png").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "samples.png").rename(tmp_path / "stages")  # a folder of this name would be emptied
+    with pytest.raises(InputError, match="holds files with the names a run would write"):
+        train(tmp_path, "--method", "adaptor")

@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import adaptor
 from classifier import Classifier
-from unet import UNet
+from unet import UNet, attend
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -59,3 +62,17 @@ def test_image_that_does_not_divide_is_refused():
     golden, *_ = golden_case("adm_unet_conv_resample")
     with pytest.raises(ValueError, match="divisible by 2"):
         filled(UNet, golden)(torch.zeros(1, 3, 15, 16), torch.tensor([0]))
+
+
+def test_fused_attention_takes_the_tokens():
+    """Under FLASH_ATTENTION alone anything it refuses is an error; against softmax(q k / sqrt(d)) v by hand."""
+    q, k, v = torch.randn(3, 2, 4, 8, 25)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = attend(q, k, v)
+    weights = (torch.einsum("bhdi,bhdj->bhij", q, k) / 8 ** 0.5).softmax(3)
+    expected = torch.einsum("bhij,bhdj->bhdi", weights, v).flatten(1, 2)
+    torch.testing.assert_close(found, expected)
+    unet = UNet(**TINY)
+    adaptor.attach(unet, 4)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        unet(torch.randn(2, 3, 16, 16).requires_grad_(), torch.tensor([1, 2])).sum().backward()

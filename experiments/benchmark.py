@@ -1,0 +1,398 @@
+"""What an iteration of TAN costs: its time beside that of its convolutions alone, memory and FLOPs.
+
+  python -m experiments.benchmark                                    the built-in faces; minutes on a laptop
+  python -m experiments.benchmark --arch ffhq256 ldm-ffhq256         published networks, with random weights
+  python -m experiments.benchmark --source ffhq_p2.pt --precision bf16
+
+An iteration is that of train_tan.py with --method tan: J steps of the ascent, the guidance of a classifier on
+the network's own encoder, the training step, Adam.  The table has a row for each network and J:
+
+  PGD step          seconds of one, of theta alone and with psi, and their ratio
+  iteration         seconds
+  peak memory       of the device while it runs; on a CPU of the process, at any time so far
+  FLOPs             of an iteration, counted by torch: a multiplication and an addition are two
+  floor             seconds of theta's convolutions alone, in the faster of two memory layouts: forward and
+                    gradient with respect to the input, 1 + J times
+  plain recipe      seconds of an iteration with J = 10 in which all parameters are trainable, so that
+                    loss.backward() in the ascent computes their gradients, too, and all activations are
+                    recomputed (checkpointing)
+
+The times are the shortest of --repeats, taken in turns.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import platform
+import re
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import flop_counter
+
+import adaptor
+import settings
+from adversarial_noise import norm, worst_case_noise
+from checkpoints.load import load_source
+from checkpoints.network import Network, build
+from checkpoints.published import ARCHITECTURES
+from classifier import Classifier, from_unet, guided_loss, similarity_guidance
+from ddpm import Schedule, predict_eps
+from experiments.tables_report import markdown
+from plumbing import distributed
+from plumbing.options import InputError, Unset, at_least, parse, run
+from plumbing.progress import bar, say
+from plumbing.seeds import generator
+from plumbing.training import EMA, Stats
+from unet import UNet
+
+PUBLISHED = tuple(name for name, known in ARCHITECTURES.items() if known["network"] == "UNet")
+PLAIN_STEPS = 10  # the paper's J
+REACH = 0.2       # J omega
+MEMORY_FORMAT = torch.contiguous_format  # of the networks, as in train_tan.py
+
+
+@dataclasses.dataclass
+class Options:
+    source: Unset[str] = None
+    """Built-in source, file of weights or folder of diffusers (default: toyfaces, if there is no --arch)."""
+    arch: tuple[Literal[PUBLISHED], ...] = ()
+    """Published networks, with random weights."""
+    pgd_steps: tuple[int, ...] = (10, 2)
+    """J, a row each."""
+    batch_size: Unset[int] = None
+    """Pictures an iteration (default: as train_tan.py; 40, or 16 for a small source)."""
+    micro_batch_size: Unset[int] = None
+    """Pictures at once on the device (default: 8; all for networks of 64 pixels and less)."""
+    checkpoint_blocks: bool = False
+    """Recompute activations instead of storing them."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 autocast."""
+    repeats: int = 3
+    """Measurements, of which the shortest counts."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+@dataclasses.dataclass
+class Work:
+    """A network with psi attached, and all that an iteration of TAN needs; theta is the same without psi."""
+
+    model: UNet
+    theta: UNet
+    classifier: Classifier
+    schedule: Schedule
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    batch: tuple[Tensor, Tensor, Tensor]    # x0 (B, C, H, W), t (B,), eps (B, C, H, W)
+    micro: int                              # pictures at once
+    precision: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch[0].device
+
+    def micro_batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """x0, t and eps of so many pictures as go through the network at once."""
+        return zip(*(values.split(self.micro) for values in self.batch))
+
+    def classify(self, xt: Tensor, t: Tensor) -> Tensor:
+        """Logits, of a view of x_t: torch's counter of FLOPs fails where a gradient is with respect to the
+        very tensor that a module was given.
+        """
+        return self.classifier(xt.view_as(xt), t)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """What train_tan.py computes in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def prepare(network: Network, options: Options, device: torch.device) -> Work:
+    """The network as train_tan.py prepares it, with random pictures, psi and classifier."""
+    torch.manual_seed(0)
+    model, schedule = network.model.to(device, memory_format=MEMORY_FORMAT).eval(), network.schedule
+    adaptor.attach(model)
+    for p in model.parameters():
+        if not p.any():  # a GPU is faster on zeros, with which a new layer begins
+            nn.init.normal_(p, std=0.02)
+    model.use_checkpoint = options.checkpoint_blocks
+    psi = adaptor.parameters(model)
+    classifier = from_unet(model).to(device, memory_format=MEMORY_FORMAT).requires_grad_(False)
+    classifier.use_checkpoint = options.checkpoint_blocks
+    b = options.batch_size or settings.suited(settings.Options(), network).batch_size
+    micro = options.micro_batch_size or (b if model.image_size <= 64 else 8)
+    g = generator(0)
+    x0 = (torch.rand(b, *network.shape, generator=g) * 2 - 1).to(device)
+    t = torch.randint(schedule.timesteps, (b,), generator=g).to(device)
+    eps = torch.randn(b, *network.shape, generator=g).to(device)
+    return Work(model, adaptor.source_model(model), classifier, schedule, torch.optim.Adam(psi, lr=1e-5),
+                EMA(psi, 0.99), (x0, t, eps), min(micro, b), options.precision)
+
+
+# ---- what is timed -----------------------------------------------------------------------------------------
+
+def pgd_step(work: Work, model: UNet) -> None:
+    """One step of the ascent for the whole batch."""
+    for x0, t, eps in work.micro_batches():
+        with work.autocast():
+            worst_case_noise(model, work.schedule, x0, t, eps, 1, REACH)
+
+
+def iteration(work: Work, steps: int, ascend: Callable = worst_case_noise) -> None:
+    """An iteration of train_tan.py with --method tan and J = `steps`, in the order of its loop."""
+    work.optimizer.zero_grad()
+    b, stats = len(work.batch[0]), Stats(work.schedule.timesteps, work.device)
+    for x0, t, eps in work.micro_batches():
+        with work.autocast():
+            eps_star, pgd_losses = ascend(work.model, work.schedule, x0, t, eps, steps, REACH / steps)
+            xt = work.schedule.add_noise(x0, t, eps_star)
+            eps_theta = predict_eps(work.model, xt, t)
+            guidance = similarity_guidance(work.classify, work.schedule, xt, t, gamma=5.0)
+            losses = guided_loss(eps_star, eps_theta, guidance)
+        (losses.sum() / b).backward()
+        stats.add(t, losses.detach(), guidance, eps_star - eps_theta.detach(), pgd_losses)
+    stats.reduce()
+    torch.nn.utils.get_total_norm([p.grad for p in work.ema.parameters]).item()
+    work.optimizer.step()
+    work.ema.update()
+
+
+def plain_ascent(model: nn.Module, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, steps: int,
+                 omega: float) -> tuple[Tensor, list[Tensor]]:
+    """`worst_case_noise` by loss.backward(), which also computes the gradients of the parameters."""
+    losses = []
+    for _ in range(steps):
+        eps = eps.detach().requires_grad_()
+        xt = schedule.add_noise(x0, t, eps)
+        loss = (eps - predict_eps(model, xt, t)).square().flatten(1).sum(1)
+        loss.sum().backward()
+        eps = norm(eps + omega * eps.grad)
+        losses.append(loss.detach())
+    model.zero_grad()
+    return eps.detach(), losses
+
+
+def plain_iteration(work: Work) -> None:
+    """The iteration of the plain recipe; afterwards all is as before, but for a step of psi."""
+    frozen = [p for p in work.model.parameters() if not p.requires_grad]
+    networks = (work.model, work.classifier)
+    before = [network.use_checkpoint for network in networks]
+    for network in networks:
+        network.use_checkpoint = True
+    work.model.requires_grad_(True)
+    iteration(work, PLAIN_STEPS, plain_ascent)
+    for network, used in zip(networks, before):
+        network.use_checkpoint = used
+    for p in frozen:
+        p.requires_grad_(False).grad = None
+
+
+class Convolution(NamedTuple):
+    """A convolution of a pass through a network: the shapes of its input and weight, stride and padding."""
+
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+
+@torch.no_grad()
+def convolutions(model: nn.Module, x: Tensor, t: Tensor) -> Counter[Convolution]:
+    """The convolutions of model(x, t), one- and two-dimensional, and how often there is each."""
+    found, hooks = Counter(), []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shapes = tuple(inputs[0].shape), tuple(layer.weight.shape)
+        found[Convolution(*shapes, layer.stride, layer.padding)] += 1
+
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+            hooks.append(layer.register_forward_hook(count))
+    model(x, t)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def forward_and_input_gradient(x: Tensor, weight: Tensor, stride: tuple[int, ...],
+                               padding: tuple[int, ...]) -> None:
+    """The convolution alone, and the gradient of its sum with respect to x alone."""
+    where = (stride, padding, [1] * len(stride), False, [0] * len(stride), 1)
+    out = torch.ops.aten.convolution(x, weight, None, *where)
+    torch.ops.aten.convolution_backward(out, x, weight, None, *where, (True, False, False))
+
+
+@torch.no_grad()
+def floor(found: Counter[Convolution], device: torch.device, precision: str) -> float:
+    """Seconds of the forward passes and input gradients of these convolutions, each in its best layout."""
+    total, dtype = 0.0, torch.bfloat16 if precision == "bf16" else torch.float32
+    for convolution, count in found.items():
+        x, weight = (torch.randn(shape, device=device, dtype=dtype) for shape in convolution[:2])
+        times = []
+        for layout in (torch.contiguous_format, torch.channels_last)[:len(convolution.stride)]:
+            tensors = (values.contiguous(memory_format=layout) for values in (x, weight))
+            job = functools.partial(forward_and_input_gradient, *tensors, *convolution[2:])
+            job()
+            times.append(min(seconds(job, device, calls=3) for _ in range(2)))
+        total += count * min(times)
+    return total
+
+
+def seconds(job: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """How long a call takes, the mean of several one after the other."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        job()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# ---- what else is measured ---------------------------------------------------------------------------------
+
+def _attention_flops(query: tuple, key: tuple, value: tuple, *_: object, **__: object) -> int:
+    return flop_counter.sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(gradient: tuple, query: tuple, key: tuple, value: tuple, *_: object,
+                              **__: object) -> int:
+    return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# torch's counter knows fused attention on a GPU, but not on a CPU.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def flops(job: Callable[[], object]) -> int:
+    """Floating-point operations of a call, in convolutions, matrix products and attention."""
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        job()
+    return counter.get_total_flops()
+
+
+def peak_memory(job: Callable[[], object], device: torch.device) -> int:
+    """Bytes of a GPU during a call; on a CPU those of the process at its largest so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        job()
+        return torch.cuda.max_memory_allocated(device)
+    job()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, kilobytes elsewhere
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or of the CPU with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+HEAD = ["network", "pictures", "J", "PGD step, theta", "with psi", "ratio", "iteration", "peak memory",
+        "FLOPs", "floor", "iteration / floor", "plain recipe", "plain / iteration"]
+
+
+def measure(name: str, network: Network, options: Options, device: torch.device) -> list[list[str]]:
+    """A row of the table for each J."""
+    work = prepare(network, options, device)
+    steps = tuple(dict.fromkeys(options.pgd_steps))
+    x0, t, _ = next(work.micro_batches())
+    found = convolutions(work.theta, x0, t)
+    iterations = {J: functools.partial(iteration, work, J) for J in steps}
+    jobs = {"theta": functools.partial(pgd_step, work, work.theta),
+            "psi": functools.partial(pgd_step, work, work.model),
+            "plain": functools.partial(plain_iteration, work), **iterations}
+    rounds = bar(None, name, total=(1 + options.repeats) * (1 + len(jobs)))
+
+    # A first round to warm up, in which memory and FLOPs are taken.
+    counted, peaks = {}, {}
+    for J, job in iterations.items():
+        counted[J] = flops(job)
+        peaks[J] = peak_memory(job, device)
+        rounds.update()
+    for job in (jobs["theta"], jobs["psi"], jobs["plain"]):
+        job()
+        rounds.update()
+    floor(found, device, work.precision)
+    rounds.update()
+
+    best = dict.fromkeys([*jobs, "floor"], float("inf"))
+    for _ in range(options.repeats):
+        for key, job in jobs.items():
+            best[key] = min(best[key], seconds(job, device))
+            rounds.update()
+        best["floor"] = min(best["floor"], floor(found, device, work.precision))
+        rounds.update()
+    rounds.close()
+    b = len(work.batch[0])
+    best["floor"] *= b / work.micro  # from one micro-batch to the batch
+    pictures = f"{b} by {work.micro}" if work.micro < b else f"{b}"
+    return [[name, pictures, f"{J}", *row(J, best, peaks[J], counted[J])] for J in steps]
+
+
+def row(J: int, best: dict[str | int, float], peak: int, count: int) -> list[str]:
+    """The cells of a row after its J."""
+    lowest = (1 + J) * best["floor"]
+    return [f"{best['theta']:.3f} s", f"{best['psi']:.3f} s", f"{best['psi'] / best['theta']:.2f}",
+            f"{best[J]:.3f} s", f"{peak / 2 ** 30:.2f} GiB", f"{count / 1e12:.3f} T", f"{lowest:.3f} s",
+            f"{best[J] / lowest:.2f}", f"{best['plain']:.3f} s", f"{best['plain'] / best[J]:.2f}"]
+
+
+def networks(options: Options) -> Iterator[tuple[str, Network]]:
+    """Those of --source and --arch with their names, one at a time."""
+    if options.source or not options.arch:
+        name = options.source or "toyfaces"
+        yield Path(name).name, load_source(name)
+    for name in dict.fromkeys(options.arch):
+        torch.manual_seed(0)
+        yield name, build(ARCHITECTURES[name], name)
+
+
+def main() -> None:
+    options, _ = parse(Options, __doc__)
+    device = distributed.setup(options.device)
+    at_least(options, pgd_steps=1, batch_size=1, micro_batch_size=1, repeats=1)
+    if not options.pgd_steps:
+        raise InputError("--pgd-steps: give at least one")
+    rows = []
+    for name, network in networks(options):
+        if device.type == "cpu" and sum(p.numel() for p in network.model.parameters()) > 5e7:
+            say(f"note: {name} takes hours on a CPU, with --batch-size 1 --repeats 1 the better part of one")
+        try:
+            rows += measure(name, network, options, device)
+        except torch.OutOfMemoryError:
+            raise InputError(f"{name}: the device has too little memory; give a smaller "
+                             "--micro-batch-size, or --checkpoint-blocks") from None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    checkpointed = ", activations recomputed" if options.checkpoint_blocks else ""
+    title = (f"{device_name(device)}; torch {torch.__version__}, {options.precision}{checkpointed}; "
+             f"shortest of {options.repeats}")
+    print(markdown(title, HEAD, rows))
+
+
+if __name__ == "__main__":
+    run(main)
