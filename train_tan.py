@@ -52,11 +52,18 @@ def trainable(source: Network, options: Options) -> list[torch.nn.Parameter]:
     source.model.eval().use_checkpoint = options.checkpoint_blocks
     if not METHODS[options.method].adaptors:
         return list(source.model.requires_grad_(True).parameters())
-    if options.precision == "bf16":  # what is frozen need not be cast at every pass
-        for p in source.model.parameters():
-            p.data = p.data.bfloat16() if p.dim() > 1 else p.data
     adaptor.attach(source.model, options.adaptor_width, form=options.adaptor)
     return adaptor.parameters(source.model)
+
+
+def speed_up(model: UNet, options: Options) -> None:
+    """What is frozen is held in bf16, so that no pass need cast it; --compile."""
+    if options.precision == "bf16":
+        for p in model.parameters():
+            if p.dim() > 1 and not p.requires_grad:
+                p.data = p.data.bfloat16()
+    if options.compile:
+        model.compile()
 
 
 def source_pictures(source: Network, options: Options) -> Tensor:
@@ -217,8 +224,7 @@ def main() -> None:
     if method.guidance:
         with distributed.autocast(device, options.precision):
             classifier = obtain_classifier(source, classifier_targets, begins, options, out, device)
-    if options.compile:
-        model.compile()
+    speed_up(model, options)
     source_alone = options.adversarial_noise.pgd_network == "source"  # theta of Eq. 10
     ascended = adaptor.source_model(model) if source_alone else model
     optimizer, ema = torch.optim.Adam(psi, fused=device.type == "cuda"), EMA(psi, options.ema)

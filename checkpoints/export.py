@@ -189,8 +189,10 @@ def model_card(network: Network, name: str, run_options: dict[str, Any] | None, 
     if run_options:
         target = Path(run_options["target"]).name
         title = f"{target}, from {source}"
+        form = run_options.get("adaptor", "bottleneck")
+        how = f"--method {run_options['method']}" + (f" --adaptor {form}" if form != "bottleneck" else "")
         what = (f"The diffusion model `{source}`, adapted to the pictures `{target}` in "
-                f"{run_options['iterations']} iterations of `train_tan.py --method {run_options['method']}`.")
+                f"{run_options['iterations']} iterations of `train_tan.py {how}`.")
     size = f"{network.image_size}x{network.image_size} pixels"
     if network.first_stage:
         size += f" (the diffusion runs on latents of {'x'.join(map(str, network.shape))})"

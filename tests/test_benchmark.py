@@ -10,7 +10,8 @@ from torch import nn
 import adaptor
 from adversarial_noise import worst_case_noise
 from experiments import benchmark
-from experiments.benchmark import Convolution, Options, convolutions, flops, forward_and_input_gradient
+from experiments.benchmark import Options
+from experiments.measuring import Convolution, convolutions, flops, forward_and_input_gradient
 from plumbing.options import InputError
 
 CPU = torch.device("cpu")
