@@ -52,15 +52,11 @@ def call_train(arguments: list[str], log: Path) -> int:
             raise
 
 
-def check_known(folder: Path, known: dict[str, Any], today: dict[str, Any], goes_on: bool) -> None:
-    """InputError if the run in the folder has other settings than it would have today.
-
-    goes_on    whether it may have done fewer iterations than are wanted
-    """
+def check_known(folder: Path, known: dict[str, Any], today: dict[str, Any]) -> None:
+    """InputError if the run in the folder has other settings than it would have today."""
     for name, value in settings(known).items():
-        continues = name == "iterations" and goes_on and value <= today[name]
-        if value != today[name] and not continues:
-            raise InputError(f"{folder}: was trained with {flag(name)} {value}, wanted is {today[name]}; "
+        if value != today.get(name):
+            raise InputError(f"{folder}: was trained with {flag(name)} {value}, wanted is {today.get(name)}; "
                              "remove the folder, or choose another --output-dir")
 
 
@@ -75,16 +71,13 @@ def train(folder: Path, device: str, **flags: Any) -> Path:
     known = json.loads(file.read_text()) if file.exists() else None
     arguments = ["--output-dir", folder, "--device", device]
     if known:
-        check_known(folder, known, today, "iterations" in flags)
-        if weights.exists() and known["iterations"] == today["iterations"]:
+        check_known(folder, known, today)
+        if weights.exists():
             return folder
         arguments.append("--resume")
-    else:
+    else:  # pictures are drawn by who asks for the run; the classifier's accuracy is not asked for
         for name, value in flags.items():
-            arguments += [flag(name), value] if name != "iterations" else []
-    if "iterations" in flags:
-        arguments += ["--iterations", flags["iterations"]]
-    if not known:  # pictures are drawn by who asks for the run; the classifier's accuracy is not asked for
+            arguments += [flag(name), value]
         arguments += ["--samples", 0]
         arguments += ["--no-classifier-check"] if "classifier_check" in used_by(today["method"]) else []
     folder.mkdir(parents=True, exist_ok=True)

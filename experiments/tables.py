@@ -17,7 +17,6 @@ commands so far; the pictures have the methods of the last command.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import shutil
@@ -33,18 +32,19 @@ from PIL import Image
 
 import adaptor
 import domains
-import settings
 from checkpoints.load import BUILT_IN, load_source
 from checkpoints.run_folder import load_run
 from domains import judge
 from experiments import launch
 from experiments.tables_report import (
     Row,
+    ablation_tables,
     classifier_table,
     draw_figure1,
     draw_iterations,
     iterations_table,
     main_tables,
+    passes_tables,
 )
 from plumbing import distributed
 from plumbing.files import read_metrics, write_atomic
@@ -53,9 +53,13 @@ from plumbing.pictures import save_grid, to_tensor
 from plumbing.progress import bar
 from settings import METHODS
 
-STAGES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 11)  # of the usual iterations; one of TAN takes eleven passes
+STAGES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # of the usual iterations
+# TAN without what was changed of the paper's, in turn and in all: flags of train_tan.py
+VARIANTS = {"J = 10": dict(pgd_steps=10, omega=0.02), "Norm as printed": dict(norm="paper"),
+            "constant gamma": dict(guidance_fade=0.0),
+            "as printed": dict(pgd_steps=10, omega=0.02, norm="paper", guidance_fade=0.0)}
 SHOWN = 10  # samples a row
-PARTS = ("tables", "classifier", "iterations", "figures")
+PARTS = ("tables", "ablation", "passes", "classifier", "iterations", "figures")
 
 
 @dataclasses.dataclass
@@ -68,8 +72,9 @@ class Options:
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of the runs."""
     parts: tuple[Literal[PARTS], ...] = PARTS
-    """tables: 1 and 2 and what the judge reads; classifier: Table 3; figures: 3 and 4, first seed;
-    iterations: FID against iterations, and Figure 1 of finetune."""
+    """tables: 1 and 2 and what the judge reads; ablation: TAN without each change; passes: the other methods
+    with as many passes as TAN; classifier: Table 3; figures: 3 and 4, first seed; iterations: FID against
+    iterations, and Figure 1 of finetune."""
     latent: bool = False
     """Adapt the latent source of each domain instead of the pixel one."""
     n: Annotated[int, short("-n")] = 100
@@ -97,10 +102,14 @@ class Options:
 
 # ---- runs ------------------------------------------------------------------------------------------------
 
-def run_of(options: Options, target: str, method: str, seed: int) -> Path:
-    """The run of this target, method and seed, trained if need be."""
-    return launch.train(options.place(target) / f"{method}-{seed}", options.device, target=target,
-                        source=options.source(target), method=method, seed=seed)
+def run_of(options: Options, target: str, method: str, seed: int, label: str = "", **flags: Any) -> Path:
+    """The run of this target, method and seed, trained if need be.
+
+    label    its name where more flags of train_tan.py make it another run than the usual one
+    """
+    name = "-".join([method, str(seed), *label.replace("=", "").split()])
+    return launch.train(options.place(target) / name, options.device, target=target,
+                        source=options.source(target), method=method, seed=seed, **flags)
 
 
 def score(options: Options, folder: Path, device: torch.device) -> Row:
@@ -110,6 +119,11 @@ def score(options: Options, folder: Path, device: torch.device) -> Row:
     seconds = statistics.median(line["seconds"] for line in read_metrics(folder / "metrics.jsonl"))
     more = dict(rate=rate, seconds=seconds, settings=launch.settings(trained))
     return judge.score_run(folder, options.n, options.steps, device) | more
+
+
+def labelled(found: Row, label: str, **flags: Any) -> Row:
+    """A scored run with the name that tables give it and the flags that make it unusual."""
+    return found | dict(run=dict(found["run"], label=label, flags=flags))
 
 
 def fill(folder: Path, write: Callable[[Path], None]) -> None:
@@ -137,6 +151,26 @@ def main_runs(options: Options, device: torch.device) -> Iterator[Row]:
             yield dict(run=dict(method=method, target=target, **how), score=judge.score(*pictures, target))
 
 
+def ablation_runs(options: Options, device: torch.device) -> Iterator[Row]:
+    """TAN as it is by default, without each change of the paper's, and without adversarial noise."""
+    jobs = list(itertools.product(options.seeds, options.targets, ["TAN", "no adversarial noise", *VARIANTS]))
+    for seed, target, label in bar(jobs, "ablation"):
+        flags = VARIANTS.get(label, {})
+        method = "guided" if label == "no adversarial noise" else "tan"
+        folder = run_of(options, target, method, seed, label if flags else "", **flags)
+        yield labelled(score(options, folder, device), label, **flags)
+
+
+def passes_runs(options: Options, device: torch.device) -> Iterator[Row]:
+    """TAN, and the other methods with as many passes through the network, 1 + J for each of TAN's one."""
+    for seed, target, method in bar(list(itertools.product(options.seeds, options.targets, options.methods)),
+                                    "passes"):
+        usual = launch.settings_today(target=target, source=options.source(target), method="tan")
+        flags = {} if method == "tan" else dict(iterations=usual["iterations"] * (1 + usual["pgd_steps"]))
+        folder = run_of(options, target, method, seed, "passes" if flags else "", **flags)
+        yield labelled(score(options, folder, device), method, **flags)
+
+
 def classifier_runs(options: Options, device: torch.device) -> Iterator[Row]:
     """The runs of Table 3 on the first target: its classifier from the ten pictures and from a hundred."""
     target = options.targets[0]
@@ -150,38 +184,25 @@ def classifier_runs(options: Options, device: torch.device) -> Iterator[Row]:
     fill(hundred, draw)
     guided = [method for method in options.methods if METHODS[method].guidance]
     for seed, method in bar(list(itertools.product(options.seeds, guided)), "classifiers"):
-        ten = run_of(options, target, method, seed)
-        more = launch.train(ten.with_name(f"{ten.name}-hundred"), options.device, target=target,
-                            source=options.source(target), method=method, seed=seed,
-                            classifier_targets=str(hundred))
-        for pictures, folder in (("10", ten), ("100", more)):
-            scored = score(options, folder, device)
-            yield scored | dict(run=dict(scored["run"], pictures=pictures))
-
-
-def stages_of(options: Options, target: str, method: str, seed: int) -> dict[int, Path]:
-    """{iterations: run} of the curves; each stage goes on from a copy of the one before."""
-    flags = dict(target=target, source=options.source(target), method=method, seed=seed)
-    usual = settings.suited(replace(settings.Options(), **flags), load_source(flags["source"])).iterations
-    # At the most as many passes through the network as TAN's usual iterations take.
-    stages = [stage for stage in STAGES if stage <= 1 or not METHODS[method].adversarial_noise]
-    runs, before = {}, None
-    for stage in (round(usual * stage) for stage in stages):
-        folder = options.place(target, "-iterations") / f"{method}-{seed}-at-{stage}"
-        if before:
-            fill(folder, functools.partial(shutil.copytree, before, dirs_exist_ok=True))
-        before = runs[stage] = launch.train(folder, options.device, **flags, iterations=stage)
-    return runs
+        more = dict(classifier_targets=str(hundred))
+        for label, name, flags in (("10", "", {}), ("100", "hundred", more)):
+            folder = run_of(options, target, method, seed, name, **flags)
+            kept = dict(classifier_targets=hundred.name) if flags else {}  # the folder of runs may move
+            yield labelled(score(options, folder, device), label, **kept)
 
 
 def iterations_runs(options: Options, device: torch.device) -> Iterator[Row]:
-    """The runs of the curves of toy FID, which are drawn, and Figure 1 from `finetune`: first target."""
+    """The runs of the curves of toy FID, which are drawn, and Figure 1 from `finetune`: first target.
+
+    Each number of iterations is a run of its own: gamma and the learning rate fall over its length.
+    """
     target, found = options.targets[0], []
+    usual = launch.settings_today(target=target, source=options.source(target), method="tan")["iterations"]
+    stages = [round(usual * stage) for stage in STAGES]
     for seed, method in bar(list(itertools.product(options.seeds, options.methods)), "curves"):
-        runs = stages_of(options, target, method, seed)
-        for folder in runs.values():
-            scored = score(options, folder, device)
-            found.append(scored | dict(run=dict(scored["run"], stage=True)))
+        runs = {n: run_of(options, target, method, seed, f"at-{n}", iterations=n) for n in stages}
+        for n, folder in runs.items():
+            found.append(labelled(score(options, folder, device), method, iterations=n))
             yield found[-1]
         if method == "finetune" and seed == options.seeds[0]:
             models = [load_source(options.source(target)), *(load_run(folder)[0] for folder in runs.values())]
@@ -213,9 +234,10 @@ def sample_figures(options: Options, device: torch.device) -> list[Row]:
 # ---- what is kept, and the tables ------------------------------------------------------------------------
 
 # What each part trains, scores and draws, run by run, and the tables that come of it.
-WORK = {"tables": main_runs, "classifier": classifier_runs, "iterations": iterations_runs,
-        "figures": sample_figures}
-TABLES = {"tables": main_tables, "classifier": classifier_table, "iterations": iterations_table}
+WORK = {"tables": main_runs, "ablation": ablation_runs, "passes": passes_runs,
+        "classifier": classifier_runs, "iterations": iterations_runs, "figures": sample_figures}
+TABLES = {"tables": main_tables, "ablation": ablation_tables, "passes": passes_tables,
+          "classifier": classifier_table, "iterations": iterations_table}
 
 
 def identity(found: Row) -> str:
@@ -288,8 +310,8 @@ def main() -> None:
         if alike := [row for row in read(file).get(part, []) if current(row, options)]:
             texts += make(alike)
     texts.append(f"{options.n} samples of each run, DDIM in {options.steps} steps; mean ± standard deviation "
-                 "over seeds (their number; one where none is given); as many iterations for every method, "
-                 "of which one of tan costs about eleven of the others.")
+                 "over seeds (their number; one where none is given); where nothing else is said as many "
+                 "iterations for every method, of which one of tan costs three passes, of the others one.")
     text = "\n\n".join(texts)
     write_atomic(out / f"tables{latent}.md", lambda temporary: temporary.write_text(text + "\n"))
     print(f"{text}\n\nall in {out}/")

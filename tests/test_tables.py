@@ -29,10 +29,11 @@ def trained(monkeypatch):
         return 0
 
     monkeypatch.setattr(launch, "call_train", call_train)
-    for name in ("SMALL", "SMALL_FINETUNE"):
-        monkeypatch.setattr(settings, name, getattr(settings, name) | dict(iterations=1, batch_size=4))
-    monkeypatch.setattr(settings, "SMALL_GUIDED", dict(classifier_iterations=2, pgd_steps=1))
-    monkeypatch.setattr(tables, "STAGES", (1, 2, 11))
+    monkeypatch.setattr(settings, "SMALL", settings.SMALL | dict(iterations=1, batch_size=4))
+    monkeypatch.setattr(settings, "SMALL_GUIDED", settings.SMALL_GUIDED | dict(classifier_iterations=2))
+    monkeypatch.setattr(settings, "SMALL_ADVERSARIAL", settings.SMALL_ADVERSARIAL | dict(pgd_steps=1))
+    monkeypatch.setattr(tables, "STAGES", (1, 2))
+    monkeypatch.setattr(tables, "VARIANTS", {"J = 2": dict(pgd_steps=2), "Norm as printed": dict(norm="paper")})
     monkeypatch.setattr(tables, "SHOWN", 2)
     monkeypatch.setattr(judge, "FRESH", 60)
     judge.reference.cache_clear()
@@ -48,7 +49,11 @@ def test_tables(trained, tmp_path, capsys):
     assert "| finetune | 100.0% | " in text and "| paper, photographs: TAN | 1.3% | 20.06 |" in text and "| paper, photographs: LMD-TAN | 1.6% | 0.613 |" in text
     assert "| source model |" in text and "| fresh pictures |" in text and "12 samples of each run" in text and "Table 3" in text
     stages = {method: [f["run"]["iterations"] for f in results["iterations"] if f["run"]["method"] == method] for method in ("finetune", "tan")}
-    assert stages == {"finetune": [1, 2, 11], "tan": [1]}  # eleven iterations of the others cost one of tan
+    assert stages == {"finetune": [1, 2], "tan": [1, 2]}
+    assert [(row["run"]["label"], row["settings"]["pgd_steps"], row["settings"]["norm"]) for row in results["ablation"]
+            if row["run"]["method"] == "tan"] == [("TAN", 1, "own"), ("J = 2", 2, "own"), ("Norm as printed", 1, "paper")]
+    assert [row["run"]["method"] for row in results["ablation"]].count("guided") == 1 and "| J = 2 | " in text
+    assert {row["run"]["method"]: row["run"]["iterations"] for row in results["passes"]} == {"tan": 1, "finetune": 2}  # 1 + J passes
     options = json.loads((tmp_path / "sunglasses" / "tan-1-hundred" / "options.json").read_text())
     assert options["classifier_targets"].endswith("sunglasses-hundred") and len(list((tmp_path / "sunglasses-hundred").iterdir())) == 100
     for name in ("figure1-sunglasses.png", "iterations-sunglasses.png", "samples-sunglasses.png"):
@@ -106,6 +111,17 @@ def test_pairs_are_of_the_same_target_and_seed():
     assert intra.splitlines()[4:] == ["| tan |  | 0 of 2 |", "| adaptor | 2 of 2 |  |"]
 
 
+def test_differences_are_paired():
+    """By hand: babies -0.1, -0.2, sketches +0.3 (seed 1 alone); seed by seed over the targets (0.1, -0.2)."""
+    fids = {("tan", "babies", 1): 0.3, ("tan", "babies", 2): 0.2, ("tan", "sketches", 1): 0.6, ("adaptor", "babies", 1): 0.4,
+            ("adaptor", "babies", 2): 0.4, ("adaptor", "sketches", 1): 0.3, ("adaptor", "sketches", 2): 9.0}
+    found = [dict(run=dict(method=method, target=target, seed=seed), score={"toy FID": fid}) for (method, target, seed), fid in fids.items()]
+    title, _, head, _, row = tables_report.difference_table(found, "toy FID", "FID", "adaptor", -1).splitlines()
+    columns = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | ")))
+    assert columns == {"less adaptor": "tan", "babies": "-0.150 ± 0.050", "sketches": "+0.300", "all": "-0.050 ± 0.150", "better": "2 of 3"} \
+        or columns == {"less adaptor": "tan", "sketches": "+0.300", "babies": "-0.150 ± 0.050", "all": "-0.050 ± 0.150", "better": "2 of 3"}
+
+
 def test_mean_and_standard_deviation():
     assert tables_report.mean_std([0.5, 0.7]) == "0.600 ± 0.141 (2)" and tables_report.mean_std([0.25]) == "0.250"
 
@@ -135,20 +151,21 @@ def test_train_starts_resumes_and_leaves_alone(monkeypatch, commands, tmp_path):
     train = functools.partial(launch.train, tmp_path, "cpu", target="babies", source="toyfaces")
     train(seed=1)
     train(seed=1)
-    train(seed=1, iterations=160)
+    (tmp_path / "weights.safetensors").unlink()
+    train(seed=1)
     assert commands == [["--device", "cpu", "--target", "babies", "--source", "toyfaces", "--seed", "1", "--samples", "0", "--no-classifier-check"],
-                        ["--device", "cpu", "--resume", "--iterations", "160"]]
+                        ["--device", "cpu", "--resume"]]
     (tmp_path / "weights.safetensors").unlink()
     monkeypatch.setattr(launch, "call_train", lambda arguments, log: log.write_text("50%\nerror: no memory\n") and 1)
     with pytest.raises(InputError, match="train.log.: error: no memory; run the same command again"):
-        train(seed=1, iterations=160)
+        train(seed=1)
     monkeypatch.setattr(launch, "call_train", lambda arguments, log: 2)
     with pytest.raises(InputError, match=r"train.log\)$"):  # nothing new in the log, and again the same would not help
-        train(seed=1, iterations=160)
+        train(seed=1)
 
 
 @pytest.mark.parametrize("flags, message", [
-    (dict(seed=2), "--seed 1, wanted is 2"), (dict(seed=1, iterations=40), "--iterations 80, wanted is 40"),
+    (dict(seed=2), "--seed 1, wanted is 2"), (dict(seed=1, iterations=40), "--iterations 160, wanted is 40"),
     (dict(seed=1, method="finetune"), "--method tan, wanted is finetune"), (dict(seed=1, gamma=1.0), "--gamma 5.0, wanted is 1.0")])
 def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, message):
     launch.train(tmp_path, "cpu", target="babies", source="toyfaces", seed=1)
