@@ -174,7 +174,7 @@ class Options:
     """Channels d of the bottlenecks (default: near the paper's parameter rate; 8 for a small source), or the
     rank of low-rank (default: 4)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 autocast."""
+    """fp32, or bf16 autocast, in all that a run computes and in what is later drawn from it."""
     checkpoint_blocks: bool = False
     """Recompute activations instead of storing them: less memory, more time."""
     compile: bool = False

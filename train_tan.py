@@ -209,6 +209,7 @@ def main() -> None:
     source = load_source(options.source, options.arch)
     asked, options = options, settings.suited(options, source)
     settings.check(options, typed, source)
+    source.precision = options.precision
     targets, held_out = domains.training_images(options.target, source.image_size, options.hold_out)
     classifier_targets, begins = classifier_inputs(source, targets, options)
     identity = run_folder.identity(source, torch.cat([targets, held_out]), settings.compared(options))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import autoencoder
 from classifier import Classifier
 from ddpm import Schedule, sample
+from plumbing import distributed
 from plumbing.files import write_atomic
 from plumbing.options import InputError
 from unet import UNet
@@ -29,6 +30,7 @@ class Network:
     A latent model has a first stage, and its x_0 is scale_factor times the latent of a picture; for a pixel
     model, x_0 is the picture.
 
+    precision    fp32 or bf16: what the network samples in; first stages always compute in fp32
     description  network, config and schedule; of latent models first_stage and scale_factor; layout, and what
                  else a file says (made_by, converted_from, ...)
     """
@@ -37,6 +39,7 @@ class Network:
     description: dict[str, Any]
     first_stage: nn.Module | None = None
     scale_factor: float = 1.0
+    precision: str = "fp32"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,8 +73,9 @@ class Network:
     def sample(self, seeds: Sequence[int], steps: int = 50, **options: Any) -> Tensor:
         """Pictures (N, 3, H, W) on the CPU, one for each seed; the options are those of ddpm.sample."""
         device = next(self.model.parameters()).device
-        x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.first_stage is None,
-                    device=device, **options)
+        with distributed.autocast(device, self.precision):
+            x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.first_stage is None,
+                        device=device, **options)
         if self.first_stage is None or len(x0) == 0:
             return x0
         return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(64)])

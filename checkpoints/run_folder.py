@@ -183,6 +183,7 @@ def load_run(folder: Path, at: int | None = None) -> tuple[Network, dict[str, An
                          f"--output-dir {folder} --resume")
     tensors, description = read_tensors(path)
     network = load_source(options["source"], options["arch"])
+    network.precision = options["precision"]
     if description is None or description["source"] != fingerprint(network):
         raise InputError(f"{path}: made from another source than the present {options['source']}")
     if not any(".adaptor." in key for key in tensors):  # a method that changes theta itself

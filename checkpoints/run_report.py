@@ -54,8 +54,7 @@ class Report:
     def draw(self, network: Network, n: int, steps: int) -> Tensor:
         """Pictures (n, 3, H, W) of the seeds 0 to n - 1."""
         network.to(self.device).model.eval()
-        with distributed.autocast(self.device, self.options["precision"]):
-            return network.sample(range(n), steps, batch_size=self.options["micro_batch_size"] or 64)
+        return network.sample(range(n), steps, batch_size=self.options["micro_batch_size"] or 64)
 
     @torch.no_grad()
     def loss(self, pictures: Tensor) -> float:
@@ -139,6 +138,7 @@ class Report:
             before = dataclasses.replace(self.source, model=adaptor.source_model(self.source.model))
         else:  # its weights are gone
             before = load_source(self.options["source"], self.options["arch"])
+            before.precision = self.source.precision
         source = self.draw(before, n, steps)
         blank = torch.ones(-n % columns, *self.targets.shape[1:])  # both rows of the last pair are full
         above, below = (torch.cat([images, blank]).split(columns) for images in (source, adapted))

@@ -177,9 +177,11 @@ def draw(network: Network, n: int, steps: int, name: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def source_samples(source: str, n: int, steps: int, device: torch.device) -> Tensor:
+def source_samples(source: str, n: int, steps: int, device: torch.device, precision: str = "fp32") -> Tensor:
     """What a built-in source model makes of the noises that runs are scored with: (n, 3, H, W)."""
-    return draw(load_source(source).to(device), n, steps, source)
+    network = load_source(source).to(device)
+    network.precision = precision
+    return draw(network, n, steps, source)
 
 
 def knows(options: dict) -> bool:
@@ -213,7 +215,7 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
     if path.exists() and (kept := json.loads(path.read_text()))["run"] == run:
         return kept
     samples = draw(network.to(device), n, steps, str(folder))
-    of_source = source_samples(source, min(n, PAIRED), steps, device)
+    of_source = source_samples(source, min(n, PAIRED), steps, device, network.precision)
     figures = score(samples, of_source, target, options.get("hold_out", 0))
     found = dict(run=run, score=figures)
     write_atomic(path, lambda temporary: temporary.write_text(json.dumps(found, indent=1)))

@@ -254,10 +254,8 @@ def current(found: Row, options: Options) -> bool:
         return False
     if trained is None:
         return "seed" not in scored  # the ends of the scale
-    asked = ["target", "source", "method", "seed"]
-    asked += ["classifier_targets"] if scored.get("pictures") else []
-    asked += ["iterations"] if scored.get("stage") else []
-    return launch.settings(trained) == launch.settings_today(**{name: trained.get(name) for name in asked})
+    asked = {name: trained[name] for name in ("target", "source", "method", "seed")}
+    return launch.settings(trained) == launch.settings_today(**asked, **scored.get("flags", {}))
 
 
 def read(file: Path) -> dict[str, list[Row]]:

@@ -160,3 +160,15 @@ def test_fewer_pictures_than_processes(finished, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "out" / "000000.png")  # the other rank's
     draw(finished, tmp_path / "out", "-n", "1")
+
+
+def test_a_run_in_bf16_is_drawn_in_bf16(train, tmp_path, monkeypatch):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1", "--precision", "bf16")
+    kinds = set()
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: kinds.add(output.dtype) if isinstance(module, torch.nn.Conv2d) else None)
+    try:
+        call(sample.main, run, "-n", 1, "--steps", 1, "--device", "cpu")
+    finally:
+        hook.remove()
+    assert kinds == {torch.bfloat16}

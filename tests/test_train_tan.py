@@ -217,6 +217,31 @@ def test_two_processes(tiny, train, tmp_path):
     assert_same_run(run, alone)
 
 
+SENT = """
+import sys, torch.distributed as dist, train_tan
+sent, all_reduce = [], dist.all_reduce
+
+def counted(values):
+    sent.append(values.nbytes)
+    return all_reduce(values)
+dist.all_reduce = counted
+train_tan.main()
+print("SENT", *sent)
+"""
+
+
+def test_what_a_rank_sends(tiny, tmp_path):
+    """An iteration: the gradients of psi in one message, the figures of the log (6 x 4 numbers), and whether to stop."""
+    (tmp_path / "counted.py").write_text(SENT)
+    flags = [*tiny.flags("adaptor"), "--method", "adaptor", "--iterations", "3", "--output-dir", tmp_path / "run"]
+    spread = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "counted.py", *flags,
+                    cwd=tmp_path)
+    assert spread.returncode == 0, spread.stderr
+    psi = sum(p.numel() for p in load_file(tmp_path / "run" / "weights.safetensors").values())
+    lines = [line.split("SENT ")[1].split() for line in spread.stdout.splitlines() if "SENT " in line]
+    assert lines == [[str(n) for n in (4 * psi, 4 * 24, 4)] * 3] * 2
+
+
 # ---- what the loop feeds the loss ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [(), ("--guidance-power", "1"), ("--guidance-below", "500"), ("--pgd-network", "source")])
