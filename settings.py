@@ -157,7 +157,8 @@ class Options:
     micro_batch_size: Unset[int] = None
     """Pictures at once on a device, to save memory (default: all)."""
     learning_rate: Unset[float] = None
-    """Of Adam (default: 5e-5; 1e-5 for latents; for a small source 2e-3, and 3e-4 without adaptors)."""
+    """Of Adam (default: 5e-5; 1e-5 for latents; for a small source 2e-3, of scale-shift 4e-2, and
+    3e-4 without adaptors)."""
     learning_rate_decay: Unset[Literal["none", "cosine"]] = None
     """cosine: down to 0 at the end of the run (default: none; cosine for a small source)."""
     warmup: int = 0
@@ -201,8 +202,9 @@ PAPER = dict(iterations=300, batch_size=40, learning_rate=5e-5, learning_rate_de
 LATENT = dict(learning_rate=1e-5)
 # What suits small networks (64 pixels and less) instead, chosen on babies.
 SMALL = dict(iterations=160, batch_size=16, learning_rate_decay="cosine")
-SMALL_ADAPTORS = dict(learning_rate=2e-3)
-SMALL_BOTTLENECK = dict(adaptor_width=8)
+SMALL_ADAPTORS = {"bottleneck": dict(learning_rate=2e-3, adaptor_width=8),
+                  "scale-shift": dict(learning_rate=4e-2),  # few numbers take large steps (sunglasses)
+                  "low-rank": dict(learning_rate=2e-3)}
 SMALL_FINETUNE = dict(learning_rate=3e-4)  # all weights at once take smaller steps
 SMALL_GUIDED = dict(classifier_iterations=150, guidance_fade=0.5)
 SMALL_ADVERSARIAL = dict(pgd_steps=2, omega=0.1, norm="own")
@@ -216,9 +218,7 @@ def instead_of_paper(options: Options, source: Network) -> dict:
     method = METHODS[options.method]
     if options.paper or source.image_size > 64:
         return LATENT if source.first_stage else {}
-    bottleneck = method.adaptors and options.adaptor == "bottleneck"
-    return {**SMALL, **(SMALL_ADAPTORS if method.adaptors else SMALL_FINETUNE),
-            **(SMALL_BOTTLENECK if bottleneck else {}),
+    return {**SMALL, **(SMALL_ADAPTORS[options.adaptor] if method.adaptors else SMALL_FINETUNE),
             **(SMALL_GUIDED if method.guidance else {}),
             **(SMALL_ADVERSARIAL if method.adversarial_noise else {}),
             **(SMALL_PA if method.pairwise_losses else {}),

@@ -17,8 +17,8 @@ from plumbing.training import StopSignal
 
 STAGE = "--size 16 --channels 8 --channel-mult 1 2 --norm-groups 4 --images 32 --iterations 3 --batch-size 4 --device cpu".split()
 UNET = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --images 32 --iterations 3 --batch-size 4 --device cpu".split()
-RUN = "--target sunglasses --iterations 4 --batch-size 4 --samples 4 --sample-steps 2 --previews 1 --device cpu".split()
-TAN = "--source-images toyfaces --source-count 8 --classifier-iterations 3 --pgd-steps 2 --adaptor-width 4".split()
+RUN = "--target sunglasses --iterations 4 --batch-size 4 --learning-rate-decay none --samples 4 --sample-steps 2 --previews 1 --device cpu".split()
+TAN = "--source-images toyfaces --source-count 8 --classifier-iterations 3 --guidance-fade 0 --pgd-steps 2 --adaptor-width 4".split()
 
 
 @pytest.fixture(scope="module", params=["kl", "vq"])
@@ -62,7 +62,7 @@ def test_tan_on_latents(source, tmp_path, method):
 def test_training_sees_scaled_latents_of_the_pictures_and_their_mirror_images(source, tmp_path, monkeypatch):
     seen = []
     original = train_tan.worst_case_noise
-    monkeypatch.setattr(train_tan, "worst_case_noise", lambda model, schedule, x0, *rest: seen.append(x0) or original(model, schedule, x0, *rest))
+    monkeypatch.setattr(train_tan, "worst_case_noise", lambda model, schedule, x0, *rest, **how: seen.append(x0) or original(model, schedule, x0, *rest, **how))
     call(train_tan.main, "--source", source, *RUN, *TAN, "--samples", 0, "--batch-size", 8, "--output-dir", tmp_path)
     targets, network = domains.target_images("sunglasses", 16), load_source(str(source))
     both = network.encode(torch.cat([targets, targets.flip(3)]))

@@ -8,7 +8,7 @@ import settings
 from plumbing.options import InputError, flat, replace
 from settings import METHODS, PAPER, Options, suited, used_by
 
-SMALL = settings.SMALL | settings.SMALL_ADAPTORS | settings.SMALL_BOTTLENECK
+SMALL = settings.SMALL | settings.SMALL_ADAPTORS["bottleneck"]
 GUIDED, ADVERSARIAL = settings.SMALL_GUIDED, settings.SMALL_ADVERSARIAL
 FINETUNE = settings.SMALL | settings.SMALL_FINETUNE
 
@@ -55,9 +55,10 @@ def test_options_of_a_method():
     assert asks["target"] == asks["samples"] == asks["ema"] == set(METHODS)
 
 
-@pytest.mark.parametrize("form, width", [("bottleneck", 8), ("scale-shift", None), ("low-rank", None)])
-def test_the_width_of_small_sources_is_that_of_bottlenecks(form, width):
-    assert suited(Options(adaptor=form), source_of(32)).adaptor_width == width
+@pytest.mark.parametrize("form, rate, width", [("bottleneck", 2e-3, 8), ("scale-shift", 4e-2, None), ("low-rank", 2e-3, None)])
+def test_what_suits_the_forms_of_adaptors_on_small_sources(form, rate, width):
+    given = suited(Options(adaptor=form), source_of(32))
+    assert (given.learning_rate, given.adaptor_width) == (rate, width)
     assert suited(Options(adaptor="low-rank", adaptor_width=2), source_of(32)).adaptor_width == 2
 
 
