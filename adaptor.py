@@ -2,7 +2,7 @@
 
     x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})               section 4.3; the hook is in unet.ResBlock
 
-    psi:  average-pool -> norm -> 3x3 conv to d channels -> + time -> self-attention -> MLP -> upsample
+    psi:  average-pool -> norm -> 3x3 conv to d channels -> + time -> attention -> MLP -> upsample
           -> norm -> 3x3 conv (zero at the start)
 
 That is the form "bottleneck".  Two others change theta's own layers, in residual and attention blocks:
@@ -33,23 +33,34 @@ FORMS = {"bottleneck": ResBlock, "scale-shift": nn.GroupNorm, "low-rank": (nn.Co
 ALPHA = RANK = 4  # of LoRA: so that its factor alpha / r is 1 at the default rank r
 
 
+def pool(x: Tensor, side: int) -> Tensor:
+    """Averages of x (B, C, H, W), so that no side is longer than `side`."""
+    factor = math.ceil(max(x.shape[2:]) / side)
+    return F.avg_pool2d(x, factor, ceil_mode=True) if factor > 1 else x
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
 class Adaptor(nn.Module):
     """psi^l: (B, C, H, W), time embedding (B, E) -> (B, C', H', W'), the output size of its residual block.
 
     width    d, the channels of the bottleneck
     scale    H'/H of the block: 1, 2 or 1/2
-    grid     tokens a side at most, to which the image is pooled: attention costs the square of their number
     """
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, width: int, scale: float,
-                 norm_groups: int, grid: int):
+                 norm_groups: int):
         super().__init__()
-        self.scale, self.grid = scale, grid
+        self.scale = scale
         self.norm_in = nn.GroupNorm(norm_groups, channels)
         self.down = nn.Conv2d(channels, width, 3, padding=1)
         self.time = nn.Linear(emb_channels, width)
         self.norm_attention = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -57,16 +68,19 @@ class Adaptor(nn.Module):
         self.up = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        size = [int(side * self.scale) for side in x.shape[2:]]                 # H', W'
-        pooling = math.ceil(max(x.shape[2:]) / self.grid)
-        h = F.avg_pool2d(x, pooling, ceil_mode=True) if pooling > 1 else x      # (B, C, H, W) -> (B, C, g, g)
-        h = self.down(F.silu(self.norm_in(h)))                                  # -> (B, d, g, g)
-        grid = h.shape[2:]
-        h = h.flatten(2).transpose(1, 2) + self.time(F.silu(emb))[:, None]      # -> (B, g*g, d)
-        q, k, v = self.qkv(self.norm_attention(h))[:, None].chunk(3, dim=3)     # (B, 1, g*g, d) each
+        # Half the size of x, but 8 to 16 tokens a side.  Each attends to 8x8 averages of them at most:
+        # attention costs the product of both numbers.
+        g = min(16, max(8, max(x.shape[2:]) // 2))
+        h = self.down(F.silu(self.norm_in(pool(x, g))))                         # (B, C, H, W) -> (B, d, g, g)
+        h = h + self.time(F.silu(emb))[:, :, None, None]
+        grid, attended = h.shape[2:], tokens(pool(h, 8))                        # (B, at most 64, d)
+        h = tokens(h)                                                           # -> (B, g*g, d)
+        q = self.query(self.norm_attention(h))[:, None]                         # (B, 1, g*g, d)
+        k, v = self.key_value(self.norm_attention(attended))[:, None].chunk(2, dim=3)
         h = h + self.proj(F.scaled_dot_product_attention(q, k, v)[:, 0])
         h = h + self.mlp(self.norm_mlp(h))
         h = h.transpose(1, 2).unflatten(2, grid)                                # -> (B, d, g, g)
+        size = [int(side * self.scale) for side in x.shape[2:]]
         h = F.interpolate(h, size, mode="bilinear") if [*grid] != size else h   # -> (B, d, H', W')
         return self.up(F.silu(self.norm_out(h)))                                # -> (B, C', H', W')
 
@@ -138,12 +152,12 @@ def attach(unet: UNet, width: int | None = None, form: str = "bottleneck") -> No
     if state_dict(unet):
         raise ValueError("this U-Net already has adaptors")
     width = width or (default_width(unet) if form == "bottleneck" else RANK)
-    grid, device = min(16, max(8, unet.image_size // 4)), next(unet.parameters()).device
+    device = next(unet.parameters()).device
     unet.requires_grad_(False)
     for layer in layers(unet, form):
         if form == "bottleneck":
             psi = Adaptor(layer.channels, layer.emb_channels, layer.out_channels, width, layer.scale,
-                          unet.norm_groups, grid)
+                          unet.norm_groups)
         else:
             psi = ScaleShift(layer) if form == "scale-shift" else LowRank(layer, width)
             layer.forward = MethodType(_adapted, layer)  # a residual block asks for its adaptor by itself

@@ -71,7 +71,7 @@ class GuidanceOptions:
     classifier_batch_size: int = 40
     """Pictures a step of the classifier's fine-tuning, half source and half target."""
     classifier_iterations: Unset[int] = None
-    """Steps of the classifier's fine-tuning (default: 300; 150 for a small source)."""
+    """Steps of the classifier's fine-tuning (default: 300; 100 for a small source)."""
     classifier_learning_rate: float = 1e-4
     """Learning rate of the classifier's fine-tuning."""
     classifier_check: bool = True
@@ -118,7 +118,7 @@ class PictureOptions:
 
     samples: int = 32
     """Pictures in samples.png (0: no pictures)."""
-    sample_steps: int = 50
+    sample_steps: int = 25
     """DDIM steps for them."""
     previews: int = 5
     """Rows of progress.png after the first."""
@@ -206,7 +206,7 @@ SMALL_ADAPTORS = {"bottleneck": dict(learning_rate=2e-3, adaptor_width=8),
                   "scale-shift": dict(learning_rate=4e-2),  # few numbers take large steps (sunglasses)
                   "low-rank": dict(learning_rate=2e-3)}
 SMALL_FINETUNE = dict(learning_rate=3e-4)  # all weights at once take smaller steps
-SMALL_GUIDED = dict(classifier_iterations=150, guidance_fade=0.5)
+SMALL_GUIDED = dict(classifier_iterations=100, guidance_fade=0.5)
 SMALL_ADVERSARIAL = dict(pgd_steps=2, omega=0.1, norm="own")
 SMALL_PA = dict(pairwise_weights=(0.5, 0.5, 0.05))
 # For the targets of toychurches, where nearly every pixel changes; chosen on haunted-houses, seed 100.

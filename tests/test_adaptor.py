@@ -74,16 +74,19 @@ def test_every_residual_block_has_one():
 
 @pytest.mark.parametrize("scale, size", [(1, (16, 24)), (2, (32, 48)), (0.5, (8, 12))])
 def test_adaptor_has_the_output_size_of_its_block(scale, size):
-    psi = adaptor.Adaptor(8, 32, 12, width=4, scale=scale, norm_groups=4, grid=16)
+    psi = adaptor.Adaptor(8, 32, 12, width=4, scale=scale, norm_groups=4)
     assert psi(randn(2, 8, 16, 24), randn(2, 32)).shape == (2, 12, *size)
 
 
-@pytest.mark.parametrize("size, tokens", [((16, 16), 16 * 16), ((8, 24), 4 * 12), ((48, 48), 16 * 16), ((33, 33), 11 * 11)])
-def test_attention_has_at_most_16x16_tokens(size, tokens):
-    psi, seen = adaptor.Adaptor(8, 32, 12, width=4, scale=1, norm_groups=4, grid=16), []
-    psi.qkv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+@pytest.mark.parametrize("size, seen, attended", [
+    ((8, 8), 64, 64), ((16, 16), 64, 64), ((32, 32), 256, 64), ((16, 32), 8 * 16, 4 * 8), ((256, 256), 256, 64),
+    ((33, 33), 11 * 11, 6 * 6)])
+def test_how_many_tokens_there_are(size, seen, attended):
+    psi, shapes = adaptor.Adaptor(8, 32, 12, width=4, scale=1, norm_groups=4), []
+    for layer in (psi.query, psi.key_value):
+        layer.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
     psi(randn(2, 8, *size), randn(2, 32))
-    assert seen == [(2, tokens, 4)]
+    assert shapes == [(2, seen, 4), (2, attended, 4)]
 
 
 def test_adaptor_sees_image_and_time_and_adds_to_its_block():
