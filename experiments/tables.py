@@ -6,10 +6,10 @@
                                             share --output-dir, but not runs
 
 In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs of train_tan.py with their score.json;
-results.json has every run that was ever scored here, tables.md the tables, to which a command with other
-targets, methods or seeds adds; samples-TARGET.png (Figures 3 and 4: every method from the same noises, toy
-FID beside each row), iterations-TARGET.png (toy FID against iterations and against time) and
-figure1-TARGET.png (two noises through the stages of finetune).
+results.json has every run that was ever scored here, and what it has is not trained again; tables.md has the
+tables, to which a command with other targets, methods or seeds adds; samples-TARGET.png (Figures 3 and 4:
+every method from the same noises, toy FID beside each row), iterations-TARGET.png (toy FID against
+iterations and against time) and figure1-TARGET.png (two noises after more and more iterations of finetune).
 
 The figures are toy ones (domains/judge.py): they compare with each other, at the same -n, and not with the
 paper's, which stand beside them.  The tables have the runs with the present -n, --steps and settings, of all
@@ -90,6 +90,11 @@ class Options:
         """The source of a target: pixels, or latents with --latent."""
         return domains.TARGETS[target] + ("-latent" if self.latent else "")
 
+    @property
+    def results(self) -> Path:
+        """The file of all that was ever scored here."""
+        return Path(self.output_dir) / f"results{'-latent' if self.latent else ''}.json"
+
     def place(self, target: str, more: str = "") -> Path:
         """The folder of a target's runs, or of something else of it."""
         return Path(self.output_dir) / f"{target}{more}{'-latent' if self.latent else ''}"
@@ -121,9 +126,23 @@ def score(options: Options, folder: Path, device: torch.device) -> Row:
     return judge.score_run(folder, options.n, options.steps, device) | more
 
 
-def labelled(found: Row, label: str, **flags: Any) -> Row:
-    """A scored run with the name that tables give it and the flags that make it unusual."""
-    return found | dict(run=dict(found["run"], label=label, flags=flags))
+def measured(options: Options, device: torch.device, target: str, method: str, seed: int, label: str = "",
+             name: str = "", **flags: Any) -> Row:
+    """The scored run of this target, method, seed and flags: as results.json has it, else trained now.
+
+    label    what tables call it (default: the method);  name: of `run_of`
+    """
+    # The folder of runs may move.
+    flags_ = {key: Path(value).name if key == "classifier_targets" else value for key, value in flags.items()}
+    asked = dict(target=target, source=options.source(target), method=method, seed=seed)
+    for row in itertools.chain.from_iterable(read(options.results).values()):
+        if (asked.items() <= row["run"].items() and row["run"].get("flags", {}) == flags_
+                and current(row, options)):
+            found = row
+            break
+    else:
+        found = score(options, run_of(options, target, method, seed, name, **flags), device)
+    return found | dict(run=dict(found["run"], label=label or method, flags=flags_))
 
 
 def fill(folder: Path, write: Callable[[Path], None]) -> None:
@@ -141,7 +160,7 @@ def main_runs(options: Options, device: torch.device) -> Iterator[Row]:
     """The runs of Tables 1 and 2, and the ends of the scale: where adapting starts, what it should reach."""
     jobs = list(itertools.product(options.seeds, options.targets, options.methods))
     for seed, target, method in bar(jobs, "runs"):
-        yield score(options, run_of(options, target, method, seed), device)
+        yield measured(options, device, target, method, seed)
     for target in options.targets:
         before = judge.source_samples(options.source(target), options.n, options.steps, device)
         fresh, of_source = (to_tensor(domains.draw(domain, options.n, 77, before.shape[2])[0])
@@ -157,8 +176,7 @@ def ablation_runs(options: Options, device: torch.device) -> Iterator[Row]:
     for seed, target, label in bar(jobs, "ablation"):
         flags = VARIANTS.get(label, {})
         method = "guided" if label == "no adversarial noise" else "tan"
-        folder = run_of(options, target, method, seed, label if flags else "", **flags)
-        yield labelled(score(options, folder, device), label, **flags)
+        yield measured(options, device, target, method, seed, label, label if flags else "", **flags)
 
 
 def passes_runs(options: Options, device: torch.device) -> Iterator[Row]:
@@ -167,8 +185,7 @@ def passes_runs(options: Options, device: torch.device) -> Iterator[Row]:
                                     "passes"):
         usual = launch.settings_today(target=target, source=options.source(target), method="tan")
         flags = {} if method == "tan" else dict(iterations=usual["iterations"] * (1 + usual["pgd_steps"]))
-        folder = run_of(options, target, method, seed, "passes" if flags else "", **flags)
-        yield labelled(score(options, folder, device), method, **flags)
+        yield measured(options, device, target, method, seed, name="passes" if flags else "", **flags)
 
 
 def classifier_runs(options: Options, device: torch.device) -> Iterator[Row]:
@@ -186,9 +203,7 @@ def classifier_runs(options: Options, device: torch.device) -> Iterator[Row]:
     for seed, method in bar(list(itertools.product(options.seeds, guided)), "classifiers"):
         more = dict(classifier_targets=str(hundred))
         for label, name, flags in (("10", "", {}), ("100", "hundred", more)):
-            folder = run_of(options, target, method, seed, name, **flags)
-            kept = dict(classifier_targets=hundred.name) if flags else {}  # the folder of runs may move
-            yield labelled(score(options, folder, device), label, **kept)
+            yield measured(options, device, target, method, seed, label, name, **flags)
 
 
 def iterations_runs(options: Options, device: torch.device) -> Iterator[Row]:
@@ -200,14 +215,14 @@ def iterations_runs(options: Options, device: torch.device) -> Iterator[Row]:
     usual = launch.settings_today(target=target, source=options.source(target), method="tan")["iterations"]
     stages = [round(usual * stage) for stage in STAGES]
     for seed, method in bar(list(itertools.product(options.seeds, options.methods)), "curves"):
-        runs = {n: run_of(options, target, method, seed, f"at-{n}", iterations=n) for n in stages}
-        for n, folder in runs.items():
-            found.append(labelled(score(options, folder, device), method, iterations=n))
+        for n in stages:
+            found.append(measured(options, device, target, method, seed, "", f"at-{n}", iterations=n))
             yield found[-1]
         if method == "finetune" and seed == options.seeds[0]:
-            models = [load_source(options.source(target)), *(load_run(folder)[0] for folder in runs.values())]
+            runs = [run_of(options, target, method, seed, f"at-{n}", iterations=n) for n in stages]
+            models = [load_source(options.source(target)), *(load_run(folder)[0] for folder in runs)]
             drawn = [model.to(device).sample(range(2), options.steps) for model in models]
-            draw_figure1(options.picture("figure1", target), target, drawn, [0, *runs])
+            draw_figure1(options.picture("figure1", target), target, drawn, [0, *stages])
     draw_iterations(options.picture("iterations", target), target, found)
 
 
@@ -298,8 +313,7 @@ def main() -> None:
         raise InputError("torchrun: the tables are made by one process; start python -m experiments.tables")
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    latent = "-latent" if options.latent else ""
-    file = out / f"results{latent}.json"
+    file = options.results
     for part in options.parts:
         for found in WORK[part](options, device):
             add(file, part, found)
@@ -311,7 +325,8 @@ def main() -> None:
                  "over seeds (their number; one where none is given); where nothing else is said as many "
                  "iterations for every method, of which one of tan costs three passes, of the others one.")
     text = "\n\n".join(texts)
-    write_atomic(out / f"tables{latent}.md", lambda temporary: temporary.write_text(text + "\n"))
+    tables = file.with_name(file.name.replace("results", "tables")).with_suffix(".md")
+    write_atomic(tables, lambda temporary: temporary.write_text(text + "\n"))
     print(f"{text}\n\nall in {out}/")
 
 

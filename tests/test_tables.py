@@ -71,6 +71,18 @@ def test_tables(trained, tmp_path, capsys):
     assert len(json.loads((tmp_path / "results.json").read_text())["tables"]) == len(known["tables"]) + 3
 
 
+def test_what_results_json_has_is_not_trained_again(trained, tmp_path):
+    flags = ["--targets", "sunglasses", "--methods", "adaptor", "--seeds", 1, "-n", 12, "--steps", 2, "--device", "cpu", "--parts", "tables"]
+    call(tables.main, *flags, "--output-dir", tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "results.json", tmp_path / "b")
+    call(tables.main, *flags, "--output-dir", tmp_path / "b")
+    assert len(trained) == 1 and not (tmp_path / "b" / "sunglasses").exists()
+    assert (tmp_path / "b" / "tables.md").read_text() == (tmp_path / "a" / "tables.md").read_text()
+    call(tables.main, *flags, "--output-dir", tmp_path / "b", "--seeds", 2)
+    assert len(trained) == 2
+
+
 def test_each_run_is_kept_as_it_is_scored(trained, tmp_path, monkeypatch):
     flags = ["--targets", "sunglasses", "--methods", "adaptor", "finetune", "--seeds", 1, "-n", 12, "--steps", 2, "--device", "cpu", "--parts", "tables"]
     whole = launch.call_train
