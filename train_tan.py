@@ -105,6 +105,8 @@ def obtain_classifier(source: Network, targets: Tensor, begins: Network, options
         torch.manual_seed(options.seed)  # the new head
         model = start_classifier(wanted.classifier, wanted.classifier_arch, options.source, source).model
         model.to(device).use_checkpoint = options.checkpoint_blocks
+        # Pass by pass: a block of autocast around all steps would keep its copy of the first weights.
+        model.forward = distributed.autocast(device, options.precision)(model.forward)
         return model
 
     if distributed.any_rank(not path.exists(), device):
@@ -190,7 +192,7 @@ def watch(loop: Loop, line: dict[str, Any], fades: bool) -> None:
     bearable = 2.0 if fades else 0.5  # on latents a constant pull of half the residual ruins the model
     for quarter, ratio in enumerate(line.get("guidance_ratio", []), start=1):
         if ratio is not None and ratio > bearable:
-            loop.warn(f"in timestep quarter {quarter} the guidance is {ratio:.1f} times what is left to "
+            loop.warn(f"in timestep quarter {quarter} the guidance is over {bearable} times what is left to "
                       "learn; --guidance-fade 0.5, --guidance-limit 0.5 or a lower --gamma is safer")
 
 
@@ -221,10 +223,8 @@ def main() -> None:
     model, schedule = source.to(device).model, source.schedule
     psi = trainable(source, options)  # all of theta for a method without adaptors
     describe(source, psi, targets, asked, options, device)
-    classifier = None
-    if method.guidance:
-        with distributed.autocast(device, options.precision):
-            classifier = obtain_classifier(source, classifier_targets, begins, options, out, device)
+    classifier = (obtain_classifier(source, classifier_targets, begins, options, out, device)
+                  if method.guidance else None)
     speed_up(model, options)
     source_alone = options.adversarial_noise.pgd_network == "source"  # theta of Eq. 10
     ascended = adaptor.source_model(model) if source_alone else model

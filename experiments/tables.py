@@ -6,10 +6,11 @@
                                             share --output-dir, but not runs
 
 In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs of train_tan.py with their score.json;
-results.json has every run that was ever scored here, and what it has is not trained again; tables.md has the
-tables, to which a command with other targets, methods or seeds adds; samples-TARGET.png (Figures 3 and 4:
-every method from the same noises, toy FID beside each row), iterations-TARGET.png (toy FID against
-iterations and against time) and figure1-TARGET.png (two noises after more and more iterations of finetune).
+results.json has every run that was ever scored here, and what it has is not trained again, except for
+pictures, which need the runs themselves; tables.md has the tables, to which a command with other targets,
+methods or seeds adds; samples-TARGET.png (Figures 3 and 4: every method from the same noises, toy FID beside
+each row), iterations-TARGET.png (toy FID against iterations and against time) and figure1-TARGET.png (two
+noises after more and more iterations of finetune).
 
 The figures are toy ones (domains/judge.py): they compare with each other, at the same -n, and not with the
 paper's, which stand beside them.  The tables have the runs with the present -n, --steps and settings, of all

@@ -31,7 +31,7 @@ def setup(device: str = "auto") -> torch.device:
         raise InputError(f"--device {device}: not a device; give auto, cpu, cuda or mps")
     if not available[kind]:
         raise InputError(f"--device {device}: not available on this machine; --device cpu always is")
-    if kind == "cuda":  # shapes never change, and TF32's mantissa is long enough for products
+    if kind == "cuda":  # few shapes, used again and again; TF32's mantissa is long enough for products
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if launched and device not in ("cuda", "cpu"):
@@ -83,7 +83,7 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
     dist.all_reduce(flat)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad = part.view_as(p)
+        p.grad = torch.empty_like(p).copy_(part.view_as(p))  # laid out as p, which fused Adam asks for
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

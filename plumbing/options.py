@@ -140,8 +140,8 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
             raise
-        print("error: out of memory; fewer pictures at once need less (--micro-batch-size, --batch-size), "
-              "and so do --checkpoint-blocks and --precision bf16", file=sys.stderr)
+        print("error: out of memory; fewer pictures at once need less: see --help for --micro-batch-size, "
+              "--batch-size, --checkpoint-blocks, --precision, where there are such", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

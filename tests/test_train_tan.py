@@ -478,6 +478,17 @@ def test_bf16_holds_what_is_frozen_in_bf16_and_computes_the_same(train, tmp_path
     assert losses(train(tmp_path / "autocast", *flags)) == losses(cast)
 
 
+def test_the_classifier_learns_in_bf16(train, tmp_path, monkeypatch):
+    found, original = [], classifier.F.cross_entropy
+    def seen(*a, **how):
+        found.append(original(*a, **how))
+        return found[-1]
+    monkeypatch.setattr(classifier.F, "cross_entropy", seen)
+    train(tmp_path / "run", "--iterations", "0", "--precision", "bf16", "--classifier-iterations", "40", "--no-classifier-check",
+          "--classifier-learning-rate", "1e-3")
+    assert len(found) == 40 and sum(found[-5:]) < 0.5 * sum(found[:5])
+
+
 def test_compile_compiles_the_network(train, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
