@@ -271,8 +271,8 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     at_least(options, iterations=0, batch_size=distributed.world(), micro_batch_size=1, warmup=0,
              adaptor_width=1, save_every=1, ema=0, hold_out=0, samples=0, sample_steps=1, previews=1,
              guidance_below=0, classifier_batch_size=2, classifier_iterations=1,
-
-             source_count=distributed.world(), omega=0, pgd_steps=0, guidance_fade=0, guidance_limit=0, pairwise_weights=0)
+             source_count=distributed.world(), omega=0, pgd_steps=0, guidance_fade=0, guidance_limit=0,
+             pairwise_weights=0)
     below(options, ema=1)
     positive(options, "learning_rate", "classifier_learning_rate")
     finite(options, "gamma")
