@@ -40,7 +40,7 @@ from ddpm import Schedule, predict_eps
 from plumbing import distributed, progress
 from plumbing.options import flag, flat, parse, replace, run
 from plumbing.seeds import generator
-from plumbing.training import EMA, Loop, MicroBatches, Stats, cosine_decay, warmup
+from plumbing.training import EMA, Loop, MicroBatches, Stats, cosine_decay, hold_frozen_in_bf16, warmup
 from settings import METHODS, Options
 from unet import UNet
 
@@ -57,11 +57,9 @@ def trainable(source: Network, options: Options) -> list[torch.nn.Parameter]:
 
 
 def speed_up(model: UNet, options: Options) -> None:
-    """What is frozen is held in bf16, so that no pass need cast it; --compile."""
+    """With --precision bf16 what is frozen is held in it; with --compile the network is compiled."""
     if options.precision == "bf16":
-        for p in model.parameters():
-            if p.dim() > 1 and not p.requires_grad:
-                p.data = p.data.bfloat16()
+        hold_frozen_in_bf16(model)
     if options.compile:
         model.compile()
 
@@ -199,7 +197,6 @@ def watch(loop: Loop, line: dict[str, Any], fades: bool) -> None:
 def main() -> None:
     options, typed = parse(Options, __doc__)
     device = distributed.setup(options.device)
-    distributed.check_precision(device, options.precision)
 
     # What is adapted, to what, with which numbers.
     # All that can be wrong is found out before anything is written.

@@ -127,7 +127,7 @@ def measure(network: Network, pictures: Tensor, options: Options, own: bool,
             eps = norm(eps)
         found = []
         for part in zip(*(values.split(options.batch_size) for values in (x0, t, eps))):
-            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            with distributed.autocast(device, options.precision):
                 found.append(ascend(network.model, network.schedule, *part, steps, options.reach, own))
             passes.update()
         perturbations, before, after = zip(*found)

@@ -43,7 +43,7 @@ from plumbing import distributed
 from plumbing.options import InputError, Unset, at_least, parse, run
 from plumbing.progress import bar, say
 from plumbing.seeds import generator
-from plumbing.training import EMA, Stats
+from plumbing.training import EMA, Stats, hold_frozen_in_bf16
 from unet import UNet
 
 PUBLISHED = tuple(name for name, known in ARCHITECTURES.items() if known["network"] == "UNet")
@@ -115,13 +115,16 @@ def prepare(network: Network, options: Options, device: torch.device) -> Work:
     psi = adaptor.parameters(model)
     classifier = from_unet(model).to(device, memory_format=torch.channels_last).requires_grad_(False)
     classifier.use_checkpoint = options.checkpoint_blocks
+    if options.precision == "bf16":
+        hold_frozen_in_bf16(model)
     b = options.batch_size or usual.batch_size
     micro = options.micro_batch_size or (b if model.image_size <= 64 else 8)
     g = generator(0)
     x0 = (torch.rand(b, *network.shape, generator=g) * 2 - 1).to(device)
     t = torch.randint(schedule.timesteps, (b,), generator=g).to(device)
     eps = torch.randn(b, *network.shape, generator=g).to(device)
-    return Work(model, adaptor.source_model(model), classifier, schedule, torch.optim.Adam(psi, lr=1e-5),
+    return Work(model, adaptor.source_model(model), classifier, schedule,
+                torch.optim.Adam(psi, lr=1e-5, fused=device.type == "cuda"),
                 EMA(psi, 0.99), (x0, t, eps), min(micro, b), options.precision)
 
 
@@ -194,7 +197,8 @@ def measure(name: str, network: Network, options: Options, device: torch.device)
     work = prepare(network, options, device)
     steps = tuple(dict.fromkeys(options.pgd_steps))
     x0, t, _ = next(work.micro_batches())
-    found = convolutions(work.theta, x0, t)
+    with distributed.autocast(device, work.precision):
+        found = convolutions(work.theta, x0, t)
     iterations = {J: functools.partial(iteration, work, J) for J in steps}
     jobs = {"theta": functools.partial(pgd_step, work, work.theta),
             "psi": functools.partial(pgd_step, work, work.model),

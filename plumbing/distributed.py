@@ -5,6 +5,7 @@ once an iteration.  So N processes and one with the same global batch compute th
 """
 
 import datetime
+import functools
 import os
 
 import torch
@@ -51,13 +52,16 @@ def setup(device: str = "auto") -> torch.device:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The precision of the networks in the block: fp32, or bf16, which --precision says."""
+    if precision == "bf16":
+        _say_if_imitated(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def check_precision(device: torch.device, precision: str) -> None:
-    """Say so if a CPU has no bf16 of its own and will imitate it."""
+@functools.cache
+def _say_if_imitated(device: torch.device) -> None:
+    """Say once if a CPU has no bf16 of its own and will imitate it."""
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    if precision == "bf16" and device.type == "cpu" and native and not native():
+    if device.type == "cpu" and native and not native():
         say("note: this CPU has no bf16 of its own; imitating it may take 20 times as long as fp32")
 
 

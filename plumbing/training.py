@@ -69,6 +69,13 @@ def cosine_decay(iteration: int, iterations: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
+def hold_frozen_in_bf16(model: torch.nn.Module) -> None:
+    """Weights that do not learn need not be cast at every pass of autocast; norms and biases stay fp32."""
+    for p in model.parameters():
+        if p.dim() > 1 and not p.requires_grad:
+            p.data = p.data.bfloat16()
+
+
 class MicroBatches:
     """The parts of a batch that go through the network together; halved where the device runs out of memory.
 

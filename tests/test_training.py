@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from plumbing import progress
+from plumbing import distributed, progress
 from plumbing.files import (
     add_metrics,
     load_checkpoint,
@@ -269,3 +269,12 @@ def test_what_is_written_is_on_disk_before_it_takes_its_place(tmp_path, monkeypa
         write_atomic(path, write)
         assert reader.read() == "old" and path.read_text() == "new"  # who has it open reads on in the old one
     assert done == ["write", "fsync", "replace"]
+
+
+def test_a_cpu_that_imitates_bf16_is_told_so_once(monkeypatch, capsys):
+    distributed._say_if_imitated.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    for precision in ("fp32", "bf16", "bf16"):
+        distributed.autocast(torch.device("cpu"), precision)
+    assert capsys.readouterr().out.count("20 times") == 1
+    distributed._say_if_imitated.cache_clear()
