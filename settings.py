@@ -118,7 +118,7 @@ class PictureOptions:
 
     samples: int = 32
     """Pictures in samples.png (0: no pictures)."""
-    sample_steps: int = 25
+    sample_steps: int = 50
     """DDIM steps for them."""
     previews: int = 5
     """Rows of progress.png after the first."""
