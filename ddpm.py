@@ -1,8 +1,8 @@
 """Denoising diffusion (Eqs. 1-3): noise schedules, forward process, reverse step for any eta, sampling.
 
 Timesteps count from 0 (t = 0..T-1 is the paper's 1..T); alpha_bar at index -1 is 1.  Nothing here knows what
-the model is: any callable model(x_t, t) will do whose first C output channels are eps, on images (B, C, H, W)
-or vectors (B, D).
+the model is: any callable model(x_t, t) will do whose first C output channels are eps (or v, or x_0:
+Schedule.prediction), on images (B, C, H, W) or vectors (B, D).
 """
 
 import math
@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 Model = Callable[[Tensor, Tensor], Tensor]
+PREDICTIONS = ("eps", "v", "x0")
 
 
-def predict_eps(model: Model, xt: Tensor, t: Tensor) -> Tensor:
-    """eps_theta(x_t, t), float32.  A network with learned variance gives 2C channels; eps is the first C."""
+def predict_eps(model: Model, xt: Tensor, t: Tensor, schedule: "Schedule") -> Tensor:
+    """eps_theta(x_t, t), float32.  A network with learned variance gives 2C channels; eps is the first C.
+
+    What a network gives that predicts v or x_0 is turned into eps.
+    """
     out = model(xt, t)[:, : xt.shape[1]]
-    return out if out.dtype == torch.float64 else out.float()
+    return schedule.to_eps(out if out.dtype == torch.float64 else out.float(), xt, t)
 
 
 class Schedule:
@@ -28,11 +32,17 @@ class Schedule:
                  "cosine": alpha_bar ~ cos^2, beta at most 0.999 (Nichol & Dhariwal 2021);
                  no beta_start, beta_end
     timesteps    T
+    prediction   what a network gives that was trained with it: "eps", "v" or "x0"
     """
 
     def __init__(self, name: str = "linear", timesteps: int = 1000, beta_start: float = 1e-4,
-                 beta_end: float = 0.02):
+                 beta_end: float = 0.02, prediction: str = "eps"):
         self.config = dict(name=name, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end)
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction '{prediction}': {', '.join(PREDICTIONS)}")
+        if prediction != "eps":  # files from before there was a choice do not say it
+            self.config["prediction"] = prediction
+        self.prediction = prediction
         if name == "linear":
             betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
         elif name == "scaled-linear":
@@ -62,6 +72,17 @@ class Schedule:
         """
         a = self.at(t, x0)
         return a.sqrt() * x0 + (1 - a).sqrt() * eps
+
+    def to_eps(self, out: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+        """eps from what the network gives at x_t: itself, v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+        (Salimans & Ho 2022), or x_0.  Shapes (B, ...), (B, ...), (B,) -> (B, ...).
+        """
+        if self.prediction == "eps":
+            return out
+        a = self.at(t, xt)
+        if self.prediction == "v":
+            return a.sqrt() * out + (1 - a).sqrt() * xt
+        return (xt - a.sqrt() * out) / (1 - a).sqrt()
 
     def predict_x0(self, xt: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The x_0 that x_t and eps imply.
@@ -156,7 +177,7 @@ def sample(model: Model, schedule: Schedule, shape: Sequence[int], seeds: Sequen
                     with torch.inference_mode(False):
                         g = gamma * gradient(x.clone(), t_batch)
                 step_noise = draw(shape, generators).to(device) if eta != 0 else None
-                eps = predict_eps(model, x, t_batch)
+                eps = predict_eps(model, x, t_batch, schedule)
                 x = schedule.reverse_step(x, t_batch, s_batch, eps, step_noise, eta, clip, g)
                 if on_step is not None:
                     on_step(s, x)

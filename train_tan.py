@@ -174,7 +174,7 @@ def losses_of(model: UNet, ascended: UNet, classifier: Classifier | None, pairwi
         eps, ascent = worst_case_noise(ascended, schedule, x0, t, eps, pgd.pgd_steps, pgd.omega,
                                        own=pgd.norm == "own")
     xt = schedule.add_noise(x0, t, eps)
-    eps_theta = predict_eps(model, xt, t)
+    eps_theta = predict_eps(model, xt, t, schedule)
     residual = eps - eps_theta.detach()
     guidance = similarity_guidance(classifier, schedule, xt, t, gamma, guide.guidance_power,
                                    guide.guidance_below)

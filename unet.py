@@ -151,6 +151,8 @@ class Encoder(nn.Module):
     flip_sin_to_cos, freq_shift, norm_eps, downsample_padding
                           named as in diffusers; as guided-diffusion has them, or False, 1, 1e-6 and 0 for
                           the network of Ho et al. 2020
+    middle_attention      between the two residual blocks of the middle: "norm", "bare" (attention without a
+                          norm before it) or "none", as some networks of diffusers have it
     """
 
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int,
@@ -158,7 +160,7 @@ class Encoder(nn.Module):
                  num_heads: int = 1, num_head_channels: int | None = None, use_scale_shift_norm: bool = False,
                  resblock_updown: bool = False, dropout: float = 0.0, norm_groups: int = 32,
                  use_checkpoint: bool = False, flip_sin_to_cos: bool = True, freq_shift: int = 0,
-                 norm_eps: float = 1e-5, downsample_padding: int = 1):
+                 norm_eps: float = 1e-5, downsample_padding: int = 1, middle_attention: str = "norm"):
         options = {**locals()}
         super().__init__()
         not_of_config = ("self", "__class__", "use_checkpoint")
@@ -198,7 +200,10 @@ class Encoder(nn.Module):
                 self.input_blocks.append(Stage(down))
                 self.skip_channels.append(channels)
                 factor *= 2
-        self.middle_block = Stage(res(channels, channels), attention(channels), res(channels, channels))
+        middle = attention(channels) if middle_attention != "none" else nn.Identity()
+        if middle_attention == "bare":
+            middle.norm = nn.Identity()
+        self.middle_block = Stage(res(channels, channels), middle, res(channels, channels))
         self.channels, self.factor = channels, factor
         self._res, self._attention = res, attention
 

@@ -36,7 +36,7 @@ class PairwiseLosses:
         of 157 at the noisiest timestep, and without the scale those few pictures drown Eq. 1.
         """
         with torch.no_grad():
-            eps_source = predict_eps(self.source, xt, t)
+            eps_source = predict_eps(self.source, xt, t, self.schedule)
         adapted, source = (self.schedule.predict_x0(xt, t, eps).clamp(-self.bound, self.bound)
                            for eps in (eps_theta, eps_source))
         adapted = scale_gradient(adapted, self.schedule.at(t, adapted))

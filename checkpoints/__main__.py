@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
-from checkpoints.diffusers_folder import weights_in
-from checkpoints.load import built_in, load_network
+from checkpoints import hub
+from checkpoints.diffusers_folder import files_in
+from checkpoints.load import load_network, locate
 from checkpoints.network import Network, save_network
 from checkpoints.published import ARCHITECTURES
 from plumbing.options import InputError, Positional, Unset, parse, run
@@ -21,7 +22,8 @@ from plumbing.options import InputError, Positional, Unset, parse, run
 @dataclasses.dataclass
 class Options:
     file: Positional[Unset[str]] = None
-    """File of weights, folder of diffusers, or built-in name (default: list what is known)."""
+    """File of weights, folder of diffusers, name on the Hugging Face Hub or built-in name.
+    Default: list what is known."""
     arch: Unset[str] = None
     """Network of a published file that does not show it: a name of the list, or a JSON file."""
     convert: Unset[str] = None
@@ -41,7 +43,9 @@ def report(network: Network, path: Path) -> str:
     if network.first_stage:
         latents = "x".join(map(str, network.shape))
         pictures += f", as latents {latents}, scaled by {network.scale_factor:g}"
-    lines = {"file": f"{path}, {path.stat().st_size / 1e6:.1f} MB",
+    files = files_in(path) if path.is_dir() else [path]
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    lines = {"file": f"{', '.join(map(str, files))}, {megabytes:.1f} MB",
              "layout": layout,
              "network": f"{description['network']}, {size(network.model)}",
              "options": ", ".join(f"{key} {value}" for key, value in description["config"].items()),
@@ -63,10 +67,11 @@ def main() -> None:
     if not options.file:
         for name, known in ARCHITECTURES.items():
             print(f"{name:24}{known['files']}\n{'':24}{known['listed']}")
+        print("\nOf the Hugging Face Hub by owner/name, owner/name@revision or owner/name/FILE (not tried here):")
+        for names in hub.KNOWN:
+            print(f"{'':24}{names}")
         return
-    path = built_in(options.file) or Path(options.file)
-    if path.is_dir():
-        path = weights_in(path)
+    path = locate(options.file)
     out = Path(options.convert) if options.convert else None
     if out and out.exists():
         raise InputError(f"--convert {out}: is there already; choose another name")

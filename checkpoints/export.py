@@ -25,7 +25,6 @@ import ast
 import dataclasses
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,8 @@ from torch import Tensor
 
 import adaptor
 from checkpoints import run_folder
-from checkpoints.diffusers_folder import (
-    BETA_SCHEDULES,
-    first_stage_config,
-    first_stage_names,
-    unet_config,
-    unet_weights,
-)
+from checkpoints.diffusers_first_stage import first_stage_config, first_stage_weights
+from checkpoints.diffusers_unet import schedule_config, unet_config, unet_weights
 from checkpoints.network import Network
 from plumbing.files import write_atomic
 from plumbing.options import InputError, Positional, Unset, parse, run
@@ -126,12 +120,8 @@ def write_scheduler(folder: Path, network: Network, kind: str, **more: str) -> N
 
     more   options of that class alone
     """
-    schedule = network.schedule.config
-    theirs = {ours: name for name, ours in BETA_SCHEDULES.items()}
     write_json(folder / "scheduler_config.json", dict(
-        _class_name=kind, num_train_timesteps=schedule["timesteps"],
-        beta_start=schedule["beta_start"], beta_end=schedule["beta_end"],
-        beta_schedule=theirs[schedule["name"]], clip_sample=network.first_stage is None, **more))
+        schedule_config(network.schedule), _class_name=kind, clip_sample=network.first_stage is None, **more))
 
 
 def write_vae(folder: Path, network: Network, name: str) -> str:
@@ -140,11 +130,7 @@ def write_vae(folder: Path, network: Network, name: str) -> str:
         config = first_stage_config(network.first_stage, network.scale_factor)
     except ValueError as error:
         raise InputError(f"{name}: this first stage cannot be exported ({error})") from None
-    names, weights = first_stage_names(network.first_stage), {}
-    for key, value in network.first_stage.state_dict().items():
-        matrix = re.search(r"\.(to_[qkv]|to_out\.0)\.weight$", names[key])  # a 1x1 convolution here
-        weights[names[key]] = value.flatten(1) if matrix else value
-    write_model(folder, config, weights)
+    write_model(folder, config, first_stage_weights(network.first_stage))
     return config["_class_name"]
 
 

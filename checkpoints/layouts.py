@@ -63,11 +63,33 @@ NOT_WEIGHTS = re.compile(
 
 # ---- which layout ------------------------------------------------------------------------------------------
 
+LAYOUTS = {"model.diffusion_model.": "latent-diffusion", "input_blocks.": "guided-diffusion", "down.0.": "ddpm",
+           "down_blocks.": "diffusers"}
+# What names give away of networks that cannot be read: a part of a name, and what has it.
+OTHER_NETWORKS = {
+    "label_emb.weight": "a class-conditional model; only unconditional ones can be adapted",
+    "cond_stage_model.": "a model that is conditioned on text or classes; only unconditional ones can be adapted",
+    ".attn2.to_k.": "a text-to-image model; only unconditional ones can be adapted",
+    "class_embedding.": "a class-conditional model; only unconditional ones can be adapted",
+    ".adaptor.": "an export of this project that carries its code, or psi alone; give the run it was made from",
+    "all_modules.": "a score-based model (NCSN++); it cannot be read",
+    "model.map_layer0.": "a network of EDM; it cannot be read",
+    "downs.0.": "a network of denoising-diffusion-pytorch; it cannot be read",
+    "x_embedder.": "a diffusion transformer (DiT); only U-Nets can be read",
+    "style.1.": "a StyleGAN2, which is no diffusion model",
+    "mapping.fc": "a StyleGAN, which is no diffusion model",
+    "features.0.": "a network of torchvision, which is no diffusion model",
+    "encoder.conv_in.": "a first stage (VQ or KL) alone; give the diffusion model that runs on its latents",
+}
+
+
 def layout_of(keys: Collection[str], path: Path) -> str:
-    """Which layout these names are in.  Raises InputError for an unknown one."""
-    layouts = {"model.diffusion_model.": "latent-diffusion", "input_blocks.": "guided-diffusion",
-               "down.0.": "ddpm", "down_blocks.": "diffusers"}
-    for start, layout in layouts.items():
+    """Which layout these names are in.  Raises InputError for an unknown one, and for a conditional model."""
+    for part, what in OTHER_NETWORKS.items():
+        if any(f".{key}".startswith(("." + part, ".model.diffusion_model." + part)) or part[0] == "." and part in key
+               for key in keys):
+            raise InputError(f"{path}: {what}")
+    for start, layout in LAYOUTS.items():
         if any(key.startswith(start) for key in keys):
             old = any(".query." in key for key in keys)
             return f"{layout}, old attention names" if old else layout
@@ -204,7 +226,7 @@ def sources(own: dict[str, Tensor], layout: str, config: dict[str, Any],
 
 def translate(tensors: dict[str, Tensor], layout: str, network: Network, path: Path) -> dict[str, Tensor]:
     """A published file's weights under our names; InputError unless they are exactly those of the network."""
-    own = network.state_dict()
+    own = network.model.state_dict() if layout in TABLES else network.state_dict()
     taken, shapes = sources(own, layout, network.description["config"], tensors)
     if layout == "latent-diffusion":
         tensors = {key: value for key, value in tensors.items() if not NOT_WEIGHTS.fullmatch(key)}

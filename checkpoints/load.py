@@ -1,23 +1,22 @@
 """Networks from files, in three steps: identify (what is it?), describe (which network?), fill (its weights).
 
-A network is named by a built-in name, one of our own files, a published file or a folder of diffusers; --arch
-helps where a file does not show its network.  Loading is strict, and nothing in a file is ever run.
+A network is named by a built-in name, one of our own files, a published file, a folder of diffusers, or a
+repository of the Hugging Face Hub; --arch helps where a file does not show its network.  Loading is strict,
+and nothing in a file is ever run.
 """
 
-import json
-import re
+import difflib
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 import classifier
-from checkpoints import diffusers_folder, published
+from checkpoints import diffusers_folder, hub, published
 from checkpoints.layouts import layout_of, translate
 from checkpoints.network import Network, build, load_strictly
+from checkpoints.weights_file import read_tensors
+from plumbing import distributed
 from plumbing.options import InputError
 from unet import UNet
 
@@ -25,47 +24,35 @@ ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = ("toyfaces", "toyfaces-latent", "toychurches")  # source models in assets/
 NOT_SOURCES = ("toyfaces-classifier", "toyfaces-judge", "toychurches-judge")  # what else is there
 
-# A Lightning .ckpt names the class of its callback.  An inert class of that name takes its place: the real
-# one is never imported.
-CALLBACKS = [type("ModelCheckpoint", (), {"__module__": f"{package}.callbacks.model_checkpoint"})
-             for package in ("pytorch_lightning", "lightning.pytorch")]
-
 
 def built_in(name: str) -> Path | None:
     """The file of a built-in network; None for any other name."""
     return ASSETS / f"{name}.safetensors" if name in BUILT_IN + NOT_SOURCES else None
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors of a safetensors or torch file on the CPU (of a Lightning file, its state_dict), and our own
-    description if there is one.
-
-    Raises InputError for a file that is missing, damaged, not a flat dict of tensors, or that wants to run
-    code.
+def locate(name: str) -> Path:
+    """Where the network of this name is: a built-in one, a file or folder, or a repository of the Hub, which is
+    fetched.  InputError if there is none, with the built-in name that is nearest.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as f:
-                description = (f.metadata() or {}).get("description")
-            return load_file(path), json.loads(description) if description else None
-        with torch.serialization.safe_globals(CALLBACKS):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; give a file of weights") from None
-    except Exception as error:  # on damaged bytes torch's unpickler raises nearly every type there is
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"it asks for {wanted[1]}, which is code, not data"
-        raise InputError(f"{path}: not a file of weights that can be read safely ({reason})") from None
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise InputError(f"{path}: holds something else than a flat dict of tensors; "
-                         "save the model's state_dict() alone")
-    return tensors, None
+    if asset := built_in(name):
+        if Path(name).exists():
+            distributed.say_once(f"note: the built-in {name} is taken; for the one here give ./{name}")
+        return asset
+    path = Path(name)
+    if path.exists() or path.is_symlink():
+        return hub.snapshot_in(path) if path.is_dir() else path
+    if hub.is_name(name):
+        return hub.fetch(name)
+    near = difflib.get_close_matches(path.name, BUILT_IN, 1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}; of the Hugging Face "
+                     "Hub give owner/name")
+
+
+def pinned(name: str) -> str:
+    """The same name for what is here; of a repository of the Hub with the commit of the files that are taken."""
+    path = locate(name)
+    return hub.pinned(name, path) if hub.is_name(name) and not Path(name).exists() else name
 
 
 def load_network(path: Path, arch: str | None = None) -> Network:
@@ -77,24 +64,27 @@ def load_network(path: Path, arch: str | None = None) -> Network:
     """
     # Identify
     path = Path(path)
-    if path.is_dir():
-        path = diffusers_folder.weights_in(path)
-    tensors, own = read_tensors(path)
-    layout = "ours" if own is not None else layout_of(tensors, path)
+    files = diffusers_folder.files_in(path) if path.is_dir() else [path]
+    tensors, own = read_tensors(files[0])
+    for part in files[1:]:
+        tensors |= read_tensors(part)[0]
+    layout = "ours" if own is not None else layout_of(tensors, files[0])
 
     # Describe
     if layout == "ours":
-        description = _checked(own, tensors, path, arch)
+        description = _checked(own, tensors, files[0], arch)
     elif layout.startswith("diffusers"):
-        description = diffusers_folder.describe(path.parent, arch, layout)
+        description = diffusers_folder.describe(files[0], arch, layout)
     else:
-        description = published.describe(tensors, layout, path, arch)
+        description = published.describe(tensors, layout, files[0], arch)
 
     # Fill
     network = build(description, arch or str(path))
     if layout != "ours":
-        tensors = translate(tensors, layout, network, path)
-    load_strictly(network, tensors, path)
+        tensors = translate(tensors, layout, network, files[0])
+    if layout.startswith("diffusers") and network.first_stage:
+        tensors |= diffusers_folder.first_stage_weights(network.first_stage, files[0])
+    load_strictly(network, tensors, files[0])
     return network
 
 
@@ -113,8 +103,8 @@ def _checked(description: dict[str, Any], tensors: dict[str, Tensor], path: Path
 
 
 def load_source(name: str, arch: str | None = None) -> Network:
-    """The pre-trained diffusion model to start from: a built-in name, a file or a folder of diffusers."""
-    network = load_network(built_in(name) or Path(name), arch)
+    """The pre-trained diffusion model to start from: whatever `locate` finds under this name."""
+    network = load_network(locate(name), arch)
     if not isinstance(network.model, UNet):
         raise InputError(f"{name}: a {network.description['network']}, not a diffusion model")
     channels = network.first_stage.embed_dim if network.first_stage else 3
@@ -138,7 +128,7 @@ def start_classifier(name: str | None, arch: str | None, source_name: str, sourc
     if name in ("encoder", "scratch"):
         model = classifier.from_unet(source.model, pretrained=name == "encoder")
         return _at_the_noise_of(source, model)
-    network = load_network(Path(name), arch)
+    network = load_network(locate(name), arch)
     remedy = "--classifier encoder uses the source's own"
     if not isinstance(network.model, classifier.Classifier):
         raise InputError(f"--classifier {name}: a diffusion model, not a classifier; {remedy}")

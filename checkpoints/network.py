@@ -100,7 +100,8 @@ def build(description: dict[str, Any], where: str) -> Network:
             first_stage = FIRST_STAGES[stage["network"]](**stage["config"])
             network.first_stage = first_stage.eval().requires_grad_(False)
             network.scale_factor = float(description.get("scale_factor", 1.0))
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+            ValueError) as error:  # an option of the wrong type or size raises nearly anything
         raise InputError(f"{where}: does not describe a network this program can build "
                          f"({type(error).__name__}: {error})") from None
     if network.first_stage and network.first_stage.embed_dim != model.in_channels:
@@ -142,10 +143,19 @@ def check_fit(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]
                          "is --arch right?")
 
 
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """InputError if weights are NaN or infinite."""
+    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN or Inf ({broken[0]}, ...): the "
+                         "training that made this file diverged, or it was cast to half precision; take another one")
+
+
 @torch.no_grad()
 def load_strictly(own: nn.Module | Network, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Fill the network; InputError if the keys are not exactly its own."""
     state = own.state_dict()
     check_fit({key: value.shape for key, value in state.items()}, tensors, path)
+    check_finite(tensors, path)
     for key, value in state.items():
         value.copy_(tensors[key])

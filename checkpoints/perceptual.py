@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints.load import read_tensors
+from checkpoints.weights_file import read_tensors
 from metrics import Images, stack
 from plumbing.options import InputError
 from plumbing.pictures import to_uint8

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from checkpoints.layouts import has_ema, infer
 from ddpm import Schedule
+from plumbing import distributed
 from plumbing.options import InputError
 
 LINEAR = dict(name="linear", timesteps=1000, beta_start=1e-4, beta_end=0.02)
@@ -88,6 +89,7 @@ def describe(tensors: dict[str, Tensor], layout: str, path: Path, arch: str | No
     if arch is None:
         arch = _recognised(found, unclear, layout, path)
         words += [arch, "recognised by its shapes"]
+        _say_what_is_assumed(ARCHITECTURES[arch], arch, "betas" in tensors, path)
     else:
         words += [Path(arch).name]
     if arch in ARCHITECTURES:
@@ -115,6 +117,15 @@ def _recognised(found: dict[str, Any], unclear: str, layout: str, path: Path) ->
     shown = unclear or ", ".join(f"{key} {value}" for key, value in found.items())
     raise InputError(f"{path}: the file does not say which network it is for; add --arch "
                      f"{{{', '.join(ARCHITECTURES)}}} or --arch FILE.json; found: {layout} names, {shown}")
+
+
+def _say_what_is_assumed(known: dict[str, Any], arch: str, has_betas: bool, path: Path) -> None:
+    """Says what a file does not show and is taken from the network that has the same shapes."""
+    config, schedule = known["config"], known["schedule"]
+    width, side = config.get("num_head_channels"), config["image_size"]
+    heads = f"attention heads of {width} channels" if width else f"{config['num_heads']} attention head(s)"
+    noise = "" if has_betas else f", {schedule['name']} schedule of {schedule['timesteps']} steps"
+    distributed.say_once(f"{path}: assumed, as for {arch}: {heads}, {side}x{side}{noise}; else --arch FILE.json")
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

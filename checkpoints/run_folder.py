@@ -15,8 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 import adaptor
-from checkpoints.load import load_network, load_source, read_tensors
-from checkpoints.network import Network, fingerprint, load_strictly
+from checkpoints.load import load_network, load_source
+from checkpoints.network import Network, check_finite, fingerprint, load_strictly
+from checkpoints.weights_file import read_tensors
 from plumbing import distributed
 from plumbing.files import load_checkpoint, remove_unfinished, write_atomic
 from plumbing.options import InputError, flag, flat, replace
@@ -189,6 +190,7 @@ def load_run(folder: Path, at: int | None = None) -> tuple[Network, dict[str, An
     if not any(".adaptor." in key for key in tensors):  # a method that changes theta itself
         load_strictly(network.model, tensors, path)
         return network, options
+    check_finite(tensors, path)
     adaptor.attach(network.model, options["adaptor_width"], options.get("adaptor", "bottleneck"))
     try:
         adaptor.load_state_dict(network.model, tensors)

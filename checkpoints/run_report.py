@@ -68,7 +68,7 @@ class Report:
         with distributed.autocast(self.device, self.options["precision"]):
             for x0 in self.source.encode(pictures.to(self.device)):
                 xt = schedule.add_noise(x0.expand_as(eps), t, eps)
-                losses.append(guided_loss(eps, predict_eps(self.source.model, xt, t), 0).mean())
+                losses.append(guided_loss(eps, predict_eps(self.source.model, xt, t, schedule), 0).mean())
         return torch.stack(losses).mean().item()
 
     def save(self, path: Path, **more: Any) -> None:

@@ -81,7 +81,7 @@ class Row:
 
 def denoising_loss(model: Model, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """|| eps - eps_theta(x_t, t) ||^2, what Eq. 8 ascends: (B, ...), (B,), (B, ...) -> (B,)."""
-    eps_theta = predict_eps(model, schedule.add_noise(x0, t, eps), t)
+    eps_theta = predict_eps(model, schedule.add_noise(x0, t, eps), t, schedule)
     return (eps - eps_theta).square().flatten(1).sum(1)
 
 

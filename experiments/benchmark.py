@@ -145,7 +145,7 @@ def iteration(work: Work, steps: int, ascend: Callable = worst_case_noise) -> No
         with distributed.autocast(work.device, work.precision):
             eps_star, pgd_losses = ascend(work.model, work.schedule, x0, t, eps, steps, REACH / steps)
             xt = work.schedule.add_noise(x0, t, eps_star)
-            eps_theta = predict_eps(work.model, xt, t)
+            eps_theta = predict_eps(work.model, xt, t, work.schedule)
             guidance = similarity_guidance(work.classify, work.schedule, xt, t, gamma=5.0)
             losses = guided_loss(eps_star, eps_theta, guidance)
         (losses.sum() / b).backward()
@@ -163,7 +163,7 @@ def plain_ascent(model: nn.Module, schedule: Schedule, x0: Tensor, t: Tensor, ep
     for _ in range(steps):
         eps = eps.detach().requires_grad_()
         xt = schedule.add_noise(x0, t, eps)
-        loss = (eps - predict_eps(model, xt, t)).square().flatten(1).sum(1)
+        loss = (eps - predict_eps(model, xt, t, schedule)).square().flatten(1).sum(1)
         loss.sum().backward()
         eps = norm(eps + omega * eps.grad)
         losses.append(loss.detach())

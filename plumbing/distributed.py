@@ -123,6 +123,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    """Print on rank 0, the first time."""
+    say(text)
+
+
 def cleanup() -> None:
     """Leave the process group, when every rank is here."""
     barrier()

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, Vect
 from test_unet import GOLDEN, filled
 
 from autoencoder import KL, VQ, first_stage_loss
-from checkpoints.diffusers_folder import first_stage_config, first_stage_names
+from checkpoints.diffusers_first_stage import first_stage_config, first_stage_weights
 from checkpoints.published import KL_F8, VQ_F4
 
 
@@ -53,9 +53,7 @@ def test_diffusers_with_the_same_weights(kind):
     config = first_stage_config(model, scaling_factor=1.0)
     assert config["down_block_types"] == ["DownEncoderBlock2D"] + ["AttnDownEncoderBlock2D"] * 2
     theirs = getattr(diffusers, config["_class_name"]).from_config(config).eval()
-    shapes, names = theirs.state_dict(), first_stage_names(model)
-    weights = {names[key]: value for key, value in model.state_dict().items()}
-    theirs.load_state_dict({name: value.view_as(shapes[name]) for name, value in weights.items()})
+    theirs.load_state_dict(first_stage_weights(model))
     latent, encoded = model.encode(x), theirs.encode(x)
     expected = encoded.latents if kind == "vq" else encoded.latent_dist.mode()
     torch.testing.assert_close(latent, expected, atol=1e-5, rtol=1e-4)
@@ -75,10 +73,9 @@ def test_published_sizes(cls, config, parameters, latent):
         assert z.shape[1:] == latent and model.decode(z).shape == (1, 3, 256, 256)
         their_class = getattr(diffusers, "VQModel" if cls is VQ else "AutoencoderKL")
         theirs = their_class.from_config(first_stage_config(model, 1.0)).state_dict()
-    names = first_stage_names(model)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    sizes = {names[key]: value.numel() for key, value in model.state_dict().items()}
-    assert sizes == {key: value.numel() for key, value in theirs.items()}
+    assert {key: value.shape for key, value in first_stage_weights(model).items()} == {
+        key: value.shape for key, value in theirs.items()}
 
 
 @pytest.mark.parametrize("kind", ["vq", "kl"])

@@ -18,11 +18,11 @@ from checkpoints.load import (
     built_in,
     load_network,
     load_source,
-    read_tensors,
     start_classifier,
 )
 from checkpoints.network import build, fingerprint, save_network
 from checkpoints.published import LINEAR
+from checkpoints.weights_file import read_tensors
 from classifier import from_unet
 from ddpm import Schedule
 from plumbing.options import InputError
@@ -229,8 +229,7 @@ def test_a_file_that_would_run_code(tmp_path, zipped, hide):
     assert victim.exists()
 
 
-@pytest.mark.parametrize("content", [
-    {"model": {"w": torch.ones(1)}}, {"w": torch.ones(1), "step": 3}, [torch.ones(1)], torch.ones(1)])
+@pytest.mark.parametrize("content", [[torch.ones(1)], torch.ones(1), {"step": 3}, {}, [], 5, {1: torch.ones(1)}])
 def test_not_a_flat_dict(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(InputError, match="a.pt: holds something else than a flat dict of tensors"):
@@ -246,8 +245,7 @@ def test_damaged_files(tiny, tmp_path, kind):
     else:
         torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
     whole = path.read_bytes()
-    cut = [whole[:n] for n in range(0, len(whole), len(whole) // 40)]
-    for content in [*cut, b"<!DOCTYPE html><html>", b"version https://git-lfs"]:
+    for content in [whole[:n] for n in range(0, len(whole), len(whole) // 40)]:
         path.write_bytes(content)
         with pytest.raises(InputError, match=f"{path.name}: not a file of weights that can be read safely"):
             read_tensors(path)

@@ -187,7 +187,7 @@ def test_learned_variance_is_ignored():
         a, b = (sample(model, SCHEDULE, shape, [0, 1], steps=5, eta=1) for model in (oracle, twice))
         assert a.equal(b)
     half = lambda x, t: oracle(x, t).bfloat16()
-    assert predict_eps(half, torch.zeros(1, 2), full(3, 1)).dtype == torch.float32
+    assert predict_eps(half, torch.zeros(1, 2), full(3, 1), SCHEDULE).dtype == torch.float32
 
 
 # ---- classifier guidance ---------------------------------------------------------------------------------------------

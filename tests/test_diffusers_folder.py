@@ -2,18 +2,22 @@
 
 import json
 import re
+import shutil
 
 import diffusers
 import pytest
 import torch
+from conftest import call
 from safetensors.torch import load_file, save_file
 from test_published import T, arch, randn
 
-from checkpoints.diffusers_folder import unet_config, unet_weights
+from checkpoints import export
+from checkpoints.diffusers_unet import unet_config, unet_weights
 from checkpoints.layouts import sources
 from checkpoints.load import load_source
 from checkpoints.network import build
 from checkpoints.published import ARCHITECTURES, LINEAR
+from ddpm import predict_eps
 from plumbing.options import InputError
 from unet import UNet
 
@@ -71,7 +75,7 @@ def test_diffusers_pipeline_folder(tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("time_embedding_type", "fourier"), ("resnet_time_scale_shift", "spatial"), ("num_class_embeds", 10),
+    ("time_embedding_type", "fourier"), ("resnet_time_scale_shift", "spatial"),
     ("act_fn", "gelu"), ("mid_block_scale_factor", 2), ("block_out_channels", [32, 48, 96]),
     ("down_block_types", ["SkipDownBlock2D"] * 3), ("up_block_types", ["UpBlock2D"] * 3),
     ("sample_size", [16, 24]), ("downsample_type", "fir"), ("upsample_type", "resnet"), ("attn_norm_num_groups", 8)])
@@ -85,25 +89,177 @@ def test_diffusers_options_that_are_not_here(tmp_path, key, value):
 
 def test_diffusers_folders_that_lack_something(tmp_path):
     theirs = diffusers_model()
-    with pytest.raises(InputError, match="nor one of diffusers"):
+    with pytest.raises(InputError, match="holds no network: .*no folder of diffusers"):
         load_source(str(tmp_path))
     theirs.save_pretrained(tmp_path / "unet")
     with pytest.raises(InputError, match="no scheduler_config.json .* add --arch ddpm256"):
         load_source(str(tmp_path))
     assert load_source(str(tmp_path), "ddpm256").schedule.config == LINEAR
-    diffusers.DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
-    says = "scheduler_config.json: prediction_type is 'v_prediction'; only 'epsilon' can be read"
-    with pytest.raises(InputError, match=says):
-        load_source(str(tmp_path))
-    diffusers.DDPMScheduler(beta_schedule="sigmoid").save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(InputError, match="beta_schedule is 'sigmoid'; only 'linear' or 'scaled_linear' or "):
-        load_source(str(tmp_path))
-    (tmp_path / "vqvae").mkdir()
-    with pytest.raises(InputError, match=r"a latent pipeline of diffusers \(vqvae/\)"):
-        load_source(str(tmp_path))
     (tmp_path / "unet" / "config.json").unlink()
     with pytest.raises(InputError, match="unet/config.json: .* cannot be read"):
         load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("config, says", [
+    (dict(prediction_type="flow"), "prediction_type is 'flow'; only 'epsilon' or 'v_prediction' or 'sample' can be read"),
+    (dict(beta_schedule="sigmoid"), "beta_schedule is 'sigmoid'; only 'linear' or 'scaled_linear' or "),
+    (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr is True"), (dict(trained_betas=[0.1]), "trained_betas"),
+    (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "FlowMatchEulerDiscreteScheduler, of a model that was not"),
+    (dict(num_train_timesteps="many"), "does not describe a network"), (dict(beta_start=None), "does not describe")])
+def test_schedules_that_are_not_here(tmp_path, config, says):
+    diffusers.DDPMPipeline(diffusers_model(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(InputError, match=says):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("config, says", [
+    (dict(num_class_embeds=10), "a class-conditional model"), (dict(class_embed_type="timestep"), "a class-conditional"),
+    (dict(_class_name="UNet2DConditionModel"), "a text-to-image model"),
+    (dict(_class_name="DiTTransformer2DModel"), "a DiTTransformer2DModel; of diffusers only UNet2DModel")])
+def test_models_that_are_named_for_what_they_are(tmp_path, config, says):
+    diffusers.DDPMPipeline(diffusers_model(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    file = tmp_path / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(InputError, match=f"config.json: {says}"):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("config", [
+    dict(resnet_time_scale_shift="scale_shift"), dict(add_attention=False), dict(sample_size=[16, 16]),
+    dict(resnet_time_scale_shift="scale_shift", attn_norm_num_groups=16),
+    dict(downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift", add_attention=False,
+         down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"],
+         up_block_types=["ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"])])
+def test_other_networks_of_diffusers_and_back(tmp_path, config):
+    theirs = diffusers_model(**config)
+    theirs.save_pretrained(tmp_path)
+    ours = load_source(str(tmp_path), "ddpm256").model
+    same_output(ours, theirs)
+    again = diffusers.UNet2DModel.from_config(unet_config(ours)).eval()
+    again.load_state_dict(unet_weights(ours))
+    same_output(ours, again)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_what_predicts_v_or_x0(tmp_path, kind):
+    """Also from its export, the same pictures as diffusers draws."""
+    pipeline = diffusers.DDIMPipeline(diffusers_model(), diffusers.DDIMScheduler(
+        prediction_type=kind, clip_sample=False, timestep_spacing="trailing", num_train_timesteps=20))
+    pipeline.save_pretrained(tmp_path / "theirs")
+    network, x = load_source(str(tmp_path / "theirs")), randn(2, 3, 16, 16)
+    for i in range(20):  # eps of both, at all noise levels
+        out = pipeline.unet(x, i).sample
+        step = pipeline.scheduler
+        step.set_timesteps(20)
+        expected = step.step(out, i, x)
+        t = torch.full((2,), i)
+        eps = predict_eps(network.model, x, t, network.schedule)
+        mine = network.schedule.reverse_step(x, t, t - 1, eps)
+        # diffusers takes alpha_bar_0 in place of 1 in the last step, unless set_alpha_to_one
+        torch.testing.assert_close(mine, expected.prev_sample, atol=2e-4, rtol=1e-4)
+    call(export.main, str(tmp_path / "theirs"), tmp_path / "again")
+    assert json.loads((tmp_path / "again/scheduler/scheduler_config.json").read_text())["prediction_type"] == kind
+    assert load_source(str(tmp_path / "again")).schedule.config == network.schedule.config
+
+
+VAES = {
+    "vqvae": lambda: diffusers.VQModel(down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+                                       up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"], norm_num_groups=8,
+                                       block_out_channels=[16, 32], num_vq_embeddings=32, sample_size=32, scaling_factor=0.5),
+    "vae": lambda: diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+                                           block_out_channels=[16, 32], norm_num_groups=8, latent_channels=4, sample_size=32)}
+
+
+@pytest.mark.parametrize("kind", VAES)
+@pytest.mark.parametrize("how", ["plain", "old names", "named"])
+def test_latent_pipelines(tmp_path, kind, how):
+    torch.manual_seed(1)
+    stage = VAES[kind]().eval()
+    channels = stage.config.latent_channels
+    unet = diffusers_model(in_channels=channels, out_channels=channels)
+    unet.save_pretrained(tmp_path / "unet")
+    stage.save_pretrained(tmp_path / kind)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    if how == "old names":
+        old_names(tmp_path / kind / "diffusion_pytorch_model.safetensors")
+    name = tmp_path / "unet" / "diffusion_pytorch_model.safetensors" if how == "named" else tmp_path
+    network = load_source(str(name))
+    assert network.image_size == 32 and network.scale_factor == stage.config.scaling_factor
+    same_output(network.model, unet) if channels == 3 else None
+    x = randn(2, 3, 32, 32).clamp(-1, 1)
+    with torch.no_grad():
+        encoded = stage.encode(x)
+        latents = (encoded.latents if kind == "vqvae" else encoded.latent_dist.mode()) * network.scale_factor
+        torch.testing.assert_close(network.encode(x), latents, atol=1e-5, rtol=1e-4)
+        decoded = stage.decode(latents / network.scale_factor).sample.clamp(-1, 1)
+        torch.testing.assert_close(network.decode(latents), decoded, atol=1e-5, rtol=1e-4)
+
+
+def test_a_first_stage_that_states_no_scaling_factor(tmp_path, capsys):
+    test_latent_pipelines(tmp_path, "vqvae", "plain")
+    file = tmp_path / "vqvae" / "config.json"
+    config = json.loads(file.read_text())
+    del config["scaling_factor"]
+    file.write_text(json.dumps(config))
+    assert load_source(str(tmp_path)).scale_factor == 1.0
+    assert "states no scaling_factor; taken as 1" in capsys.readouterr().out
+    file.write_text(json.dumps(dict(config, norm_type="spatial")))
+    with pytest.raises(InputError, match="norm_type is 'spatial'"):
+        load_source(str(tmp_path))
+    file.write_text(json.dumps(dict(config, _class_name="AutoencoderTiny")))
+    with pytest.raises(InputError, match="a AutoencoderTiny; only VQModel and AutoencoderKL"):
+        load_source(str(tmp_path))
+
+
+# ---- which files -------------------------------------------------------------------------------------------
+
+def test_variants_parts_and_averages(tmp_path, capsys):
+    theirs = diffusers_model()
+    theirs.save_pretrained(tmp_path / "fp16", variant="fp16")
+    same_output(load_source(str(tmp_path / "fp16"), "ddpm256").model, theirs)
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="200KB")
+    assert len(list((tmp_path / "parts").glob("*-of-*.safetensors"))) > 2
+    same_output(load_source(str(tmp_path / "parts"), "ddpm256").model, theirs)
+    next((tmp_path / "parts").glob("*-of-*.safetensors")).unlink()
+    with pytest.raises(InputError, match="parts: .* of the .* parts of the weights are there"):
+        load_source(str(tmp_path / "parts"), "ddpm256")
+    (tmp_path / "fp16" / "diffusion_pytorch_model.ema.safetensors").touch()
+    with pytest.raises(InputError, match="several variants, diffusion_pytorch_model.ema.safetensors, diffusion_pytor"):
+        load_source(str(tmp_path / "fp16"), "ddpm256")
+
+    diffusers.DDPMScheduler(num_train_timesteps=77).save_pretrained(tmp_path / "out" / "scheduler")
+    place = tmp_path / "out" / "checkpoint-500"
+    diffusers_model(dropout=0.1).save_pretrained(place / "unet")
+    average = diffusers_model()
+    average.conv_in.weight.data += 1
+    average.save_pretrained(place / "unet_ema")
+    (place / "optimizer.bin").touch()
+    network = load_source(str(place))
+    same_output(network.model, average)
+    assert network.schedule.timesteps == 77 and "averaged weights are taken, unet_ema/" in capsys.readouterr().out
+
+
+def test_a_folder_of_one_file_and_of_several(tmp_path, tiny):
+    (tmp_path / "one").mkdir()
+    shutil.copy(tiny.source, tmp_path / "one" / "anything.safetensors")
+    (tmp_path / "one" / "optimizer.pt").touch()
+    assert load_source(str(tmp_path / "one")).image_size == 16
+    shutil.copy(tiny.source, tmp_path / "one" / "other.safetensors")
+    with pytest.raises(InputError, match="one: several files of weights, anything.safetensors, other.safetensors; give"):
+        load_source(str(tmp_path / "one"))
+    shutil.copy(tiny.source, tmp_path / "one" / "model.safetensors")  # of pretrain.py
+    assert load_source(str(tmp_path / "one")).image_size == 16
+
+
+def test_a_run_and_its_export_are_no_sources(finished, tmp_path):
+    with pytest.raises(InputError, match="finished: a run of train_tan.py, which cannot be the source of another"):
+        load_source(str(finished))
+    call(export.main, finished, tmp_path / "export")
+    with pytest.raises(InputError, match="an export of this project that carries its code, or psi alone; give the run"):
+        load_source(str(tmp_path / "export"))
 
 
 def test_ho_port_with_the_weights_of_a_diffusers_model(tmp_path):

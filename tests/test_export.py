@@ -241,7 +241,7 @@ def test_bad_input(finished, tiny, tmp_path):
     odd = build(dict(network="UNet", config=dict(TINY, image_size=8),
                      first_stage=dict(network="KL", config=config)), "odd")
     save_network(tmp_path / "odd.safetensors", odd)
-    for model, says in (("nosuch", "nosuch: no such file"), (tiny.targets, "neither the folder of a run"),
+    for model, says in (("nosuch", "nosuch: no such file or folder; built-in are toyfaces"), (tiny.targets, "targets: holds no network: no run"),
                         (tmp_path / "odd.safetensors",
                          "odd.safetensors: this first stage cannot be exported .*ch_mult")):
         with pytest.raises(InputError, match=says):

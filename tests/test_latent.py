@@ -11,7 +11,8 @@ import pretrain
 import sample
 import train_tan
 from checkpoints import run_folder
-from checkpoints.load import load_network, load_source, read_tensors
+from checkpoints.load import load_network, load_source
+from checkpoints.weights_file import read_tensors
 from plumbing.options import InputError
 from plumbing.training import StopSignal
 

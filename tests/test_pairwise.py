@@ -128,7 +128,7 @@ def test_what_a_run_compares(train, tiny, tmp_path, monkeypatch):
     (xt, t, eps, x0), = seen
     shots, network = load_folder(tiny.targets, 16), load_source(str(tiny.source))
     assert all(any(x.equal(shot) for shot in torch.cat([shots, shots.flip(3)])) for x in x0)
-    torch.testing.assert_close(eps, predict_eps(network.model, xt, t))  # before the first step
+    torch.testing.assert_close(eps, predict_eps(network.model, xt, t, network.schedule))  # before the first step
     noise = (xt - network.schedule.at(t, x0).sqrt() * x0) / (1 - network.schedule.at(t, x0)).sqrt()
     assert abs(noise.std() - 1) < 0.1
 

@@ -7,8 +7,9 @@ import torch
 from conftest import call
 
 import pretrain
-from checkpoints.load import load_network, read_tensors
+from checkpoints.load import load_network
 from checkpoints.network import Network
+from checkpoints.weights_file import read_tensors
 from ddpm import predict_eps
 from plumbing.files import load_checkpoint, read_metrics
 from plumbing.options import InputError
@@ -105,11 +106,11 @@ def test_resumed_it_is_the_same_run(tmp_path, keep):
     """Also from a checkpoint as earlier versions wrote it: with the model's state, without the flags."""
     call(pretrain.main, "toyfaces", *TINY, "--iterations", 4, "--output-dir", tmp_path / "whole")
 
-    def killed(model, xt, t, left=[2]):
+    def killed(model, xt, t, schedule, left=[2]):
         left[0] -= 1
         if left[0] < 0:
             raise RuntimeError("killed")
-        return predict_eps(model, xt, t)
+        return predict_eps(model, xt, t, schedule)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(pretrain, "predict_eps", killed)
@@ -126,14 +127,14 @@ def test_resumed_it_is_the_same_run(tmp_path, keep):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_state_before_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "predict_eps", lambda model, xt, t: model(xt, t) * float("nan"))
+    monkeypatch.setattr(pretrain, "predict_eps", lambda model, xt, t, schedule: model(xt, t) * float("nan"))
     with pytest.raises(InputError, match="loss nan, .* at iteration 0; the state before it is in .*checkpoint.pt"):
         call(pretrain.main, "toyfaces", *TINY, "--iterations", 1, "--output-dir", tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 0
 
 
 def test_large_gradients_are_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "predict_eps", lambda model, xt, t: 1000 * model(xt, t) + 5)
+    monkeypatch.setattr(pretrain, "predict_eps", lambda model, xt, t, schedule: 1000 * model(xt, t) + 5)
     call(pretrain.main, "toyfaces", *TINY, "--iterations", 1, "--output-dir", tmp_path)
     moments = load_checkpoint(tmp_path / "checkpoint.pt")["optimizer"]["state"].values()
     norm = sum((moment["exp_avg"] / 0.1).square().sum() for moment in moments) ** 0.5  # Adam's first step: 0.1 g

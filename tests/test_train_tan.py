@@ -441,11 +441,11 @@ def memory_for(pictures, monkeypatch):
     """A device that runs out of memory where more pictures go through the network at once."""
     original, sizes = train_tan.predict_eps, []
 
-    def limited(model, xt, t):
+    def limited(model, xt, t, schedule):
         sizes.append(len(xt))
         if len(xt) > pictures:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, xt, t)
+        return original(model, xt, t, schedule)
     monkeypatch.setattr(train_tan, "predict_eps", limited)
     return sizes
 

@@ -22,10 +22,11 @@ class TANScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
-                 beta_schedule: str = "linear", clip_sample: bool = True):
+                 beta_schedule: str = "linear", clip_sample: bool = True, prediction_type: str = "epsilon"):
         ours = {"scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
         name = ours.get(beta_schedule, beta_schedule)
-        self.schedule = Schedule(name, num_train_timesteps, beta_start, beta_end)
+        prediction = dict(epsilon="eps", v_prediction="v", sample="x0")[prediction_type]
+        self.schedule = Schedule(name, num_train_timesteps, beta_start, beta_end, prediction)
         self.set_timesteps(num_train_timesteps)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -39,11 +40,11 @@ class TANScheduler(SchedulerMixin, ConfigMixin):
     def step(self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, eta: float = 0.0,
              generator: torch.Generator | list[torch.Generator] | None = None,
              return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
-        """x_s from x_t and eps (B, ...), s the next of `timesteps` after t, or no noise after the last."""
+        """x_s from x_t and what the network gives (B, ...), s the next of `timesteps` after t, or no noise after the last."""
         t = int(timestep)
         s = max((other for other in self.timesteps.tolist() if other < t), default=-1)
         t_batch, s_batch = (torch.full((len(sample),), i, device=sample.device) for i in (t, s))
         noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype) if eta != 0 else None
-        xs = self.schedule.reverse_step(sample, t_batch, s_batch, model_output, noise, eta,
-                                        self.config.clip_sample)
+        eps = self.schedule.to_eps(model_output, sample, t_batch)
+        xs = self.schedule.reverse_step(sample, t_batch, s_batch, eps, noise, eta, self.config.clip_sample)
         return SchedulerOutput(xs) if return_dict else (xs,)

@@ -1,0 +1,95 @@
+"""Networks by their name on the Hugging Face Hub: owner/name, owner/name@revision, owner/name/file.ckpt.
+
+Cache, offline mode, endpoint and tokens are huggingface_hub's: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from checkpoints.diffusers_folder import SUFFIXES, needed
+from plumbing.options import InputError
+
+NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<file>/[\w./-]+)?(@(?P<revision>[\w./-]+))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Names worth trying.
+KNOWN = ("google/ddpm-{celebahq,church,bedroom,cat}-256 and google/ddpm-ema-{celebahq,church,bedroom,cat}-256",
+         "google/ddpm-cifar10-32", "CompVis/ldm-celebahq-256 (latents)")
+
+
+def is_name(name: str) -> bool:
+    """Whether this can be the name of a network on the Hub, rather than of a file that is not there."""
+    found = NAME.fullmatch(name)
+    return bool(found) and name[0] != "." and (bool(found["file"]) or not name.endswith(SUFFIXES))
+
+
+def snapshot_in(folder: Path) -> Path:
+    """The files in a folder of huggingface_hub's cache, models--OWNER--NAME: of its main branch, or of the only
+    revision there is.  Any other folder as it is."""
+    if not (folder / "snapshots").is_dir():
+        return folder
+    kept = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    if main.is_file() and (there := folder / "snapshots" / main.read_text().strip()) in kept:
+        return there
+    if len(kept) != 1:
+        raise InputError(f"{folder}: has {len(kept)} revisions; give one of its folders snapshots/*")
+    return kept[0]
+
+
+def fetch(name: str) -> Path:
+    """The folder or file of a network on the Hub, in the cache; only what is read is downloaded.
+
+    Raises InputError, in one line: there is no such repository, it is gated, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+    if os.environ.get("RANK", "0") != "0":
+        disable_progress_bars()
+    asked = NAME.fullmatch(name)
+    repo, file, revision = asked["repo"], asked["file"], asked["revision"]
+    if revision and COMMIT.fullmatch(revision) and (there := _cached(repo, file, revision)):
+        return there  # a commit does not change: nothing has to be asked
+    try:
+        files = HfApi().list_repo_files(repo, revision=revision)
+        wanted = [file[1:]] if file else needed(files)
+        if not set(wanted) & set(files):
+            raise InputError(f"{name}: has no such file" if file else f"{name}: holds no weights that are known here")
+        return _inside(Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)), file)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
+    except errors.GatedRepoError:
+        raise InputError(f"{name}: is gated; accept its terms at https://huggingface.co/{repo}, then hf auth login "
+                         "(or HF_TOKEN)") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{name}: no such file or folder here, and no such repository on the Hugging Face Hub (or a "
+                         "private one: hf auth login)") from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{name}: the repository has no revision {revision}") from None
+    except Exception as error:  # without a network, of the types of whichever library it speaks HTTP with
+        if there := _cached(repo, file, revision):
+            return there
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+        raise InputError(f"{name}: no such file or folder here, not whole in the cache of huggingface_hub, and the "
+                         f"Hugging Face Hub cannot be asked ({reason})") from None
+
+
+def _cached(repo: str, file: str | None, revision: str | None) -> Path | None:
+    """The folder or file in the cache; None unless all that is read is there."""
+    from huggingface_hub import errors, snapshot_download
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        return _inside(folder, file) if (file and file[1:] in names) or (not file and needed(names)) else None
+    except (errors.LocalEntryNotFoundError, InputError):
+        return None
+
+
+def _inside(folder: Path, file: str | None) -> Path:
+    return folder / file[1:] if file else folder
+
+
+def pinned(name: str, path: Path) -> str:
+    """The name with the commit that its files in the cache are of."""
+    commit = path.parts[path.parts.index("snapshots") + 1]
+    return f"{name.partition('@')[0]}@{commit}"
