@@ -11,6 +11,7 @@ from checkpoints.diffusers_folder import SUFFIXES, needed
 from plumbing.options import InputError
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<file>/[\w./-]+)?(@(?P<revision>[\w./-]+))?")
+TIMEOUT = 20  # seconds
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Names worth trying.
 KNOWN = ("google/ddpm-{celebahq,church,bedroom,cat}-256 and google/ddpm-ema-{celebahq,church,bedroom,cat}-256",
@@ -51,7 +52,8 @@ def fetch(name: str) -> Path:
     if revision and COMMIT.fullmatch(revision) and (there := _cached(repo, file, revision)):
         return there  # a commit does not change: nothing has to be asked
     try:
-        files = HfApi().list_repo_files(repo, revision=revision)
+        listed = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
+        files = [entry.rfilename for entry in listed.siblings]
         wanted = [file[1:]] if file else needed(files)
         if not set(wanted) & set(files):
             raise InputError(f"{name}: has no such file" if file else f"{name}: holds no weights that are known here")
@@ -75,14 +77,17 @@ def fetch(name: str) -> Path:
 
 
 def _cached(repo: str, file: str | None, revision: str | None) -> Path | None:
-    """The folder or file in the cache; None unless all that is read is there."""
-    from huggingface_hub import errors, snapshot_download
+    """The folder or file in the cache, for a client that is offline; None unless all that is read is there."""
+    from huggingface_hub import constants
+    kept = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    ref = kept / "refs" / (revision or "main")
+    folder = kept / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision or "main")
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        return _inside(folder, file) if (file and file[1:] in names) or (not file and needed(names)) else None
-    except (errors.LocalEntryNotFoundError, InputError):
+        whole = file[1:] in names if file else needed(names)
+    except InputError:  # parts are missing
         return None
+    return _inside(folder, file) if whole else None
 
 
 def _inside(folder: Path, file: str | None) -> Path:
