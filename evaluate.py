@@ -53,7 +53,7 @@ from plumbing.options import (
     run,
     short,
 )
-from plumbing.pictures import ImageFolder
+from plumbing.picture_folder import ImageFolder
 from plumbing.progress import bar
 
 COLUMNS = ("target", "kept", "covered", "toy FID", "toy KID", "toy Intra-LPIPS", "memorised")
@@ -144,7 +144,7 @@ def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callab
 
     own = run_folder.load_run(folder, run_folder.stages(folder)[0]["iteration"])[0].image_size
     size = options.folders.size or max(32, own)
-    targets, _ = domains.training_images(run["target"], size, run.get("hold_out", 0))
+    targets, _ = domains.training_images(run["target"], size, run.get("hold_out", 0), run.get("recursive", False))
     score = comparison(options.folders, targets, reference_of(options.folders, size), size, device)
 
     def compared(iteration: int) -> dict[str, float]:
@@ -218,7 +218,7 @@ def score_folders(options: Folders, device: torch.device) -> None:
 
 def reference_of(options: Folders, size: int) -> ImageFolder | None:
     """The pictures of --reference, if it is given; InputError if there is only one."""
-    reference = ImageFolder(options.reference, size) if options.reference else None
+    reference = ImageFolder(options.reference, size, recursive=True) if options.reference else None
     if reference and len(reference) < 2:
         raise InputError(f"--reference {options.reference}: has one picture; FID and KID need at least two")
     return reference

@@ -19,7 +19,7 @@ samples.png as training goes, metrics.jsonl, loss.png and checkpoint.pt, from wh
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,8 @@ from plumbing.options import (
     positive,
     run,
 )
-from plumbing.pictures import ImageFolder, save_grid, to_tensor
+from plumbing.picture_folder import ImageFolder
+from plumbing.pictures import save_grid, to_tensor
 from plumbing.seeds import generator
 from plumbing.training import EMA, Loop, cosine_decay, warmup
 
@@ -243,20 +244,23 @@ def untrained(options: Options) -> Network:
     return network
 
 
-def load_pictures(options: Options) -> tuple[Batch, int]:
-    """The pictures to learn from, and how many there are.  Those of a folder have no labels."""
+def load_pictures(options: Options) -> tuple[Batch, int, Callable[[Iterable[list[int]]], None] | None]:
+    """The pictures to learn from, how many there are, and what may be told which will be asked for.
+
+    Those of a folder have no labels.
+    """
     size, network = options.data.size, options.network
     if options.source in domains.SOURCES:
         draw = domains.draw_family if network == "judge" else domains.draw
         drawn = draw(options.source, options.data.images, options.training.seed, size,
                      distributed.rank() == 0)
         pixels, labels = (torch.from_numpy(values) for values in drawn)
-        return (lambda indices: (to_tensor(pixels[indices]), labels[indices])), len(pixels)
+        return (lambda indices: (to_tensor(pixels[indices]), labels[indices])), len(pixels), None
     if network in CLASSIFIERS:
         raise InputError(f"--network {network} learns attributes, which only built-in sources have: "
                          f"{', '.join(domains.SOURCES)}")
-    folder = ImageFolder(options.source, size)
-    return (lambda indices: (folder.batch(indices), None)), len(folder)
+    folder = ImageFolder(options.source, size, recursive=True, skip=True)
+    return (lambda indices: (folder.batch(indices), None)), len(folder), folder.read_ahead
 
 
 def encode_all(batch_of: Batch, n: int, network: Network, flip: bool, device: torch.device) -> Tensor:
@@ -310,10 +314,10 @@ def latent_shape(network: Network, x0: Tensor) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def show(out: Path, network: Network, ema: EMA, batch_of: Batch, n: int) -> None:
+def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
     """model.safetensors (of the running average), samples.png and loss.png.
 
-    A first stage shows what becomes of the first of the n pictures.
+    A first stage shows what becomes of these pictures (N, 3, H, W).
     """
     if distributed.rank() != 0:
         return
@@ -324,7 +328,7 @@ def show(out: Path, network: Network, ema: EMA, batch_of: Batch, n: int) -> None
     if network.description["network"] == "UNet":
         save_grid(out / "samples.png", network.sample(range(64)), columns=16)
     elif network.description["network"] in FIRST_STAGES:  # pictures above, what comes back below
-        device, images = next(model.parameters()).device, batch_of(torch.arange(min(16, n)))[0]
+        device = next(model.parameters()).device
         decoded = model.decode(model.encode(images.to(device))).cpu()
         save_grid(out / "samples.png", torch.cat([images, decoded]), columns=len(images))
     model.train()
@@ -352,7 +356,8 @@ def main() -> None:
         torch.set_num_threads(training.threads)
     state = resumed(out, options) if options.resume else None
     network = untrained(options)
-    batch_of, n = load_pictures(options)
+    batch_of, n, read_ahead = load_pictures(options)
+    shown = batch_of(torch.arange(min(16, n)))[0]
     network.to(device)
     latents = encode_all(batch_of, n, network, options.data.flip, device) if network.first_stage else None
     model, schedule, b = network.model.train(), network.schedule, training.batch_size
@@ -378,14 +383,21 @@ def main() -> None:
 
     def after(done: int, saved: bool) -> None:
         if saved or done == training.iterations:
-            show(out, network, ema, batch_of, n)
+            show(out, network, ema, shown)
 
     loop = Loop(out, options.network, training.iterations, training.save_every, b, parameters, optimizer, ema,
                 learning_rate, device, state, dict(options=flat(options)), after)
     mine = distributed.share(b)
-    for iteration in loop:
+
+    def chosen(iteration: int) -> tuple[torch.Generator, Tensor]:
+        """Pictures of an iteration, and the generator of what else is random in it."""
         g = generator(training.seed, iteration)                            # every rank draws the global batch
-        indices = torch.randint(n, (b,), generator=g)[mine]
+        return g, torch.randint(n, (b,), generator=g)[mine]
+
+    if read_ahead and latents is None:
+        read_ahead(chosen(iteration)[1].tolist() for iteration in range(loop.start, training.iterations))
+    for iteration in loop:
+        g, indices = chosen(iteration)
         t = torch.randint(noisiest, (b,), generator=g)[mine].to(device)
         mirrored = (torch.rand(b, generator=g)[mine] < 0.5) & options.data.flip
         if latents is None:

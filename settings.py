@@ -138,6 +138,8 @@ class Options:
     arch: Unset[str] = None
     """Network of a published file whose shapes do not show it: a name, or a JSON file.
     The names are listed by python -m checkpoints."""
+    recursive: bool = False
+    """Take the pictures in subfolders of the target, too."""
     method: Annotated[Literal[tuple(METHODS)], tyro.conf.arg(
         help="; ".join(f"{name}: {method.text} ({method.loss})" for name, method in METHODS.items()) + ".",
     )] = "tan"

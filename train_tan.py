@@ -210,7 +210,8 @@ def main() -> None:
     asked, options = options, settings.suited(options, source)
     settings.check(options, typed, source)
     source.precision = options.precision
-    targets, held_out = domains.training_images(options.target, source.image_size, options.hold_out)
+    targets, held_out = domains.training_images(options.target, source.image_size, options.hold_out,
+                                                options.recursive)
     classifier_targets, begins = classifier_inputs(source, targets, options)
     identity = run_folder.identity(source, torch.cat([targets, held_out]), settings.compared(options))
     state = run_folder.open_run(out, flat(options), identity)  # what a resumed run goes on from

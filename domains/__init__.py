@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from domains import churches, faces, paintings
+from plumbing import distributed
 from plumbing.options import InputError
-from plumbing.pictures import ImageFolder, load_folder, to_tensor
+from plumbing.picture_folder import ImageFolder, load_folder
+from plumbing.pictures import to_tensor
 
 # source -> what samples its scenes
 SOURCES = {"toyfaces": faces.sample_face, "toychurches": churches.sample_church}
@@ -106,25 +108,26 @@ def drawn_by(source: str) -> str | None:
     return domain if domain in SOURCES else None
 
 
-def target_images(name_or_folder: str | Path, size: int) -> torch.Tensor:
+def target_images(name_or_folder: str | Path, size: int, recursive: bool = False) -> torch.Tensor:
     """The pictures to adapt to: the ten of a built-in target, all of a folder -> float32 (N, 3, size, size).
 
-    A built-in name wins over a folder of that name; `./sunglasses` means the folder.  Raises InputError for
-    neither, and as pictures.load_folder does.
+    A built-in name wins over a folder of that name, and says so; `./sunglasses` means the folder.  Raises
+    InputError for neither, and as load_folder does.
     """
     if name_or_folder in TARGETS:
+        _say_which(name_or_folder)
         return to_tensor(ten_shots(name_or_folder, size=size)[0])
     _need_folder(name_or_folder, "target", TARGETS)
-    return load_folder(name_or_folder, size)
+    return load_folder(name_or_folder, size, recursive)
 
 
-def training_images(name_or_folder: str | Path, size: int,
-                    hold_out: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def training_images(name_or_folder: str | Path, size: int, hold_out: int = 0,
+                    recursive: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """`target_images`, those to train on and the last `hold_out`, which are kept from training.
 
     Raises InputError if that leaves fewer than two to train on, and as target_images does.
     """
-    images = target_images(name_or_folder, size)
+    images = target_images(name_or_folder, size, recursive)
     kept = len(images) - hold_out
     if hold_out and kept < 2:
         raise InputError(f"--hold-out {hold_out}: {name_or_folder} has {len(images)} pictures; at least 2 "
@@ -135,15 +138,23 @@ def training_images(name_or_folder: str | Path, size: int,
 def source_images(name_or_folder: str | Path, n: int, size: int, seed: int) -> torch.Tensor:
     """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else from a folder.
 
-    From a folder they are distinct, and all there are if fewer than n. The same seed gives the same pictures.
+    From a folder and its subfolders they are distinct, and all there are if fewer than n.  The same seed gives
+    the same pictures.
     Raises InputError as target_images does.
     """
     if name_or_folder in SOURCES:
+        _say_which(name_or_folder)
         return to_tensor(draw(name_or_folder, n, seed, size=size)[0])
     _need_folder(name_or_folder, "source", SOURCES)
-    folder = ImageFolder(name_or_folder, size)
+    folder = ImageFolder(name_or_folder, size, recursive=True)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed))
     return folder.batch(order[:n])
+
+
+def _say_which(name: str) -> None:
+    """Says so if a built-in name is taken beside a folder of that name."""
+    if Path(name).is_dir():
+        distributed.say_once(f"note: the built-in {name} is taken; for the folder here give ./{name}")
 
 
 def _need_folder(name: str | Path, role: str, built_in: Collection[str]) -> None:

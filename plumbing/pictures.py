@@ -1,26 +1,32 @@
-"""Pictures in, tensors out: image files and folders of them; and a grid of pictures as one PNG.
+"""Pictures in, tensors out: image files of nearly any kind; and a grid of pictures as one PNG.
 
 Everything returned here is float32 (N, 3, size, size) in [-1, 1] unless it says uint8.
 """
 
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from plumbing.files import write_atomic
 from plumbing.options import InputError
 
+pillow_heif.register_heif_opener()  # the photos of phones
+# Colour profiles and texts beside a picture may be large; Pillow's limits take that for an attack.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
 # Pillow "opens" these without decoding them, except for EPS and WMF, which it hands to another program.
 NOT_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in set(Image.OPEN) - NOT_PICTURES}
 FORMATS = sorted(set(Image.OPEN) - NOT_PICTURES)
-CACHE_BYTES = 512 * 2**20
+ORIENTATION = 0x0112  # the tag of EXIF; its values and what turns the picture upright:
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
 
 
 def to_tensor(pixels: np.ndarray | Tensor) -> Tensor:
@@ -40,6 +46,16 @@ def read_array(path: str | Path) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB")))
 
 
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Width and height, without decoding; InputError for what is no picture."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception:  # as in read_pixels, which says what is wrong
+        read_pixels(path, 1)
+        raise
+
+
 def load_image(path: str | Path, size: int) -> Tensor:
     """One image file -> float32 (3, size, size) in [-1, 1].
 
@@ -53,6 +69,7 @@ def read_pixels(path: str | Path, size: int) -> Tensor:
     """As load_image, but as a uint8 tensor (size, size, 3)."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of faulty EXIF
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 # Before decoding: turning it upright does not change the shorter side.
@@ -60,12 +77,13 @@ def read_pixels(path: str | Path, size: int) -> Tensor:
                     raise InputError(f"{path}: too small ({image.width}x{image.height}) for size {size}; "
                                      f"its shorter side must be at least {(size + 1) // 2} pixels")
                 image.load()
-                upright = _to_rgb(ImageOps.exif_transpose(image), path)
+                upright = _to_rgb(_upright(image), path)
                 square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        what = "a link to what is not there" if Path(path).is_symlink() else "no such file"
+        raise InputError(f"{path}: {what}") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; give an image file") from None
     except PermissionError:
@@ -79,6 +97,15 @@ def read_pixels(path: str | Path, size: int) -> Tensor:
         cause = " ".join(str(error).split())
         raise InputError(f"{path}: broken or truncated image ({cause}); remove or replace it") from error
     return torch.from_numpy(np.array(square))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its orientation says; whatever else is in its EXIF, however faulty, does not matter."""
+    try:
+        turn = image.getexif().get(ORIENTATION)
+    except Exception:  # Pillow raises nearly every type there is on damaged EXIF
+        return image
+    return image.transpose(UPRIGHT[turn]) if isinstance(turn, int) and turn in UPRIGHT else image
 
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
@@ -102,70 +129,6 @@ def _wide_grey(image: Image.Image, path: Path) -> Image.Image:
         raise InputError(f"{path}: grey values from {values.min():g} to {values.max():g} have no known "
                          "white; save it with 8 or 16 bits a pixel, or as floats in 0..1")
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """Paths of the image files right in `folder`, by suffix, sorted, hidden ones left out.
-
-    Raises InputError for what is not a folder with at least one of them.
-    """
-    folder = Path(folder)
-    try:
-        paths = sorted(path for path in folder.iterdir() if _is_image(path))
-    except FileNotFoundError:
-        raise InputError(f"{folder}: no such folder") from None
-    except NotADirectoryError:
-        raise InputError(f"{folder}: is a file; give a folder of images") from None
-    except PermissionError:
-        raise InputError(f"{folder}: cannot be read, permission denied; check its permissions") from None
-    if not paths:
-        if deeper := next((path.parent for path in folder.rglob("*") if _is_image(path)), None):
-            raise InputError(f"{folder}: no images in this folder itself, only in its subfolders; "
-                             f"give one of them, such as {deeper}")
-        raise InputError(f"{folder}: no images in this folder (.png, .jpg, .webp, .tif and the like)")
-    return paths
-
-
-def load_folder(folder: str | Path, size: int) -> Tensor:
-    """All images of `folder` by name -> float32 (N, 3, size, size), all in memory.
-
-    Raises InputError as list_images and load_image do.
-    """
-    return torch.stack([load_image(path, size) for path in list_images(folder)])
-
-
-class ImageFolder:
-    """A folder of any size, read as needed: `folder[i]` is one picture, float32 (3, size, size).
-
-    Decoded images stay in memory if all of them fit in CACHE_BYTES.  Raises InputError as list_images and
-    load_image do.
-    """
-
-    def __init__(self, folder: str | Path, size: int) -> None:
-        self.paths, self.size = list_images(folder), size
-        self.cache = {} if len(self.paths) * size * size * 3 <= CACHE_BYTES else None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def _pixels(self, i: int) -> Tensor:
-        path = self.paths[i]
-        if self.cache is None:
-            return read_pixels(path, self.size)
-        if path not in self.cache:
-            self.cache[path] = read_pixels(path, self.size)
-        return self.cache[path]
-
-    def __getitem__(self, i: int) -> Tensor:
-        return to_tensor(self._pixels(i)[None])[0]
-
-    def batch(self, indices: Iterable[int]) -> Tensor:
-        """indices (B,), tensor or list -> float32 (B, 3, size, size)."""
-        return to_tensor(torch.stack([self._pixels(int(i)) for i in indices]))
 
 
 def save_grid(path: Path, images: Tensor, columns: int, gap_after: int | None = None,

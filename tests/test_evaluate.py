@@ -23,7 +23,8 @@ from domains import judge
 from metrics import intra_lpips
 from plumbing import distributed
 from plumbing.options import InputError
-from plumbing.pictures import load_folder, to_tensor
+from plumbing.picture_folder import load_folder
+from plumbing.pictures import to_tensor
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from checkpoints.load import load_source
 from ddpm import Schedule, predict_eps
 from plumbing.files import load_checkpoint, read_metrics
 from plumbing.options import InputError
-from plumbing.pictures import load_folder
+from plumbing.picture_folder import load_folder
 from settings import Options
 
 

@@ -1,23 +1,17 @@
 """Every kind of picture a user may bring, with values checked, and every way it can be wrong."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from plumbing import pictures
+from plumbing import picture_folder
 from plumbing.options import InputError
-from plumbing.pictures import (
-    ImageFolder,
-    list_images,
-    load_folder,
-    load_image,
-    read_pixels,
-    to_tensor,
-    to_uint8,
-)
+from plumbing.picture_folder import ImageFolder, list_images, load_folder
+from plumbing.pictures import load_image, read_pixels, to_tensor, to_uint8
 
 
 def grey_value(image):
@@ -48,7 +42,7 @@ def png(tmp_path):
     """Function that writes an 8x8 picture of one colour and returns its path."""
     def write(name="a.png", colour=(255, 0, 0), size=(8, 8), mode="RGB"):
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.new(mode, size, colour).save(path)
         return path
     return write
@@ -200,7 +194,7 @@ def test_missing_and_folder_and_permissions(tmp_path, png, monkeypatch):
         def refuse(*_, **__):
             raise PermissionError(13, "Permission denied")
         monkeypatch.setattr(Image, "open", refuse)
-        monkeypatch.setattr(pictures.Path, "iterdir", refuse)
+        monkeypatch.setattr(picture_folder.Path, "iterdir", refuse)
     tmp_path.chmod(0o300)
     fails(lambda: load_image(path, 8), path, "permission denied")
     fails(lambda: list_images(tmp_path), tmp_path, "permission denied")
@@ -237,23 +231,131 @@ def test_load_folder(tmp_path, png):
     assert [round(image.mean().item(), 1) for image in images] == [-1, 0, 1]
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_image_folder(tmp_path, png, monkeypatch, cached):
+@pytest.mark.parametrize("kept", [True, False])
+def test_image_folder(tmp_path, png, monkeypatch, kept):
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(pictures, "CACHE_BYTES", 4 * 8 * 8 * 3 - (not cached))
+    monkeypatch.setattr(picture_folder, "MEMORY", 4 * 8 * 8 * 3 - (not kept))
     reads, read = [], read_pixels
-    monkeypatch.setattr(pictures, "read_pixels", lambda path, size: reads.append(path) or read(path, size))
+    monkeypatch.setattr(picture_folder, "read_pixels", lambda path, size: reads.append(path) or read(path, size))
     folder = ImageFolder(tmp_path, 8)
     assert len(folder) == 4 and not reads
     every = torch.stack([folder[i] for i in range(4)])
     assert torch.equal(folder.batch(torch.tensor([2, 0, 2])), every[[2, 0, 2]])
     assert torch.equal(folder.batch([-1]), every[3:])
-    assert len(reads) == (4 if cached else 8)
+    assert len(reads) == (4 if kept else 8)
     assert torch.equal(every, load_folder(tmp_path, 8))
     with pytest.raises(IndexError):
         folder[4]
+
+
+def many(folder, n=100):
+    """A folder of so many pictures, of which three are damaged or too small."""
+    folder.mkdir()
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    (folder / "010.png").write_bytes((folder / "010.png").read_bytes()[:-300])
+    (folder / "020.png").write_text("<html>")
+    Image.new("RGB", (3, 9)).save(folder / "030.png")
+    return folder
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_damaged_pictures_are_left_out_and_named(tmp_path, monkeypatch, capfd, kept):
+    sound = ImageFolder(many(tmp_path / "a"), 8).batch([9, 11, 19, 31])
+    monkeypatch.setattr(picture_folder, "MEMORY", 10**9 if kept else 0)
+    folder = ImageFolder(tmp_path / "a", 8, skip=True)
+    assert len(folder) == (97 if kept else 98)  # that the end of 010.png is missing shows only when it is read
+    places = [folder.paths.index(tmp_path / "a" / f"{i:03d}.png") for i in (9, 11, 19, 31)]
+    assert folder.batch(places).equal(sound)
+    order = [[3, 1], [9, 10], places]
+    expected = [folder.batch(indices) for indices in order]
+    folder.read_ahead(order)
+    state = torch.random.get_rng_state()
+    assert all(folder.batch(indices).equal(batch) for indices, batch in zip(order, expected, strict=True))
+    assert torch.random.get_rng_state().equal(state)
+    said = "".join(capfd.readouterr())
+    assert all(f"left out: {tmp_path}/a/{name}.png: " in said for name in ("010", "020", "030"))
+    with pytest.raises(InputError, match="010.png: broken or truncated image"):
+        ImageFolder(tmp_path / "a", 8).batch([10])
+
+
+def test_a_folder_of_nothing_but_damaged_pictures(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_text("x")
+    with pytest.raises(InputError, match="none of its 3 pictures can be read"):
+        ImageFolder(tmp_path, 8, skip=True)
+
+
+def test_what_is_left_out_is_named(tmp_path, png, capsys):
+    png("a.jpg")
+    for name in ("b.CR2", "c.cr2", "photo", "d.jpeg?width=640", ".hidden", "Thumbs.db"):
+        (tmp_path / name).touch()
+    png("sub/e.png"), png("sub/deep/f.png")
+    assert list_images(tmp_path, remedy="do this") == [tmp_path / "a.jpg"]
+    assert capsys.readouterr().out == (f"note: {tmp_path}: left out are 2 .cr2 (b.CR2), 1 .jpeg?width=640 (d.jpeg?width=640),"
+                                       f" 1 without suffix (photo); 2 more pictures in subfolders, such as {tmp_path}/sub/deep:"
+                                       " do this\n")
+    assert [path.name for path in list_images(tmp_path, recursive=True)] == ["a.jpg", "f.png", "e.png"]
+    (tmp_path / "a.jpg").unlink()
+    fails(lambda: list_images(tmp_path), "no images in this folder", "it holds 2 .cr2", "2 pictures in subfolders")
+
+
+def test_a_wide_picture_loses_more_than_a_third(tmp_path, png, capsys):
+    png("a.png", size=(8, 12)), png("b.png", size=(24, 16)), png("c.png", size=(8, 13))
+    load_folder(tmp_path, 8)
+    assert "1 of 3 pictures lose more than a third" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix, kind", [("heic", "HEIF"), ("HIF", "HEIF"), ("avif", "AVIF")])
+def test_photos_of_phones(tmp_path, suffix, kind):
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:, :32] = 200, 30, 30
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", kind, quality=95)
+    red, black = load_folder(tmp_path, 32)[0].split(16, dim=2)
+    assert red[0, :, :12].mean() > 0.4 and black[0, :, 4:].mean() < -0.9
+
+
+# Faulty EXIF: an orientation among tags that no program could have meant
+
+def exif(*entries, more=b""):
+    """The bytes of an EXIF block; entries: (tag, type, count, value of four bytes)."""
+    body = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + body + struct.pack("<I", 0) + more
+
+
+TURNED = (0x0112, 3, 1, b"\6\0\0\0")
+
+
+@pytest.mark.parametrize("block", [
+    exif(TURNED), exif(TURNED, (0x010F, 2, 9999, b"\xff\xff\0\0")), exif(TURNED, (0x011A, 5, 1, b"\xff\xff\xff\0")),
+    exif((0x011A, 5, 1, b"\x26\0\0\0"), TURNED, more=struct.pack("<ii", -1, 0)), exif(TURNED, (0x8769, 4, 1, b"\xff" * 4)),
+    exif(TURNED, (0x0100, 12, 3, b"\0" * 4)), exif(TURNED, (0xA000, 13, 1, b"\1\2\3\4")),
+    exif((0x010E, 4, 1, b"\1\0\0\0"), TURNED), exif(TURNED, (0x0131, 3, 1, b"\1\0\0\0"))])
+def test_orientation_beside_faulty_tags(tmp_path, block):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=block, quality=95)
+    image = load_image(tmp_path / "a.jpg", 32)
+    assert image[:, :, 20:].mean() > 0.9 and image[:, :, :12].mean() < -0.9  # white, which was on top, is to the right
+
+
+@pytest.mark.parametrize("block", [b"", b"Exif\0\0", b"Exif\0\0II*", exif((0x0112, 2, 4, b"six\0")), exif((0x0112, 3, 1, b"\x63\0\0\0")),
+                                   exif((0x0112, 5, 1, b"\xff" * 4)), b"nonsense" * 9])
+def test_exif_without_a_sound_orientation(tmp_path, block):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=block, quality=95)
+    assert load_image(tmp_path / "a.jpg", 32)[:, :12].mean() > 0.9
+
+
+def test_a_large_profile_and_a_large_text(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("prompt", "x" * 5_000_000, zip=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", pnginfo=info, icc_profile=bytes(3_000_000))
+    assert colour(load_image(tmp_path / "a.png", 8)) == [255, 0, 0]
 
 
 # Tensors

@@ -23,7 +23,7 @@ from checkpoints.network import save_network
 from classifier import guided_loss
 from plumbing.files import load_checkpoint
 from plumbing.options import InputError
-from plumbing.pictures import load_folder
+from plumbing.picture_folder import load_folder
 from plumbing.seeds import generator
 from settings import METHODS
 

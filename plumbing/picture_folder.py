@@ -1,0 +1,199 @@
+"""Folders of pictures: which files are taken and which are left out, and reading many.
+
+Everything returned here is float32 (N, 3, size, size) in [-1, 1] unless it says uint8.
+"""
+
+import collections
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plumbing import distributed, progress
+from plumbing.options import InputError
+from plumbing.pictures import SUFFIXES, load_image, read_pixels, size_of, to_tensor
+
+MEMORY = 512 * 2**20  # bytes of decoded pictures that are kept
+AHEAD = 4  # batches
+JUNK = {"thumbs.db", "desktop.ini", "__macosx"}  # of file managers; hidden files are not named either
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and its subfolders, hidden ones and junk left out."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_junk(name)]
+        yield from (Path(place) / name for name in names if not _is_junk(name))
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def list_images(folder: str | Path, recursive: bool = False, remedy: str = "") -> list[Path]:
+    """Paths of the image files in `folder`, by suffix, sorted; says what else is there and left out.
+
+    recursive   those in subfolders, too
+    remedy      what to do about pictures in subfolders
+    Raises InputError for what is not a folder with at least one of them.
+    """
+    folder = Path(folder)
+    try:
+        right_here = {path for path in folder.iterdir() if not _is_junk(path.name)}
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no such folder") from None
+    except NotADirectoryError:
+        raise InputError(f"{folder}: is a file; give a folder of images") from None
+    except PermissionError:
+        raise InputError(f"{folder}: cannot be read, permission denied; check its permissions") from None
+    below = sorted(files_below(folder))
+    taken = sorted(path for path in below if _is_image(path) and (recursive or path in right_here))
+    deeper = [path for path in below if _is_image(path) and path not in right_here] if not recursive else []
+    left_out = describe_left_out([path for path in below if not _is_image(path) and (recursive or path in right_here)])
+    if deeper:
+        what = f"{len(deeper)} {'more ' if taken else ''}pictures in subfolders, such as {deeper[0].parent}"
+        left_out = "; ".join(filter(None, (left_out, what + (f": {remedy}" if remedy else ""))))
+    if not taken:
+        there = f"; it holds {left_out}" if left_out else ""
+        raise InputError(f"{folder}: no images in this folder (.jpg, .png, .heic, .webp, .tif and the like){there}")
+    if left_out:
+        distributed.say_once(f"note: {folder}: left out are {left_out}")
+    return taken
+
+
+def describe_left_out(paths: list[Path]) -> str:
+    """How many files of which kinds, and an example of each: "8 .cr2 (IMG_1.CR2)"; empty if there are none."""
+    kinds = collections.Counter(path.suffix.lower() for path in paths)
+    examples = {path.suffix.lower(): path.name for path in reversed(paths)}
+    return ", ".join(f"{n} {kind or 'without suffix'} ({examples[kind]})" for kind, n in kinds.most_common(5))
+
+
+def load_folder(folder: str | Path, size: int, recursive: bool = False) -> Tensor:
+    """All images of `folder` by name, all in memory.
+
+    Says how many lose more than a third by being cut to a square.  Raises InputError as list_images and
+    load_image do.
+    """
+    paths = list_images(folder, recursive, remedy="--recursive takes them")
+    images = torch.stack([load_image(path, size) for path in paths])
+    cut = sum(3 * min(shape) < 2 * max(shape) for shape in map(size_of, paths))
+    if cut:
+        distributed.say_once(f"note: {folder}: {cut} of {len(paths)} pictures lose more than a third in being cut to "
+                             "their centre square")
+    return images
+
+
+class ImageFolder:
+    """A folder of any size, read as needed: `folder[i]` is one picture, float32 (3, size, size).
+
+    recursive   with the pictures in subfolders
+    skip        leave damaged pictures out, and say which.  All that can be kept in memory are looked at now, of
+                the others the first bytes; one that turns out to be damaged later is replaced by the next.
+
+    Raises InputError as list_images and, without `skip`, load_image do.
+    """
+
+    def __init__(self, folder: str | Path, size: int, recursive: bool = False, skip: bool = False) -> None:
+        self.paths, self.size, self.skip = list_images(folder, recursive), size, skip
+        self.kept: dict[Path, Tensor] = {}
+        self.keep = len(self.paths) * size * size * 3 <= MEMORY
+        self.ahead: Iterator[list[Tensor | str]] | None = None
+        if skip:
+            self._leave_out_damaged(folder)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return to_tensor(self.pixels(i)[None])[0]
+
+    def pixels(self, i: int) -> Tensor:
+        """uint8 (size, size, 3)."""
+        path = self.paths[i]
+        if path in self.kept:
+            return self.kept[path]
+        pixels = read_pixels(path, self.size)
+        if self.keep:
+            self.kept[path] = pixels
+        return pixels
+
+    def batch(self, indices: Iterable[int]) -> Tensor:
+        """indices (B,), tensor or list -> float32 (B, 3, size, size)."""
+        indices = [int(i) for i in indices]
+        found = next(self.ahead) if self.ahead else [self._pixels_or_fault(i) for i in indices]
+        return to_tensor(torch.stack([self._sound(i, pixels) for i, pixels in zip(indices, found)]))
+
+    def read_ahead(self, batches: Iterable[list[int]]) -> None:
+        """From now on `batch` is asked for these indices, in this order: what memory cannot keep is read before it
+        is asked for."""
+        if not self.keep:
+            self.ahead = self._read(batches)
+
+    def _read(self, batches: Iterable[list[int]]) -> Iterator[list[Tensor | str]]:
+        """Pixels, or what is wrong with the pictures, of each batch; the next AHEAD are being read meanwhile.
+
+        By threads: Pillow decodes and scales without holding the interpreter.
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        pool = ThreadPoolExecutor(max(1, cores // distributed.world()))
+        waiting = collections.deque()
+        try:
+            for batch in batches:
+                waiting.append([pool.submit(self._pixels_or_fault, i) for i in batch])
+                if len(waiting) > AHEAD:
+                    yield [future.result() for future in waiting.popleft()]
+            while waiting:
+                yield [future.result() for future in waiting.popleft()]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _leave_out_damaged(self, folder: str | Path) -> None:
+        sound = []
+        parts = torch.arange(len(self)).split(32)
+        looks = self._read(part.tolist() for part in parts) if self.keep else map(self._first_bytes, parts)
+        for part, found in zip(parts, progress.bar(looks, f"reading {Path(folder).name}", total=len(parts))):
+            for i, pixels in zip(part.tolist(), found):
+                if isinstance(pixels, str):
+                    progress.say(f"left out: {pixels}")
+                    continue
+                sound.append(self.paths[i])
+                if self.keep:
+                    self.kept[self.paths[i]] = pixels
+        if not sound:
+            raise InputError(f"{folder}: none of its {len(self.paths)} pictures can be read")
+        self.paths = sound
+
+    def _first_bytes(self, part: Tensor) -> list[str | None]:
+        """What is wrong with pictures, as far as it shows without decoding them; None where nothing is."""
+        faults = []
+        for i in part.tolist():
+            try:
+                small = 2 * min(size_of(self.paths[i])) < self.size
+                faults.append(f"{self.paths[i]}: too small for size {self.size}" if small else None)
+            except InputError as error:
+                faults.append(str(error))
+        return faults
+
+    def _pixels_or_fault(self, i: int) -> Tensor | str:
+        """The pixels, or what is wrong with the picture."""
+        try:
+            return self.pixels(i)
+        except InputError as error:
+            return str(error)
+
+    def _sound(self, i: int, pixels: Tensor | str) -> Tensor:
+        """These pixels or, for a damaged picture that is to be skipped, those of the next sound one."""
+        faults = 0
+        while isinstance(pixels, str):
+            if not self.skip or faults == len(self):
+                raise InputError(pixels)
+            distributed.say_once(f"left out: {pixels}")
+            i, faults = (i + 1) % len(self), faults + 1
+            pixels = self._pixels_or_fault(i)
+        return pixels
