@@ -50,6 +50,7 @@ from plumbing.options import (
     flag,
     flat,
     parse,
+    quoted,
     run,
     short,
 )
@@ -195,10 +196,10 @@ def score_folders(options: Folders, device: torch.device) -> None:
     for name in ("samples", "target"):
         if getattr(options, name) is None:
             raise InputError(f"--{name}: missing; --samples and --target go together")
-    size = options.size or 256
-    samples, targets = ImageFolder(options.samples, size), ImageFolder(options.target, size)
+    size, drawn = options.size or 256, samples_in(Path(options.samples))
+    samples, targets = ImageFolder(drawn, size), ImageFolder(options.target, size)
     reference = reference_of(options, size)
-    warn_of_old(Path(options.samples))
+    warn_of_old(drawn)
     score = comparison(options, targets, reference, size, device)
     try:
         found, figures = score(samples)
@@ -214,6 +215,16 @@ def score_folders(options: Folders, device: torch.device) -> None:
         if min(len(samples), len(reference)) < FEW:
             print(f"warning: FID on fewer than {FEW} pictures is too high and compares only with FID on as "
                   "many; KID does not have that fault")
+
+
+def samples_in(folder: Path) -> Path:
+    """The folder of samples, of a run that in which sample.py put them: beside them are plots and targets."""
+    if not (folder / "options.json").exists():
+        return folder
+    if not (folder / "drawn").is_dir():
+        raise InputError(f"--samples {folder}: a run without samples; draw them with python sample.py {quoted(folder)}")
+    print(f"note: {folder} is a run; its samples are taken, {folder / 'drawn'}")
+    return folder / "drawn"
 
 
 def reference_of(options: Folders, size: int) -> ImageFolder | None:

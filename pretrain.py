@@ -17,6 +17,7 @@ samples.png as training goes, metrics.jsonl, loss.png and checkpoint.pt, from wh
 """
 
 import dataclasses
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -337,6 +338,22 @@ def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
     save_curve(out / "loss.png", losses, "loss", smooth=100)
 
 
+def learning_rate(training: Training, iteration: int) -> float:
+    """AdamW's in an iteration, from 0."""
+    decay = cosine_decay(iteration, training.iterations)
+    return training.learning_rate * warmup(iteration, training.warmup) * decay
+
+
+def prepare(out: Path, old: list[Path]) -> None:
+    """Make the folder, without what a killed process left half written and without these old files."""
+    if distributed.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(out)
+        for file in old:
+            file.unlink(missing_ok=True)
+    distributed.barrier()
+
+
 def main() -> None:
     options, typed = parse(Options, __doc__)
     training = options.training
@@ -364,12 +381,7 @@ def main() -> None:
     # The judge need bear little noise.
     noisiest = schedule.timesteps // 20 if options.network == "judge" else schedule.timesteps
 
-    if distributed.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(out)
-        for file in () if state else files:
-            file.unlink(missing_ok=True)
-    distributed.barrier()
+    prepare(out, [] if state else files)
     parameters = list(model.parameters())
     distributed.say(f"{n} pictures of {options.source} at {options.data.size}x{options.data.size}; "
                     f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; {device}, "
@@ -377,16 +389,12 @@ def main() -> None:
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
     ema = EMA(parameters, training.ema)
 
-    def learning_rate(iteration: int) -> float:
-        decay = cosine_decay(iteration, training.iterations)
-        return training.learning_rate * warmup(iteration, training.warmup) * decay
-
     def after(done: int, saved: bool) -> None:
         if saved or done == training.iterations:
             show(out, network, ema, shown)
 
     loop = Loop(out, options.network, training.iterations, training.save_every, b, parameters, optimizer, ema,
-                learning_rate, device, state, dict(options=flat(options)), after)
+                functools.partial(learning_rate, training), device, state, dict(options=flat(options)), after)
     mine = distributed.share(b)
 
     def chosen(iteration: int) -> tuple[torch.Generator, Tensor]:

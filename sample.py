@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints import run_folder
+from checkpoints.load import title_of
 from classifier import TARGET, log_prob_gradient
 from plumbing import distributed
 from plumbing.files import write_atomic
@@ -31,11 +32,13 @@ from plumbing.progress import bar
 @dataclasses.dataclass
 class Options:
     model: Positional[str]
-    """Folder of a run, built-in source, file of weights or folder of diffusers."""
+    """Folder of a run, built-in source, file of weights, folder of diffusers or name on the Hugging Face Hub."""
     n: Annotated[int, short("-n")] = 64
     """Number of pictures."""
     at: Unset[int] = None
     """Draw from the stage of the run after so many iterations, a row of progress.png (default: its end)."""
+    source: Unset[str] = None
+    """Where the source of the run is now, if it has moved."""
     arch: Unset[str] = None
     """Network of a published file that does not show it: see python -m checkpoints, or a JSON file."""
     steps: int = 50
@@ -80,7 +83,7 @@ def main() -> None:
     finite(options, "guidance")
     check_seed(options)
     folder = Path(options.model)
-    network, of_run = run_folder.load_model(options.model, options.arch, options.at)
+    network, of_run = run_folder.load_model(options.model, options.arch, options.at, options.source)
     network.check_steps(options.steps)
     network.to(device)
     gradient = None
@@ -89,10 +92,10 @@ def main() -> None:
         gradient = functools.partial(log_prob_gradient, classifier, label=TARGET)
 
     drawn = "drawn" if options.at is None else f"drawn-{options.at:06d}"
-    default = folder / drawn if of_run else f"runs/{folder.stem}-samples"
+    default = folder / drawn if of_run else f"runs/{title_of(options.model)}-samples"
     out = Path(options.output_dir or default).resolve()
     if out.is_dir() and any(out.glob("*.png")):
-        distributed.say(f"note: {out} already holds pictures; those of other seeds stay there")
+        distributed.say(f"note: {out} already holds pictures; those of other seeds, or of another model, stay there")
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.seed, options.seed + options.n)
     files = {i: out / f"{i:06d}.png" for i in seeds}

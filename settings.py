@@ -1,6 +1,7 @@
 """The options of train_tan.py: what a method uses, the paper's numbers, what suits other sources instead."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,7 +9,7 @@ import tyro
 
 import domains
 from adaptor import FORMS
-from checkpoints.load import BUILT_IN
+from checkpoints.load import BUILT_IN, title_of
 from checkpoints.network import Network
 from classifier import AUGMENTATIONS
 from plumbing import distributed
@@ -132,8 +133,8 @@ class Options:
         help=f"What to adapt to: {', '.join(domains.TARGETS)}, or a folder of about ten pictures.",
     )] = "sunglasses"
     source: Annotated[Unset[str], tyro.conf.arg(
-        help=f"What to adapt: {', '.join(BUILT_IN)}, a file of weights or a folder of diffusers (default: "
-             "the source of a built-in target, else toyfaces).",
+        help=f"What to adapt: {', '.join(BUILT_IN)}, a file of weights, a folder of diffusers or a "
+             "name on the Hugging Face Hub, owner/name (default: the source of a built-in target, else toyfaces).",
     )] = None
     arch: Unset[str] = None
     """Network of a published file whose shapes do not show it: a name, or a JSON file.
@@ -249,9 +250,9 @@ def folder_of(options: Options) -> Path:
     if options.output_dir:
         return Path(options.output_dir)
     usual = domains.TARGETS.get(options.target)
-    name = Path(options.target).resolve().name
+    name = os.fsencode(Path(options.target).resolve().name).decode("utf-8", "replace")
     if usual and options.source not in (None, usual):
-        name += f"-{Path(options.source).stem}"
+        name += f"-{title_of(options.source)}"
     if options.method != Options.method:
         name += f"-{options.method}"
     return Path("runs") / name

@@ -78,12 +78,13 @@ def main() -> None:
     if out and out.suffix != ".safetensors":
         raise InputError(f"--convert {out}: must end in .safetensors")
     network = load_network(path, options.arch)
-    print(report(network, path))
-    if out:
+    text = report(network, path)
+    if out:  # first, as who reads the report may not read all of it
         network.description["converted_from"] = f"{path.name} ({network.description['layout']})"
         out.parent.mkdir(parents=True, exist_ok=True)
         save_network(out, network)
-        print(f"written to {out}, {out.stat().st_size / 1e6:.1f} MB")
+        text += f"\nwritten to {out}, {out.stat().st_size / 1e6:.1f} MB"
+    print(text)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import adaptor
 from checkpoints import run_folder
 from checkpoints.diffusers_first_stage import first_stage_config, first_stage_weights
 from checkpoints.diffusers_unet import schedule_config, unet_config, unet_weights
+from checkpoints.load import title_of
 from checkpoints.network import Network
 from plumbing.files import write_atomic
 from plumbing.options import InputError, Positional, Unset, parse, run
@@ -54,9 +55,11 @@ pipe = DiffusionPipeline.from_pretrained("{folder}", custom_pipeline="{folder}",
 @dataclasses.dataclass
 class Options:
     model: Positional[str]
-    """Folder of a run, built-in source, file of weights or folder of diffusers."""
+    """Folder of a run, built-in source, file of weights, folder of diffusers or name on the Hugging Face Hub."""
     folder: Positional[str]
     """Folder to write; must not exist yet, or be empty."""
+    source: Unset[str] = None
+    """Where the source of the run is now, if it has moved."""
     arch: Unset[str] = None
     """Network of a published file that does not show it: see python -m checkpoints, or a JSON file."""
 
@@ -169,8 +172,7 @@ def model_card(network: Network, name: str, run_options: dict[str, Any] | None, 
     run_options   those of train_tan.py; None for a source alone
     code          whether the folder has code
     """
-    path = Path(run_options["source"] if run_options else name)
-    source = path.parent.name if path.stem == "model" else path.stem  # pretrain.py: RUN/model.safetensors
+    source = title_of(run_options["source"] if run_options else name)
     title, what = source, "A diffusion model, as it was before any adaptation."
     if run_options:
         target = Path(run_options["target"]).name
@@ -198,7 +200,7 @@ def main() -> None:
     out, pairs = Path(options.folder).resolve(), Path(options.model) / "samples.png"
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{options.folder}: is there already; choose a folder that does not exist yet")
-    network, run_options = run_folder.load_model(options.model, options.arch)
+    network, run_options = run_folder.load_model(options.model, options.arch, source=options.source)
     reason = why_code(network)
     card = model_card(network, options.model, run_options, pairs.exists(), out.name, bool(reason))
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -22,6 +22,8 @@ from unet import UNet
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = ("toyfaces", "toyfaces-latent", "toychurches")  # source models in assets/
+USUAL_NAMES = {"model", "diffusion_pytorch_model", "unet", "unet_ema", "checkpoint", "last", "best", "ema", "weights",
+               ".", "..", "/"}  # of files and folders, which do not tell one network from another
 NOT_SOURCES = ("toyfaces-classifier", "toyfaces-judge", "toychurches-judge")  # what else is there
 
 
@@ -47,6 +49,14 @@ def locate(name: str) -> Path:
     meant = f" (did you mean {near[0]}?)" if near else ""
     raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}; of the Hugging Face "
                      "Hub give owner/name")
+
+
+def title_of(name: str) -> str:
+    """What to call a network in titles and names of folders: as its file or, where many are called so, its folder."""
+    path = Path(name.partition("@")[0] if hub.is_name(name) else name)
+    path = path if path.is_dir() else path.with_suffix("") if path.suffix in diffusers_folder.SUFFIXES else path
+    names = [part for part in path.parts if part not in USUAL_NAMES]
+    return (names or ["model"])[-1]
 
 
 def pinned(name: str) -> str:

@@ -20,7 +20,7 @@ from checkpoints.network import Network, check_finite, fingerprint, load_strictl
 from checkpoints.weights_file import read_tensors
 from plumbing import distributed
 from plumbing.files import load_checkpoint, remove_unfinished, write_atomic
-from plumbing.options import InputError, flag, flat, replace
+from plumbing.options import InputError, check_types, flag, flat, quoted, replace
 
 T = TypeVar("T")
 FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl",
@@ -28,7 +28,7 @@ FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.saf
          "stages.json", "stages.png")
 FOLDERS = ("progress", "stages")
 MAY_CHANGE = {"resume", "output_dir", "iterations", "device", "micro_batch_size", "checkpoint_blocks",
-              "compile", "save_every"}
+              "compile", "save_every", "source", "target"}  # source and target may move; their content is compared
 
 
 # ---- where a run begins, or goes on ------------------------------------------------------------------------
@@ -47,10 +47,11 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
     if not isinstance(saved, dict) or saved.keys() != asked.keys():
         raise InputError(f"{out}/options.json: from another version of this program; start anew with "
                          "--overwrite")
+    check_types(options, saved, f"{out}/options.json")
     for name in sorted(typed - MAY_CHANGE):
         if json.loads(json.dumps(asked[name])) != saved[name]:
             raise InputError(f"{flag(name)} {asked[name]}: the run in {out} has {saved[name]}; leave the "
-                             f"flag out (--output-dir {out} --resume), or start another run with another "
+                             f"flag out (--output-dir {quoted(out)} --resume), or start another run with another "
                              "--output-dir")
     kept = {name: asked[name] for name in (typed & MAY_CHANGE) | {"device"}}
     wanted, before = kept.get("iterations", saved["iterations"]), saved["iterations"]
@@ -99,6 +100,8 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
     Returns the training state from which a resumed run goes on, or None: it begins.  Raises InputError if
     the folder holds a run that --overwrite does not give up, and as `read_state` does.
     """
+    if "\udc80" <= max(str(out)) <= "\udcff":  # safetensors does not open it
+        raise InputError(f"--output-dir {out}: is no UTF-8; choose another name")
     state = read_state(out, options, belongs) if options["resume"] else None
     is_run = (out / "options.json").exists()
     if is_run and not options["resume"] and not options["overwrite"]:
@@ -129,11 +132,18 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
 # ---- read back ---------------------------------------------------------------------------------------------
 
 def read_options(folder: Path) -> dict[str, Any]:
-    """The (flat) options of a run."""
+    """The (flat) options of a run; InputError if there are none, or if those that name its network are damaged."""
+    file = Path(folder) / "options.json"
     try:
-        return json.loads((Path(folder) / "options.json").read_text())
-    except (OSError, ValueError):
+        options = json.loads(file.read_text())
+    except OSError:
         raise InputError(f"{folder}: not the folder of a run (no options.json)") from None
+    except ValueError:
+        raise InputError(f"{file}: damaged; if its source is known, the run can be made anew with --overwrite") from None
+    texts = ("source", "target", "method", "precision")
+    if not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in texts):
+        raise InputError(f"{file}: not the options of a run of train_tan.py, or damaged")
+    return options
 
 
 def stage_file(folder: Path, iteration: int) -> Path:
@@ -172,21 +182,29 @@ def find_stage(folder: Path, at: int) -> Path:
     return path
 
 
-def load_run(folder: Path, at: int | None = None) -> tuple[Network, dict[str, Any]]:
+def load_run(folder: Path, at: int | None = None, source: str | None = None) -> tuple[Network, dict[str, Any]]:
     """A finished run's adapted model, or that of its stage after `at` iterations, and its options.
 
+    source   where its source is now, if it has moved
     Raises InputError if there is none, or if a key or the source does not match.
     """
     folder, options = Path(folder), read_options(folder)
     path = folder / "weights.safetensors" if at is None else find_stage(folder, at)
     if not path.exists():
         raise InputError(f"{folder}: this run is not finished; continue it with train_tan.py "
-                         f"--output-dir {folder} --resume")
+                         f"--output-dir {quoted(folder)} --resume")
     tensors, description = read_tensors(path)
-    network = load_source(options["source"], options["arch"])
+    if description is None or not isinstance(description.get("source"), str):
+        raise InputError(f"{path}: not the weights of a run of train_tan.py")
+    try:
+        network = load_source(source or options["source"], options["arch"])
+    except InputError as error:
+        if source or Path(options["source"]).exists():
+            raise
+        raise InputError(f"{folder}: the source of this run cannot be found; give it with --source ({error})") from None
     network.precision = options["precision"]
-    if description is None or description["source"] != fingerprint(network):
-        raise InputError(f"{path}: made from another source than the present {options['source']}")
+    if description["source"] != fingerprint(network):
+        raise InputError(f"{path}: made from another source than the present {source or options['source']}")
     if not any(".adaptor." in key for key in tensors):  # a method that changes theta itself
         load_strictly(network.model, tensors, path)
         return network, options
@@ -199,20 +217,21 @@ def load_run(folder: Path, at: int | None = None) -> tuple[Network, dict[str, An
     return network, options
 
 
-def load_model(name: str, arch: str | None,
-               at: int | None = None) -> tuple[Network, dict[str, Any] | None]:
+def load_model(name: str, arch: str | None, at: int | None = None,
+               source: str | None = None) -> tuple[Network, dict[str, Any] | None]:
     """The network of a run's folder, with the run's options, or of a source (`load_source`), with None.
 
     psi is folded into theta where its form allows that.  Raises InputError as these do, and for an `arch`
-    beside a run or an `at` beside a source.
+    beside a run, or an `at` or `source` beside a source.
     """
     if not (Path(name) / "options.json").exists():
-        if at is not None:
-            raise InputError(f"--at {at}: {name} is not a run, and has no stages; leave it out")
+        for flag_, value in (("--at", at), ("--source", source)):
+            if value is not None:
+                raise InputError(f"{flag_} {value}: {name} is not a run; leave it out")
         return load_source(name, arch), None
     if arch:
         raise InputError(f"--arch {arch}: a run has the network it was trained with; leave it out")
-    network, options = load_run(Path(name), at)
+    network, options = load_run(Path(name), at, source)
     adaptor.fold(network.model)
     return network, options
 

@@ -23,6 +23,7 @@ from metrics import nearest_rms
 from plumbing import distributed, progress
 from plumbing.figures import save_curve
 from plumbing.files import read_metrics, write_atomic
+from plumbing.options import quoted
 from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
 from plumbing.seeds import generator
 from plumbing.training import EMA
@@ -124,10 +125,10 @@ class Report:
         drawn = "samples.png (same noise: source above, adapted below), progress.png, "
         if not self.options["samples"]:
             drawn = ""
-        print(f"done: {self.out}/{drawn}loss.png; more with: python sample.py {self.out} -n 64")
+        print(f"done: {self.out}/{drawn}loss.png; more with: python sample.py {quoted(self.out)} -n 64")
         if (best := best_stage(stages(self.out))) is not None:
             print(f"held-out loss is lowest after {best} of {self.options['iterations']} iterations: "
-                  f"python sample.py {self.out} --at {best}")
+                  f"python sample.py {quoted(self.out)} --at {best}")
 
     def pairs(self) -> None:
         """samples.png: pairs of rows, source pictures above, the adapted ones from the same noise below."""

@@ -23,7 +23,7 @@ from checkpoints.load import ASSETS, load_network, load_source
 from checkpoints.network import Network, fingerprint
 from metrics import IntraLPIPS, frechet_distance, intra_lpips, kernel_distance
 from plumbing.files import write_atomic
-from plumbing.options import InputError
+from plumbing.options import InputError, quoted
 from plumbing.pictures import to_tensor
 from plumbing.progress import bar
 
@@ -204,7 +204,7 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
     if not knows(options):
         raise InputError(
             f"{folder}: from {source} to {target}; the judge knows built-in sources and their targets "
-            f"only. For other pictures: python sample.py {folder} -n 1000, then "
+            f"only. For other pictures: python sample.py {quoted(folder)} -n 1000, then "
             f"evaluate.py --samples {folder}/drawn --target DIR --size {network.image_size}")
     network.check_steps(steps)
     run = {name: options[name] for name in ("source", "target", "method", "seed", "iterations")}

@@ -14,7 +14,7 @@ from settings import Options, suited, used_by
 
 TRAIN = Path(__file__).parents[1] / "train_tan.py"
 # Options of which nothing shows in the weights.
-UNSEEN = (MAY_CHANGE - {"iterations"} | {"overwrite", "paper", "classifier_check"}
+UNSEEN = (MAY_CHANGE - {"iterations", "source", "target"} | {"overwrite", "paper", "classifier_check"}
           | flat(Options().pictures).keys())
 
 

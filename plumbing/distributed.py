@@ -14,12 +14,15 @@ import torch.distributed as dist
 from plumbing.options import InputError
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets
+
+
 def setup(device: str = "auto") -> torch.device:
     """Join the process group if torchrun started us; returns this process's device.
 
     device    auto, cpu, cuda, cuda:1 or mps; InputError for another, or one that is not there
     """
-    launched = "LOCAL_RANK" in os.environ
+    launched = is_launched()
     if device == "auto":
         mps = torch.backends.mps.is_available() and not launched
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -48,6 +51,18 @@ def setup(device: str = "auto") -> torch.device:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                 timeout=datetime.timedelta(hours=2))  # others wait while rank 0 trains p_phi
     return torch.device(device)
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process; InputError if only a part of what it sets is there, for several."""
+    there = {name for name in TORCHRUN if name in os.environ}
+    if len(there) == len(TORCHRUN):
+        return True
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        missing = ", ".join(name for name in TORCHRUN if name not in there)
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing} is not set: start with torchrun, or "
+                         "unset it")
+    return False  # LOCAL_RANK, say, of a notebook server
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -1,14 +1,31 @@
 """Files that are whole or absent: atomic writes, checkpoints, metrics."""
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from plumbing.options import InputError
+
+
+@contextlib.contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """What cannot be written in the block becomes an OSError that names this path."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except (RuntimeError, SafetensorError) as error:  # torch.save and safetensors have no OSError for a full disk
+        if not any(text in str(error) for text in ("inline_container", "PytorchStreamWriter", "I/O error")):
+            raise
+        full = "No space left on device" if "No space left" in str(error) else "it cannot be written whole; is the disk full?"
+        raise OSError(errno.ENOSPC, full, str(path)) from None
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -19,13 +36,14 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with blaming(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # safetensors makes files that only their owner can read
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,7 +78,7 @@ def trim_metrics(path: Path, iterations: int) -> None:
 
 def add_metrics(path: Path, **line: Any) -> None:
     """Add a line of JSON to a metrics.jsonl."""
-    with open(path, "a") as f:
+    with blaming(path), open(path, "a") as f:
         f.write(json.dumps(line) + "\n")
 
 

@@ -12,12 +12,16 @@
 """
 
 import dataclasses
+import io
 import math
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
+import typeguard
 import tyro
 from tyro.conf import Positional  # noqa: F401 - for the programs' options
 
@@ -26,6 +30,9 @@ Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 """An option that is None unless typed; its help says what that means."""
 
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
 
 
 class InputError(Exception):
@@ -70,6 +77,18 @@ def flat(options: Any) -> dict[str, Any]:
         value = getattr(options, field.name)
         found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return found
+
+
+def check_types(options: Any, values: dict[str, Any], where: str) -> None:
+    """InputError if one of these values, which are from `where`, is not of the type that its option has."""
+    hints = {}
+    for part in (options, *(getattr(options, field.name) for field in dataclasses.fields(options))):
+        hints |= get_type_hints(type(part)) if dataclasses.is_dataclass(part) else {}
+    for name, value in values.items():
+        try:
+            typeguard.check_type(tuple(value) if isinstance(value, list) else value, hints[name])
+        except typeguard.TypeCheckError:
+            raise InputError(f"{where}: damaged, {name} is {value!r}") from None
 
 
 def replace(options: T, **values: Any) -> T:
@@ -122,23 +141,35 @@ def check_seed(options: Any) -> None:
     _refuse(options, ("seed", "seeds"), lambda number: 0 <= number < 2 ** 63, "from 0 to 2^63 - 1")
 
 
+def quoted(path: str | Path) -> str:
+    """A path as it can be typed into a shell."""
+    return shlex.quote(str(path))
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main()`; what goes wrong becomes one line on stderr and an exit status, without a traceback.
 
-    Status 2 for an InputError or a file that cannot be read or written, 130 for Ctrl-C.
+    Status 2 for an InputError, a file that cannot be read or written, a full disk or memory; 130 for Ctrl-C; 141
+    where nobody reads the output any more.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that are no UTF-8 can be printed, too
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        sys.exit(141)
     except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)):
             raise
         print("error: out of memory; fewer pictures at once need less: see --help for --micro-batch-size, "
               "--batch-size, --checkpoint-blocks, --precision, where there are such", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Progress bars: tqdm's on a terminal, a plain line now and then in a log file; rank 0 alone shows them."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -20,11 +21,13 @@ class Lines:
     def write(self, text: str) -> None:
         line = text.strip("\r\n ")
         if line and line != self.last:
-            self.stream.write(line + "\n")
+            with contextlib.suppress(BrokenPipeError):  # nobody reads it any more; there is work to save
+                self.stream.write(line + "\n")
             self.last = line
 
     def flush(self) -> None:
-        self.stream.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
 
 
 def say(text: str) -> None:
@@ -38,7 +41,7 @@ def bar(steps: Iterable | None, text: str, leave: bool = False, total: int | Non
 
     leave    the bar stays when it is done
     """
-    first = os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes
+    first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes
     shown = dict(desc=text, leave=leave, total=total, initial=initial, disable=not first)
     if sys.stderr.isatty():
         return tqdm(steps, mininterval=0.5, **shown)

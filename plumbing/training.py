@@ -116,19 +116,21 @@ class MicroBatches:
 class StopSignal:
     """In the `with` block Ctrl-C and SIGTERM only set `received`: the loop stops when it suits.
 
-    A second one kills.
+    A second Ctrl-C kills.  A second SIGTERM does not, and neither does what comes within a second: torchrun passes
+    on what every process of a job was sent already.
     """
 
     def __enter__(self) -> "StopSignal":
-        self.received = False
+        self.received, self.at = False, 0.0
         self.previous = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """The handler of both signals."""
-        if self.received:
+        if self.received and number == signal.SIGINT and time.monotonic() - self.at > 1:
             raise KeyboardInterrupt
-        self.received = True
+        if not self.received:
+            self.received, self.at = True, time.monotonic()
 
     def __exit__(self, *exception: object) -> None:
         for s, handler in self.previous.items():

@@ -12,7 +12,7 @@ PROGRAMS = {"train_tan", "pretrain", "sample", "evaluate", "toy2d"}
 ROOMS = ("baselines", "checkpoints", "domains", "experiments", "plumbing")
 FLOORS = {"experiments": 5, "settings": 3, "checkpoints": 2, "domains": 2, "baselines": 2, "plumbing": 1,
           **dict.fromkeys(PROGRAMS, 4), **dict.fromkeys(CONCEPTS, 0)}
-HEAVY = {"lpips", "torch_fidelity", "matplotlib", "torchvision"}  # may be imported inside a function
+HEAVY = {"lpips", "torch_fidelity", "matplotlib", "torchvision", "huggingface_hub"}  # may be imported inside a function
 
 
 def source_files(root):
@@ -127,7 +127,7 @@ def test_the_demo_is_small():
     for module, text in modules.items():
         pairs = [(imported, f"{imported}.{name}") for imported, name, _ in imports_of(ast.parse(text))]
         graph[module] = {long if long in modules else short for short, long in pairs if {short, long} & modules.keys()}
-    assert sum(len(modules[module].splitlines()) for module in {"toy2d", *reached(graph, "toy2d")}) <= 1360
+    assert sum(len(modules[module].splitlines()) for module in {"toy2d", *reached(graph, "toy2d")}) <= 1420
 
 
 @pytest.mark.parametrize("path, text, says", [

@@ -136,7 +136,7 @@ def test_models_that_do_not_do(train, tiny, tmp_path):
             draw(model, tmp_path / "out", "-n", "1", "--guidance", "1")
     with pytest.raises(InputError, match="nosuch: no such file"):
         draw("nosuch", tmp_path / "out", "-n", "1")
-    with pytest.raises(InputError, match="neither the folder of a run"):
+    with pytest.raises(InputError, match="holds no network: no run"):
         draw(tiny.targets, tmp_path / "out", "-n", "1")
 
 

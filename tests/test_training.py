@@ -252,6 +252,7 @@ def test_a_state_of_a_bar_is_one_line():
 
 def test_the_first_process_alone_shows_bars(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert list(progress.bar(range(3), "quiet")) == [0, 1, 2] and capsys.readouterr().err == ""
 
 
