@@ -68,7 +68,7 @@ def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor,
         for _ in range(steps):
             eps = eps.detach().requires_grad_()
             xt = schedule.add_noise(x0, t, eps)
-            loss = (eps - predict_eps(model, xt, t, schedule)).square().flatten(1).sum(1)      # (B, ...) -> (B,)
+            loss = (eps - predict_eps(model, xt, t, schedule)).square().flatten(1).sum(1)  # -> (B,)
             grad, = torch.autograd.grad(loss.sum(), eps)
             eps = norm(eps + omega * grad, dims, like)                               # Eq. 8
             losses.append(loss.detach())

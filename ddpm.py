@@ -74,7 +74,8 @@ class Schedule:
         return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
     def to_eps(self, out: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """eps from what the network gives at x_t: itself, v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+        """eps from what the network gives at x_t: itself, v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t)
+        x_0
         (Salimans & Ho 2022), or x_0.  Shapes (B, ...), (B, ...), (B,) -> (B, ...).
         """
         if self.prediction == "eps":

@@ -145,7 +145,8 @@ def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callab
 
     own = run_folder.load_run(folder, run_folder.stages(folder)[0]["iteration"])[0].image_size
     size = options.folders.size or max(32, own)
-    targets, _ = domains.training_images(run["target"], size, run.get("hold_out", 0), run.get("recursive", False))
+    targets, _ = domains.training_images(run["target"], size, run.get("hold_out", 0),
+                                         run.get("recursive", False))
     score = comparison(options.folders, targets, reference_of(options.folders, size), size, device)
 
     def compared(iteration: int) -> dict[str, float]:
@@ -222,7 +223,8 @@ def samples_in(folder: Path) -> Path:
     if not (folder / "options.json").exists():
         return folder
     if not (folder / "drawn").is_dir():
-        raise InputError(f"--samples {folder}: a run without samples; draw them with python sample.py {quoted(folder)}")
+        raise InputError(f"--samples {folder}: a run without samples; draw them with python sample.py "
+                         f"{quoted(folder)}")
     print(f"note: {folder} is a run; its samples are taken, {folder / 'drawn'}")
     return folder / "drawn"
 

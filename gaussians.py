@@ -129,7 +129,7 @@ def output_gradient(model: Model, x0: Tensor, t: Tensor, eps: Tensor, classifier
     xt = SCHEDULE.add_noise(x0, t, eps)
     bias = torch.zeros(x0.shape[1:], requires_grad=True)
     guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma)
-    losses = guided_loss(eps, predict_eps(model, xt, t, SCHEDULE) + bias, guidance)  # means over E, coordinates
+    losses = guided_loss(eps, predict_eps(model, xt, t, SCHEDULE) + bias, guidance)  # means over E and 2
     return torch.autograd.grad(losses.mean() * bias.numel(), bias)[0]       # of their sums: ||.||^2
 
 
@@ -192,7 +192,7 @@ def adapt(model: MLP, shots: Tensor, g: torch.Generator, classifier: Model | Non
         eps, _ = worst_case_noise(model, SCHEDULE, x0, t, eps, steps, omega, (0,), own)     # lines 5-7, Eq. 8
         xt = SCHEDULE.add_noise(x0, t, eps)
         guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma * fade(i, fading))  # Eq. 5
-        losses = guided_loss(eps, predict_eps(model, xt, t, SCHEDULE), guidance)                      # line 8, Eq. 9
+        losses = guided_loss(eps, predict_eps(model, xt, t, SCHEDULE), guidance)            # line 8, Eq. 9
         optimizer.zero_grad()
         (experiments * losses.mean()).backward()
         optimizer.step()                                                                    # line 9

@@ -304,7 +304,7 @@ def losses_of(network: Network, x0: Tensor, labels: Tensor | None, t: Tensor, ep
     xt = network.schedule.add_noise(x0, t, eps)
     if "attributes" in network.description:
         return attribute_loss(model(xt, t).float(), labels, network.description["attributes"])
-    return (eps - predict_eps(model, xt, t, network.schedule)).square().flatten(1).mean(1)                  # Eq. 1
+    return (eps - predict_eps(model, xt, t, network.schedule)).square().flatten(1).mean(1)          # Eq. 1
 
 
 def latent_shape(network: Network, x0: Tensor) -> tuple[int, ...]:

@@ -32,7 +32,8 @@ from plumbing.progress import bar
 @dataclasses.dataclass
 class Options:
     model: Positional[str]
-    """Folder of a run, built-in source, file of weights, folder of diffusers or name on the Hugging Face Hub."""
+    """Folder of a run, built-in source, file of weights, folder of diffusers or name on the Hugging Face
+    Hub."""
     n: Annotated[int, short("-n")] = 64
     """Number of pictures."""
     at: Unset[int] = None
@@ -95,7 +96,8 @@ def main() -> None:
     default = folder / drawn if of_run else f"runs/{title_of(options.model)}-samples"
     out = Path(options.output_dir or default).resolve()
     if out.is_dir() and any(out.glob("*.png")):
-        distributed.say(f"note: {out} already holds pictures; those of other seeds, or of another model, stay there")
+        distributed.say(f"note: {out} already holds pictures; those of other seeds, or of another model, "
+                        "stay there")
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.seed, options.seed + options.n)
     files = {i: out / f"{i:06d}.png" for i in seeds}

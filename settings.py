@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from checkpoints.load import BUILT_IN, title_of
 from checkpoints.network import Network
 from classifier import AUGMENTATIONS
 from plumbing import distributed
+from plumbing.board import need_tensorboard
 from plumbing.options import (
     InputError,
     Unset,
@@ -134,7 +136,8 @@ class Options:
     )] = "sunglasses"
     source: Annotated[Unset[str], tyro.conf.arg(
         help=f"What to adapt: {', '.join(BUILT_IN)}, a file of weights, a folder of diffusers or a "
-             "name on the Hugging Face Hub, owner/name (default: the source of a built-in target, else toyfaces).",
+             "name on the Hugging Face Hub, owner/name (default: the source of a built-in target, else "
+             "toyfaces).",
     )] = None
     arch: Unset[str] = None
     """Network of a published file whose shapes do not show it: a name, or a JSON file.
@@ -191,6 +194,8 @@ class Options:
     """auto, cpu, cuda or mps."""
     save_every: int = 25
     """Iterations between checkpoints."""
+    tensorboard: bool = False
+    """Also write metrics and pictures for TensorBoard, to RUN/tensorboard/ (pip install tensorboard)."""
     guidance: GuidanceOptions = dataclasses.field(default_factory=GuidanceOptions)
     adversarial_noise: AdversarialNoiseOptions = dataclasses.field(default_factory=AdversarialNoiseOptions)
     pairwise_losses: PairwiseOptions = dataclasses.field(default_factory=PairwiseOptions)
@@ -245,6 +250,18 @@ def used_by(method: str) -> frozenset[str]:
     return frozenset(flat(options).keys() - unused.keys())
 
 
+def command_of(options: Options) -> str:
+    """The command that makes this run again, its settings spelt out; quoted for the shell."""
+    words, usual = ["python", "train_tan.py", "--target", options.target], flat(Options())
+    names = used_by(options.method) - {"target", "resume", "overwrite", "paper"}
+    for name, value in flat(options).items():
+        if name in names and value not in (None, usual[name]):
+            typed = value if isinstance(value, tuple) else (value,)
+            words += [flag(name if value is not False else f"no_{name}")]
+            words += [] if isinstance(value, bool) else map(str, typed)
+    return shlex.join(words)
+
+
 def folder_of(options: Options) -> Path:
     """--output-dir, or by default runs/TARGET, with -SOURCE and -METHOD where these are unusual."""
     if options.output_dir:
@@ -280,6 +297,8 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     positive(options, "learning_rate", "classifier_learning_rate")
     finite(options, "gamma")
     check_seed(options)
+    if options.tensorboard:
+        need_tensorboard()
     if options.guidance.classifier_batch_size % 2:
         raise InputError(f"--classifier-batch-size {options.guidance.classifier_batch_size}: must be even, "
                          "half source and half target")

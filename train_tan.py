@@ -11,6 +11,7 @@ Options left out get what suits the source (settings.py): the paper's numbers ab
 smaller sources such as the built-in ones.  The program prints those that are not the paper's.
 
 A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below),
+report.html (all of it on one page),
 progress.png (the same noises at several iterations, with their median distance to the nearest training
 picture or its mirror image, rms over pixels: 0 are copies), stages/ (the weights of each row), loss.png,
 metrics.jsonl, options.json, checkpoint.pt, weights.safetensors, classifier.safetensors.
@@ -38,6 +39,7 @@ from checkpoints.run_report import Report
 from classifier import Classifier, fade, guided_loss, limited, make_classifier, similarity_guidance
 from ddpm import Schedule, predict_eps
 from plumbing import distributed, progress
+from plumbing.board import Board
 from plumbing.options import flag, flat, parse, replace, run
 from plumbing.seeds import generator
 from plumbing.training import EMA, Loop, MicroBatches, Stats, cosine_decay, hold_frozen_in_bf16, warmup
@@ -233,12 +235,15 @@ def main() -> None:
     x0s = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
 
     pairwise = pairwise_losses(source, x0s[:len(targets)], options)
-    report = Report(out, flat(options), source, identity["source"], targets, held_out, ema, device)
+    wanted = options.tensorboard and distributed.rank() == 0
+    board = Board(out / "tensorboard", state["iteration"] if state else 0) if wanted else None
+    report = Report(out, flat(options), source, identity["source"], targets, held_out, ema, device,
+                    settings.command_of(options), board)
     b = options.batch_size
     micro_batches = MicroBatches(options.micro_batch_size or b, fixed=method.pairwise_losses)
     loop = Loop(out, options.method, options.iterations, options.save_every, batch_size=b, parameters=psi,
                 optimizer=optimizer, ema=ema, device=device, state=state, keep=identity, after=report.preview,
-                learning_rate=functools.partial(learning_rate, options))
+                board=board, learning_rate=functools.partial(learning_rate, options))
     for iteration in loop:                                                 # Algorithm 1, lines 1 and 10
         g = generator(options.seed, 0, iteration)                          # every rank draws the global batch
         chosen = torch.randint(len(targets), (b,), generator=g)

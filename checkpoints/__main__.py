@@ -67,7 +67,8 @@ def main() -> None:
     if not options.file:
         for name, known in ARCHITECTURES.items():
             print(f"{name:24}{known['files']}\n{'':24}{known['listed']}")
-        print("\nOf the Hugging Face Hub by owner/name, owner/name@revision or owner/name/FILE (not tried here):")
+        print("\nOf the Hugging Face Hub by owner/name, owner/name@revision or owner/name/FILE (not tried "
+              "here):")
         for names in hub.KNOWN:
             print(f"{'':24}{names}")
         return

@@ -31,21 +31,24 @@ def first_stage_options(theirs: dict[str, Any], file: Path) -> tuple[dict[str, A
         widths, down, up = theirs["block_out_channels"], theirs["down_block_types"], theirs["up_block_types"]
         attention = [name == "AttnDownEncoderBlock2D" for name in down]
         if (list(down), list(up)) != _block_types(attention):
-            raise InputError(f"{file}: down_block_types {down} and up_block_types {up}; only (Attn)DownEncoderBlock2D "
-                             "and their mirror image can be read")
+            raise InputError(f"{file}: down_block_types {down} and up_block_types {up}; only "
+                             "(Attn)DownEncoderBlock2D and their mirror image can be read")
         if any(w % widths[0] for w in widths):
             raise InputError(f"{file}: block_out_channels {widths}; only multiples of the first can be read")
-        resolution = max(square(theirs.get("sample_size", 32), file), 2 ** len(widths))  # halved at every level
+        # It is halved at every level, and only tells where there is attention.
+        resolution = max(square(theirs.get("sample_size", 32), file), 2 ** len(widths))
         is_vq, latent = kind == "VQModel", theirs.get("latent_channels", 3 if kind == "VQModel" else 4)
         ddconfig = dict(resolution=resolution, ch=widths[0], ch_mult=[w // widths[0] for w in widths],
-                        num_res_blocks=theirs.get("layers_per_block", 1), z_channels=latent, double_z=not is_vq,
+                        num_res_blocks=theirs.get("layers_per_block", 1), z_channels=latent,
+                        double_z=not is_vq,
                         attn_resolutions=[resolution >> i for i, a in enumerate(attention) if a],
                         in_channels=theirs.get("in_channels", 3), out_ch=theirs.get("out_channels", 3),
                         norm_groups=theirs.get("norm_num_groups", 32))
         codebook = dict(n_embed=theirs.get("num_vq_embeddings", 256)) if is_vq else {}
         config = dict(ddconfig=ddconfig, embed_dim=theirs.get("vq_embed_dim") or latent, **codebook)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: does not describe a {kind} of diffusers ({type(error).__name__}: {error})") from None
+        raise InputError(f"{file}: does not describe a {kind} of diffusers ({type(error).__name__}: "
+                         f"{error})") from None
     return dict(network="VQ" if is_vq else "KL", config=config), _scale_factor(theirs, is_vq, file)
 
 
@@ -53,7 +56,8 @@ def _scale_factor(theirs: dict[str, Any], is_vq: bool, file: Path) -> float:
     """What latents are multiplied by; where it is not stated, said."""
     if "scaling_factor" in theirs:
         return theirs["scaling_factor"]
-    # The VQ first stages without one are from before there was the option: LDMPipeline did not scale.  Today's
+    # The VQ first stages without one are from before there was the option: LDMPipeline did not scale. 
+    # Today's
     # would divide by 0.18215 and draw noise (diffusers issue 6725).
     assumed = 1.0 if is_vq else 0.18215
     distributed.say_once(f"{file}: states no scaling_factor; taken as {assumed:g}")
@@ -96,7 +100,8 @@ def translated(model: VQ | KL, tensors: dict[str, Tensor], path: Path) -> dict[s
     for old, new in OLD_NAMES.items():
         tensors = {key.replace(old, new): value for key, value in tensors.items()}
     check_fit({key: value.shape for key, value in first_stage_weights(model).items()}, tensors, path)
-    return {key: tensors[_names(model)[key]].reshape(value.shape) for key, value in model.state_dict().items()}
+    names = _names(model)
+    return {key: tensors[names[key]].reshape(value.shape) for key, value in model.state_dict().items()}
 
 
 def _is_matrix(name: str) -> bool:

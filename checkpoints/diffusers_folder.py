@@ -1,7 +1,8 @@
 """Folders and repositories of diffusers: which files of them are needed, and what they describe.
 
     model_index.json                      names the pipeline
-    unet/config.json, unet/diffusion_pytorch_model.safetensors      or beside model_index.json; unet_ema/ is better
+    unet/config.json, unet/diffusion_pytorch_model.safetensors      or beside model_index.json; unet_ema/ is
+    better
     scheduler/scheduler_config.json
     vqvae/ or vae/                        of latent models
 """
@@ -48,11 +49,12 @@ def weights_at(place: str, names: Collection[str]) -> list[str]:
         return []
     kinds = {re.sub(SHARD, "", name) for name in found}
     if len(kinds) > 1:
-        raise InputError(f"{place or 'the folder'}: has several variants, {', '.join(sorted(kinds))}; give the file of one")
+        raise InputError(f"{place or 'the folder'}: has several variants, {', '.join(sorted(kinds))}; give "
+                         "the file of one")
     parts = re.search(SHARD, found[0])
     if parts and len(found) != int(parts[2]):
-        raise InputError(f"{place or 'the folder'}: {len(found)} of the {int(parts[2])} parts of the weights are there; "
-                         "download the others")
+        raise InputError(f"{place or 'the folder'}: {len(found)} of the {int(parts[2])} parts of the "
+                         "weights are there; download the others")
     return found
 
 
@@ -81,7 +83,8 @@ def first_stage_at(names: Collection[str]) -> list[str]:
 def needed(names: Collection[str]) -> list[str]:
     """Of all files of a repository those that are read; none if it holds no network that is known here."""
     places = {*UNETS, *FIRST_STAGES, "scheduler/"}
-    described = [name for name in names if name[: name.rfind("/") + 1] in places and name.endswith("config.json")]
+    described = [name for name in names
+                 if name.endswith("config.json") and name[: name.rfind("/") + 1] in places]
     weights = weights_of(names)
     return [*weights, *first_stage_at(names), *sorted(described)] if weights else []
 
@@ -96,8 +99,10 @@ def files_in(folder: Path) -> list[Path]:
     """`weights_of` a folder on disk; InputError for one without a network, and for a run of train_tan.py."""
     names = names_in(folder)
     if {"options.json", "metrics.jsonl"} <= names:
-        raise InputError(f"{folder}: a run of train_tan.py, which cannot be the source of another; give the source it "
-                         "was made from (python -m checkpoints.export makes one of a run with --method finetune)")
+        raise InputError(f"{folder}: a run of train_tan.py, which cannot be the source of another; give the "
+                         "source it "
+                         "was made from (python -m checkpoints.export makes one of a run with --method "
+                         "finetune)")
     try:
         found = weights_of(names)
     except InputError as error:
@@ -111,14 +116,15 @@ def files_in(folder: Path) -> list[Path]:
 # ---- what they are -----------------------------------------------------------------------------------------
 
 def describe(file: Path, arch: str | None, layout: str) -> dict[str, Any]:
-    """What the weights in `file` are, from the config.json beside them, the first stage's and the scheduler's.
+    """What the weights in `file` are, from the config.json beside them, the first stage's and the
+    scheduler's.
 
     arch    whose schedule to take if there is none: a name of ARCHITECTURES or a JSON file
     layout  in words, as it shall stand in the description
     Raises InputError for what unet.py and autoencoder.py cannot be.
     """
-    place, folder = file.parent, _folder_of(file)
-    description = dict(network="UNet", config=unet_options(_read(place / "config.json"), place / "config.json"),
+    place, folder, theirs = file.parent, _folder_of(file), file.parent / "config.json"
+    description = dict(network="UNet", config=unet_options(_read(theirs), theirs),
                        schedule=_schedule_in(folder, arch), layout=layout)
     if place.name == "unet_ema":
         description["layout"] += ", averaged weights (unet_ema/)"
@@ -157,7 +163,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _schedule_in(folder: Path, arch: str | None) -> dict[str, Any]:
-    """Options of our Schedule: the folder's own or, of a checkpoint of a training, that of the folder above, else
+    """Options of our Schedule: the folder's own or, of a checkpoint of a training, that of the folder above,
+    else
     those of `arch`."""
     for file in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json",
                  folder.parent / "scheduler" / "scheduler_config.json"):

@@ -1,4 +1,5 @@
-"""A UNet2DModel of diffusers and a scheduler's noise: their options and weights from ours, and ours from theirs.
+"""A UNet2DModel of diffusers and a scheduler's noise: their options and weights from ours, and ours from
+theirs.
 """
 
 from pathlib import Path
@@ -57,7 +58,8 @@ def _refuse_other_models(theirs: dict[str, Any], file: Path) -> None:
     """InputError that names the kind of a model that is not an unconditional UNet2DModel."""
     kind = theirs.get("_class_name", "UNet2DModel")
     if kind == "TANUNet":
-        raise InputError(f"{file}: an export of this project that carries its code; give the run it was made from")
+        raise InputError(f"{file}: an export of this project that carries its code; give the run it was "
+                         "made from")
     if kind == "UNet2DConditionModel":
         raise InputError(f"{file}: a text-to-image model; only unconditional ones can be adapted")
     if kind != "UNet2DModel":
@@ -78,17 +80,18 @@ def _unet_options(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
     chosen = {key: theirs.get(key, values[0]) for key, values in CHOICES.items()}
     for key, values in CHOICES.items():
         if chosen[key] not in values:
-            raise InputError(f"{file}: {key} is {chosen[key]!r}; only {values[0]!r} and {values[1]!r} can be read")
+            raise InputError(f"{file}: {key} is {chosen[key]!r}; only {values[0]!r} and {values[1]!r} can "
+                             "be read")
     if chosen["downsample_type"] != chosen["upsample_type"]:
-        raise InputError(f"{file}: upsample_type is {chosen['upsample_type']!r}; only the same as downsample_type "
-                         "can be read")
+        raise InputError(f"{file}: upsample_type is {chosen['upsample_type']!r}; only the same as "
+                         "downsample_type can be read")
     updown = chosen["downsample_type"] == "resnet"
     scale_shift = chosen["resnet_time_scale_shift"] == "scale_shift"
     widths, down, up = theirs["block_out_channels"], theirs["down_block_types"], theirs["up_block_types"]
     attention = [kind == "AttnDownBlock2D" for kind in down]
     if (list(down), list(up)) != _block_types(attention, updown):
-        raise InputError(f"{file}: down_block_types {down} and up_block_types {up}; only (Attn)DownBlock2D, with "
-                         "'resnet' ResnetDownsampleBlock2D, and their mirror image can be read")
+        raise InputError(f"{file}: down_block_types {down} and up_block_types {up}; only (Attn)DownBlock2D, "
+                         "with 'resnet' ResnetDownsampleBlock2D, and their mirror image can be read")
     if any(w % widths[0] for w in widths):
         raise InputError(f"{file}: block_out_channels {widths}; only multiples of the first can be read")
     groups = theirs.get("norm_num_groups", 32)
@@ -106,7 +109,8 @@ def _unet_options(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _middle_attention(theirs: dict[str, Any], groups: int, scale_shift: bool, file: Path) -> str:
-    """middle_attention of unet.Encoder.  Where the groups of its norm are not stated, diffusers takes those of
+    """middle_attention of unet.Encoder.  Where the groups of its norm are not stated, diffusers takes those
+    of
     the others or, of scale_shift, none."""
     if not theirs.get("add_attention", True):
         return "none"
@@ -125,7 +129,8 @@ def _block_types(attention: list[bool], updown: bool) -> tuple[list[str], list[s
 
 
 def schedule_options(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Options of ddpm.Schedule from those of a scheduler, which are in `file`; InputError for another kind."""
+    """Options of ddpm.Schedule from those of a scheduler, which are in `file`; InputError for another
+    kind."""
     kind = str(theirs.get("_class_name", ""))
     if kind.startswith(OTHER_DIFFUSION):
         raise InputError(f"{file}: {kind}, of a model that was not trained to predict the noise of Eq. 1")
@@ -143,9 +148,11 @@ def schedule_options(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def schedule_config(schedule: Schedule) -> dict[str, Any]:
     """Options of a scheduler with these noise levels."""
-    beta, prediction = ({ours: name for name, ours in table.items()} for table in (BETA_SCHEDULES, PREDICTION_TYPES))
+    beta, prediction = ({ours: name for name, ours in table.items()}
+                        for table in (BETA_SCHEDULES, PREDICTION_TYPES))
     ours = schedule.config
-    return dict(num_train_timesteps=ours["timesteps"], beta_start=ours["beta_start"], beta_end=ours["beta_end"],
+    return dict(num_train_timesteps=ours["timesteps"], beta_start=ours["beta_start"],
+                beta_end=ours["beta_end"],
                 beta_schedule=beta[ours["name"]], prediction_type=prediction[schedule.prediction])
 
 

@@ -55,7 +55,8 @@ pipe = DiffusionPipeline.from_pretrained("{folder}", custom_pipeline="{folder}",
 @dataclasses.dataclass
 class Options:
     model: Positional[str]
-    """Folder of a run, built-in source, file of weights, folder of diffusers or name on the Hugging Face Hub."""
+    """Folder of a run, built-in source, file of weights, folder of diffusers or name on the Hugging Face
+    Hub."""
     folder: Positional[str]
     """Folder to write; must not exist yet, or be empty."""
     source: Unset[str] = None

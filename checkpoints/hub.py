@@ -1,6 +1,7 @@
 """Networks by their name on the Hugging Face Hub: owner/name, owner/name@revision, owner/name/file.ckpt.
 
-Cache, offline mode, endpoint and tokens are huggingface_hub's: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+Cache, offline mode, endpoint and tokens are huggingface_hub's: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT,
+HF_TOKEN.
 """
 
 import os
@@ -14,7 +15,8 @@ NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<file>/[\w./-]+)?(@(?P<revision>
 TIMEOUT = 20  # seconds
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Names worth trying.
-KNOWN = ("google/ddpm-{celebahq,church,bedroom,cat}-256 and google/ddpm-ema-{celebahq,church,bedroom,cat}-256",
+KNOWN = ("google/ddpm-{celebahq,church,bedroom,cat}-256 and "
+         "google/ddpm-ema-{celebahq,church,bedroom,cat}-256",
          "google/ddpm-cifar10-32", "CompVis/ldm-celebahq-256 (latents)")
 
 
@@ -25,7 +27,8 @@ def is_name(name: str) -> bool:
 
 
 def snapshot_in(folder: Path) -> Path:
-    """The files in a folder of huggingface_hub's cache, models--OWNER--NAME: of its main branch, or of the only
+    """The files in a folder of huggingface_hub's cache, models--OWNER--NAME: of its main branch, or of the
+    only
     revision there is.  Any other folder as it is."""
     if not (folder / "snapshots").is_dir():
         return folder
@@ -56,28 +59,30 @@ def fetch(name: str) -> Path:
         files = [entry.rfilename for entry in listed.siblings]
         wanted = [file[1:]] if file else needed(files)
         if not set(wanted) & set(files):
-            raise InputError(f"{name}: has no such file" if file else f"{name}: holds no weights that are known here")
+            raise InputError(f"{name}: has no such file" if file else f"{name}: holds no weights that are "
+                                                                      "known here")
         return _inside(Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)), file)
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
     except errors.GatedRepoError:
-        raise InputError(f"{name}: is gated; accept its terms at https://huggingface.co/{repo}, then hf auth login "
-                         "(or HF_TOKEN)") from None
+        raise InputError(f"{name}: is gated; accept its terms at https://huggingface.co/{repo}, then hf "
+                         "auth login (or HF_TOKEN)") from None
     except errors.RepositoryNotFoundError:
-        raise InputError(f"{name}: no such file or folder here, and no such repository on the Hugging Face Hub (or a "
-                         "private one: hf auth login)") from None
+        raise InputError(f"{name}: no such file or folder here, and no such repository on the Hugging Face "
+                         "Hub (or a private one: hf auth login)") from None
     except errors.RevisionNotFoundError:
         raise InputError(f"{name}: the repository has no revision {revision}") from None
     except Exception as error:  # without a network, of the types of whichever library it speaks HTTP with
         if there := _cached(repo, file, revision):
             return there
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
-        raise InputError(f"{name}: no such file or folder here, not whole in the cache of huggingface_hub, and the "
-                         f"Hugging Face Hub cannot be asked ({reason})") from None
+        raise InputError(f"{name}: no such file or folder here, not whole in the cache of huggingface_hub, "
+                         f"and the Hugging Face Hub cannot be asked ({reason})") from None
 
 
 def _cached(repo: str, file: str | None, revision: str | None) -> Path | None:
-    """The folder or file in the cache, for a client that is offline; None unless all that is read is there."""
+    """The folder or file in the cache, for a client that is offline; None unless all that is read is
+    there."""
     from huggingface_hub import constants
     kept = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     ref = kept / "refs" / (revision or "main")

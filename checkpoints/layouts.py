@@ -63,15 +63,17 @@ NOT_WEIGHTS = re.compile(
 
 # ---- which layout ------------------------------------------------------------------------------------------
 
-LAYOUTS = {"model.diffusion_model.": "latent-diffusion", "input_blocks.": "guided-diffusion", "down.0.": "ddpm",
-           "down_blocks.": "diffusers"}
+LAYOUTS = {"model.diffusion_model.": "latent-diffusion", "input_blocks.": "guided-diffusion",
+           "down.0.": "ddpm", "down_blocks.": "diffusers"}
 # What names give away of networks that cannot be read: a part of a name, and what has it.
 OTHER_NETWORKS = {
     "label_emb.weight": "a class-conditional model; only unconditional ones can be adapted",
-    "cond_stage_model.": "a model that is conditioned on text or classes; only unconditional ones can be adapted",
+    "cond_stage_model.": "a model that is conditioned on text or classes; only unconditional ones can be "
+                         "adapted",
     ".attn2.to_k.": "a text-to-image model; only unconditional ones can be adapted",
     "class_embedding.": "a class-conditional model; only unconditional ones can be adapted",
-    ".adaptor.": "an export of this project that carries its code, or psi alone; give the run it was made from",
+    ".adaptor.": "an export of this project that carries its code, or psi alone; give the run it was made "
+                 "from",
     "all_modules.": "a score-based model (NCSN++); it cannot be read",
     "model.map_layer0.": "a network of EDM; it cannot be read",
     "downs.0.": "a network of denoising-diffusion-pytorch; it cannot be read",
@@ -86,8 +88,8 @@ OTHER_NETWORKS = {
 def layout_of(keys: Collection[str], path: Path) -> str:
     """Which layout these names are in.  Raises InputError for an unknown one, and for a conditional model."""
     for part, what in OTHER_NETWORKS.items():
-        if any(f".{key}".startswith(("." + part, ".model.diffusion_model." + part)) or part[0] == "." and part in key
-               for key in keys):
+        starts = part, f"model.diffusion_model.{part}"
+        if any(key.startswith(starts) or part[0] == "." and part in key for key in keys):
             raise InputError(f"{path}: {what}")
     for start, layout in LAYOUTS.items():
         if any(key.startswith(start) for key in keys):

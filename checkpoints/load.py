@@ -22,8 +22,8 @@ from unet import UNet
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = ("toyfaces", "toyfaces-latent", "toychurches")  # source models in assets/
-USUAL_NAMES = {"model", "diffusion_pytorch_model", "unet", "unet_ema", "checkpoint", "last", "best", "ema", "weights",
-               ".", "..", "/"}  # of files and folders, which do not tell one network from another
+USUAL_NAMES = {"model", "diffusion_pytorch_model", "unet", "unet_ema", "checkpoint", "last", "best", "ema",
+               "weights", ".", "..", "/"}  # of files and folders, which do not tell one network from another
 NOT_SOURCES = ("toyfaces-classifier", "toyfaces-judge", "toychurches-judge")  # what else is there
 
 
@@ -33,7 +33,8 @@ def built_in(name: str) -> Path | None:
 
 
 def locate(name: str) -> Path:
-    """Where the network of this name is: a built-in one, a file or folder, or a repository of the Hub, which is
+    """Where the network of this name is: a built-in one, a file or folder, or a repository of the Hub, which
+    is
     fetched.  InputError if there is none, with the built-in name that is nearest.
     """
     if asset := built_in(name):
@@ -47,20 +48,23 @@ def locate(name: str) -> Path:
         return hub.fetch(name)
     near = difflib.get_close_matches(path.name, BUILT_IN, 1)
     meant = f" (did you mean {near[0]}?)" if near else ""
-    raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}; of the Hugging Face "
-                     "Hub give owner/name")
+    raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}; of the "
+                     "Hugging Face Hub give owner/name")
 
 
 def title_of(name: str) -> str:
-    """What to call a network in titles and names of folders: as its file or, where many are called so, its folder."""
+    """What to call a network in titles and names of folders: as its file or, where many are called so, its
+    folder."""
     path = Path(name.partition("@")[0] if hub.is_name(name) else name)
-    path = path if path.is_dir() else path.with_suffix("") if path.suffix in diffusers_folder.SUFFIXES else path
+    if path.suffix in diffusers_folder.SUFFIXES and not path.is_dir():
+        path = path.with_suffix("")
     names = [part for part in path.parts if part not in USUAL_NAMES]
     return (names or ["model"])[-1]
 
 
 def pinned(name: str) -> str:
-    """The same name for what is here; of a repository of the Hub with the commit of the files that are taken."""
+    """The same name for what is here; of a repository of the Hub with the commit of the files that are
+    taken."""
     path = locate(name)
     return hub.pinned(name, path) if hub.is_name(name) and not Path(name).exists() else name
 

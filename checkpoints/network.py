@@ -100,8 +100,8 @@ def build(description: dict[str, Any], where: str) -> Network:
             first_stage = FIRST_STAGES[stage["network"]](**stage["config"])
             network.first_stage = first_stage.eval().requires_grad_(False)
             network.scale_factor = float(description.get("scale_factor", 1.0))
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
-            ValueError) as error:  # an option of the wrong type or size raises nearly anything
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError,
+            TypeError, ValueError) as error:  # an option of the wrong type or size raises nearly anything
         raise InputError(f"{where}: does not describe a network this program can build "
                          f"({type(error).__name__}: {error})") from None
     if network.first_stage and network.first_stage.embed_dim != model.in_channels:
@@ -147,8 +147,10 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """InputError if weights are NaN or infinite."""
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
     if broken:
-        raise InputError(f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN or Inf ({broken[0]}, ...): the "
-                         "training that made this file diverged, or it was cast to half precision; take another one")
+        raise InputError(f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN or Inf ({broken[0]}, "
+                         "...): the "
+                         "training that made this file diverged, or it was cast to half precision; take "
+                         "another one")
 
 
 @torch.no_grad()

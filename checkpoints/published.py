@@ -125,7 +125,8 @@ def _say_what_is_assumed(known: dict[str, Any], arch: str, has_betas: bool, path
     width, side = config.get("num_head_channels"), config["image_size"]
     heads = f"attention heads of {width} channels" if width else f"{config['num_heads']} attention head(s)"
     noise = "" if has_betas else f", {schedule['name']} schedule of {schedule['timesteps']} steps"
-    distributed.say_once(f"{path}: assumed, as for {arch}: {heads}, {side}x{side}{noise}; else --arch FILE.json")
+    distributed.say_once(f"{path}: assumed, as for {arch}: {heads}, {side}x{side}{noise}; else --arch "
+                         "FILE.json")
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

@@ -25,10 +25,11 @@ from plumbing.options import InputError, check_types, flag, flat, quoted, replac
 T = TypeVar("T")
 FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl",
          "targets.png", "samples.png", "progress.png", "loss.png", "score.json",
-         "stages.json", "stages.png")
-FOLDERS = ("progress", "stages")
+         "stages.json", "stages.png", "report.html")
+FOLDERS = ("progress", "stages", "tensorboard")
 MAY_CHANGE = {"resume", "output_dir", "iterations", "device", "micro_batch_size", "checkpoint_blocks",
-              "compile", "save_every", "source", "target"}  # source and target may move; their content is compared
+              "compile", "save_every", "tensorboard",
+              "source", "target"}  # they may move; their content is compared
 
 
 # ---- where a run begins, or goes on ------------------------------------------------------------------------
@@ -51,8 +52,8 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
     for name in sorted(typed - MAY_CHANGE):
         if json.loads(json.dumps(asked[name])) != saved[name]:
             raise InputError(f"{flag(name)} {asked[name]}: the run in {out} has {saved[name]}; leave the "
-                             f"flag out (--output-dir {quoted(out)} --resume), or start another run with another "
-                             "--output-dir")
+                             f"flag out (--output-dir {quoted(out)} --resume), or start another run with "
+                             "another --output-dir")
     kept = {name: asked[name] for name in (typed & MAY_CHANGE) | {"device"}}
     wanted, before = kept.get("iterations", saved["iterations"]), saved["iterations"]
     if wanted != before and (saved["learning_rate_decay"] == "cosine" or saved["guidance_fade"]):
@@ -132,14 +133,16 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
 # ---- read back ---------------------------------------------------------------------------------------------
 
 def read_options(folder: Path) -> dict[str, Any]:
-    """The (flat) options of a run; InputError if there are none, or if those that name its network are damaged."""
+    """The (flat) options of a run; InputError if there are none, or if those that name its network are
+    damaged."""
     file = Path(folder) / "options.json"
     try:
         options = json.loads(file.read_text())
     except OSError:
         raise InputError(f"{folder}: not the folder of a run (no options.json)") from None
     except ValueError:
-        raise InputError(f"{file}: damaged; if its source is known, the run can be made anew with --overwrite") from None
+        raise InputError(f"{file}: damaged; if its source is known, the run can be made anew with "
+                         "--overwrite") from None
     texts = ("source", "target", "method", "precision")
     if not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in texts):
         raise InputError(f"{file}: not the options of a run of train_tan.py, or damaged")
@@ -182,7 +185,8 @@ def find_stage(folder: Path, at: int) -> Path:
     return path
 
 
-def load_run(folder: Path, at: int | None = None, source: str | None = None) -> tuple[Network, dict[str, Any]]:
+def load_run(folder: Path, at: int | None = None,
+             source: str | None = None) -> tuple[Network, dict[str, Any]]:
     """A finished run's adapted model, or that of its stage after `at` iterations, and its options.
 
     source   where its source is now, if it has moved
@@ -201,7 +205,8 @@ def load_run(folder: Path, at: int | None = None, source: str | None = None) -> 
     except InputError as error:
         if source or Path(options["source"]).exists():
             raise
-        raise InputError(f"{folder}: the source of this run cannot be found; give it with --source ({error})") from None
+        raise InputError(f"{folder}: the source of this run cannot be found; give it with --source "
+                         f"({error})") from None
     network.precision = options["precision"]
     if description["source"] != fingerprint(network):
         raise InputError(f"{path}: made from another source than the present {source or options['source']}")

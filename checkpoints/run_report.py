@@ -17,10 +17,12 @@ import adaptor
 from checkpoints.load import load_source
 from checkpoints.network import Network, save_tensors
 from checkpoints.run_folder import best_stage, stage_file, stages
+from checkpoints.run_page import write_page
 from classifier import guided_loss
 from ddpm import predict_eps
 from metrics import nearest_rms
 from plumbing import distributed, progress
+from plumbing.board import Board
 from plumbing.figures import save_curve
 from plumbing.files import read_metrics, write_atomic
 from plumbing.options import quoted
@@ -40,17 +42,22 @@ class Report:
     theta     its fingerprint from before
     targets   the training pictures (K, 3, H, W)
     held_out  pictures kept from training, or none (K', 3, H, W)
+    command   that makes the run again
+    board     where pictures go as well
     ema       averages of what learns; they are what the pictures, the losses and the weights show
     """
 
     def __init__(self, out: Path, options: dict[str, Any], source: Network, theta: str, targets: Tensor,
-                 held_out: Tensor, ema: EMA, device: torch.device):
+                 held_out: Tensor, ema: EMA, device: torch.device, command: str = "",
+                 board: Board | None = None):
         self.out, self.options, self.source, self.theta, self.ema = out, options, source, theta, ema
         self.targets, self.held_out, self.device = targets, held_out, device
+        self.command, self.board = command, board
         previews = options["previews"]
         self.stages = {0} | {round(options["iterations"] * (i + 1) / previews) for i in range(previews)}
         if distributed.rank() == 0:
             save_grid(out / "targets.png", targets[:20], columns=min(10, len(targets)))
+            self.show_on_board("targets", targets[:20], 0)
 
     def draw(self, network: Network, n: int, steps: int) -> Tensor:
         """Pictures (n, 3, H, W) of the seeds 0 to n - 1."""
@@ -98,6 +105,13 @@ class Report:
         self.ema.swap()
         if drawn is not None:
             self.add_row(strip, drawn)
+            self.show_on_board("progress", drawn, done)
+        write_page(self.out, self.options, self.command)
+
+    def show_on_board(self, name: str, images: Tensor, iteration: int) -> None:
+        """Pictures (N, 3, H, W) on the board, if there is one."""
+        if self.board:
+            self.board.pictures(name, images, iteration)
 
     def add_row(self, strip: Path, drawn: Tensor) -> None:
         """Pictures (8, 3, H, W) as one more file in progress/, and all of these as progress.png."""
@@ -125,7 +139,9 @@ class Report:
         drawn = "samples.png (same noise: source above, adapted below), progress.png, "
         if not self.options["samples"]:
             drawn = ""
-        print(f"done: {self.out}/{drawn}loss.png; more with: python sample.py {quoted(self.out)} -n 64")
+        write_page(self.out, self.options, self.command)
+        print(f"done: {self.out}/report.html, {drawn}loss.png; more with: python sample.py "
+              f"{quoted(self.out)} -n 64")
         if (best := best_stage(stages(self.out))) is not None:
             print(f"held-out loss is lowest after {best} of {self.options['iterations']} iterations: "
                   f"python sample.py {quoted(self.out)} --at {best}")
@@ -145,3 +161,4 @@ class Report:
         above, below = (torch.cat([images, blank]).split(columns) for images in (source, adapted))
         rows = [row for pair in zip(above, below) for row in pair]
         save_grid(self.out / "samples.png", torch.cat(rows), columns, gap_after=2)
+        self.show_on_board("samples", torch.cat(rows), self.options["iterations"])

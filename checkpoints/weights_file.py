@@ -22,10 +22,10 @@ AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema",
 PLAIN = ("state_dict", "model_state_dict", "model", "module", "network", "net", "unet", "params", "weights")
 WRAPPERS = ("module.", "_orig_mod.", "ema_model.")  # DataParallel, torch.compile, a module that averages
 # Modules whose mention in a file of weights is no bookkeeping but an attack.
-HOSTILE = {"os", "posix", "nt", "sys", "subprocess", "shutil", "builtins", "importlib", "runpy", "pty", "socket",
-           "ctypes", "code", "codeop", "pickle", "webbrowser", "multiprocessing", "threading", "signal"}
-PLAIN_TYPES = {"list", "dict", "set", "frozenset", "tuple", "int", "float", "str", "bytes", "bytearray", "complex",
-               "bool", "object", "slice", "range"}
+HOSTILE = {"os", "posix", "nt", "sys", "subprocess", "shutil", "builtins", "importlib", "runpy", "pty",
+           "socket", "ctypes", "code", "codeop", "pickle", "webbrowser", "threading", "signal"}
+PLAIN_TYPES = {"list", "dict", "set", "frozenset", "tuple", "int", "float", "str", "bytes", "bytearray",
+               "complex", "bool", "object", "slice", "range"}
 # First bytes of what is no file of weights.
 OTHERS = {b"version https://git-lfs": "a Git LFS pointer", b"\x1f\x8b": "a gzip archive; unpack it",
           b"7z\xbc\xaf": "a 7z archive; unpack it", b"Rar!": "a RAR archive; unpack it",
@@ -103,13 +103,15 @@ def _kind_of_zip(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError):
-        raise unreadable(path, f"its end is missing: a download broken off after {path.stat().st_size / 1e6:.1f} MB; "
-                               "download it again") from None
+        raise unreadable(path, "its end is missing: a download broken off after "
+                               f"{path.stat().st_size / 1e6:.1f} MB; download it again") from None
     if any(name.endswith(("constants.pkl", ".py")) or "/code/" in name for name in names):
-        raise unreadable(path, "it is a TorchScript archive, a program with its weights; give the weights alone")
+        raise unreadable(path, "it is a TorchScript archive, a program with its weights; give the weights "
+                               "alone")
     if any(name.endswith("data.pkl") for name in names):
         return "torch"
-    inside = next((name for name in names if name.endswith((".ckpt", ".pt", ".pth", ".safetensors", ".bin"))), None)
+    suffixes = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
+    inside = next((name for name in names if name.endswith(suffixes)), None)
     raise unreadable(path, "it is a .zip archive; unpack it" + (f" and give its {inside}" if inside else ""))
 
 
@@ -118,11 +120,13 @@ def _whole_safetensors(path: Path, file: Any, header: int, size: int) -> str:
     file.seek(8)
     try:
         entries = json.loads(file.read(header))
-        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        end = max(ends, default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise unreadable(path, "the header of safetensors is damaged; download it again") from None
     if size != 8 + header + end:
-        raise unreadable(path, f"it has {size} bytes where safetensors announces {8 + header + end}; download it again")
+        raise unreadable(path, f"it has {size} bytes where safetensors announces {8 + header + end}; "
+                               "download it again")
     return "safetensors"
 
 
@@ -172,7 +176,8 @@ def _load(path: Path) -> Any:
     while True:
         known = [(place, name) for name, place in places.items()]
         try:
-            with torch.serialization.safe_globals(known), open(path, "rb") as file:  # by the file, not by its name
+            # By the file, not by its name: torch reads what is called .safetensors as that.
+            with torch.serialization.safe_globals(known), open(path, "rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             text = str(error)
@@ -207,8 +212,8 @@ def chosen(content: Any, path: Path) -> dict[str, Tensor]:
     """
     if isinstance(content, StandIn):
         name = f"{type(content).__module__}.{type(content).__name__}"
-        raise InputError(f"{path}: a pickled object of class {name}, whose code is not run; save its state_dict() "
-                         "alone")
+        raise InputError(f"{path}: a pickled object of class {name}, whose code is not run; save its "
+                         "state_dict() alone")
     if isinstance(content, Mapping) and {"parameters", "optimizer", "iteration"} <= content.keys():
         raise InputError(f"{path}: the training state of a run; give its folder, {path.parent}")
     found = dict(sets_of_weights(content))
@@ -226,8 +231,10 @@ def chosen(content: Any, path: Path) -> dict[str, Tensor]:
     if found:
         raise InputError(f"{path}: holds several sets of weights, {', '.join(found)}; save one of them alone")
     if isinstance(content, Mapping) and "param_groups" in content:
-        raise InputError(f"{path}: the state of an optimiser, without weights; give the file of weights beside it")
-    raise InputError(f"{path}: holds something else than a flat dict of tensors; save the model's state_dict() alone")
+        raise InputError(f"{path}: the state of an optimiser, without weights; give the file of weights "
+                         "beside it")
+    raise InputError(f"{path}: holds something else than a flat dict of tensors; save the model's "
+                     "state_dict() alone")
 
 
 def sets_of_weights(content: Any, name: str = "", depth: int = 2) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -265,6 +272,6 @@ def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(name.startswith("ema_model.") for name in tensors):  # beside it online_model and counters
         tensors = {name: value for name, value in tensors.items() if name.startswith("ema_model.")}
     tensors = {name: value for name, value in tensors.items() if name != "n_averaged"}  # of AveragedModel
-    while start := next((start for start in WRAPPERS if tensors and all(key.startswith(start) for key in tensors)), ""):
+    while start := next((w for w in WRAPPERS if tensors and all(key.startswith(w) for key in tensors)), ""):
         tensors = {name.removeprefix(start): value for name, value in tensors.items()}
     return tensors

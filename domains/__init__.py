@@ -138,7 +138,8 @@ def training_images(name_or_folder: str | Path, size: int, hold_out: int = 0,
 def source_images(name_or_folder: str | Path, n: int, size: int, seed: int) -> torch.Tensor:
     """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else from a folder.
 
-    From a folder and its subfolders they are distinct, and all there are if fewer than n.  The same seed gives
+    From a folder and its subfolders they are distinct, and all there are if fewer than n.  The same seed
+    gives
     the same pictures.
     Raises InputError as target_images does.
     """

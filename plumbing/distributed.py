@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from plumbing.options import InputError
 
-
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets
 
 
@@ -54,14 +53,15 @@ def setup(device: str = "auto") -> torch.device:
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process; InputError if only a part of what it sets is there, for several."""
+    """Whether torchrun started this process; InputError if only a part of what it sets is there, for
+    several."""
     there = {name for name in TORCHRUN if name in os.environ}
     if len(there) == len(TORCHRUN):
         return True
     if os.environ.get("WORLD_SIZE", "1") != "1":
         missing = ", ".join(name for name in TORCHRUN if name not in there)
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing} is not set: start with torchrun, or "
-                         "unset it")
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing} is not set: start with "
+                         "torchrun, or unset it")
     return False  # LOCAL_RANK, say, of a notebook server
 
 

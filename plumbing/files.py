@@ -21,11 +21,10 @@ def blaming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-    except (RuntimeError, SafetensorError) as error:  # torch.save and safetensors have no OSError for a full disk
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors have no OSError for a full disk
         if not any(text in str(error) for text in ("inline_container", "PytorchStreamWriter", "I/O error")):
             raise
-        full = "No space left on device" if "No space left" in str(error) else "it cannot be written whole; is the disk full?"
-        raise OSError(errno.ENOSPC, full, str(path)) from None
+        raise OSError(errno.ENOSPC, "cannot be written whole; is the disk full?", str(path)) from None
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

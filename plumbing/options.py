@@ -149,7 +149,8 @@ def quoted(path: str | Path) -> str:
 def run(main: Callable[[], None]) -> None:
     """Call `main()`; what goes wrong becomes one line on stderr and an exit status, without a traceback.
 
-    Status 2 for an InputError, a file that cannot be read or written, a full disk or memory; 130 for Ctrl-C; 141
+    Status 2 for an InputError, a file that cannot be read or written, a full disk or memory; 130 for Ctrl-C;
+    141
     where nobody reads the output any more.
     """
     for stream in (sys.stdout, sys.stderr):

@@ -53,22 +53,25 @@ def list_images(folder: str | Path, recursive: bool = False, remedy: str = "") -
     except PermissionError:
         raise InputError(f"{folder}: cannot be read, permission denied; check its permissions") from None
     below = sorted(files_below(folder))
-    taken = sorted(path for path in below if _is_image(path) and (recursive or path in right_here))
+    looked_at = [path for path in below if recursive or path in right_here]
+    taken = [path for path in looked_at if _is_image(path)]
     deeper = [path for path in below if _is_image(path) and path not in right_here] if not recursive else []
-    left_out = describe_left_out([path for path in below if not _is_image(path) and (recursive or path in right_here)])
+    left_out = describe_left_out([path for path in looked_at if not _is_image(path)])
     if deeper:
         what = f"{len(deeper)} {'more ' if taken else ''}pictures in subfolders, such as {deeper[0].parent}"
         left_out = "; ".join(filter(None, (left_out, what + (f": {remedy}" if remedy else ""))))
     if not taken:
         there = f"; it holds {left_out}" if left_out else ""
-        raise InputError(f"{folder}: no images in this folder (.jpg, .png, .heic, .webp, .tif and the like){there}")
+        raise InputError(f"{folder}: no images in this folder (.jpg, .png, .heic, .webp, .tif and the "
+                         f"like){there}")
     if left_out:
         distributed.say_once(f"note: {folder}: left out are {left_out}")
     return taken
 
 
 def describe_left_out(paths: list[Path]) -> str:
-    """How many files of which kinds, and an example of each: "8 .cr2 (IMG_1.CR2)"; empty if there are none."""
+    """How many files of which kinds, and an example of each: "8 .cr2 (IMG_1.CR2)"; empty if there are
+    none."""
     kinds = collections.Counter(path.suffix.lower() for path in paths)
     examples = {path.suffix.lower(): path.name for path in reversed(paths)}
     return ", ".join(f"{n} {kind or 'without suffix'} ({examples[kind]})" for kind, n in kinds.most_common(5))
@@ -84,8 +87,8 @@ def load_folder(folder: str | Path, size: int, recursive: bool = False) -> Tenso
     images = torch.stack([load_image(path, size) for path in paths])
     cut = sum(3 * min(shape) < 2 * max(shape) for shape in map(size_of, paths))
     if cut:
-        distributed.say_once(f"note: {folder}: {cut} of {len(paths)} pictures lose more than a third in being cut to "
-                             "their centre square")
+        distributed.say_once(f"note: {folder}: {cut} of {len(paths)} pictures lose more than a third in "
+                             "being cut to their centre square")
     return images
 
 
@@ -93,7 +96,8 @@ class ImageFolder:
     """A folder of any size, read as needed: `folder[i]` is one picture, float32 (3, size, size).
 
     recursive   with the pictures in subfolders
-    skip        leave damaged pictures out, and say which.  All that can be kept in memory are looked at now, of
+    skip        leave damaged pictures out, and say which.  All that can be kept in memory are looked at now,
+                of
                 the others the first bytes; one that turns out to be damaged later is replaced by the next.
 
     Raises InputError as list_images and, without `skip`, load_image do.
@@ -130,7 +134,8 @@ class ImageFolder:
         return to_tensor(torch.stack([self._sound(i, pixels) for i, pixels in zip(indices, found)]))
 
     def read_ahead(self, batches: Iterable[list[int]]) -> None:
-        """From now on `batch` is asked for these indices, in this order: what memory cannot keep is read before it
+        """From now on `batch` is asked for these indices, in this order: what memory cannot keep is read
+        before it
         is asked for."""
         if not self.keep:
             self.ahead = self._read(batches)

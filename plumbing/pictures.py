@@ -24,9 +24,9 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in set(Image.OPEN) - NOT_PICTURES}
 FORMATS = sorted(set(Image.OPEN) - NOT_PICTURES)
 ORIENTATION = 0x0112  # the tag of EXIF; its values and what turns the picture upright:
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+           7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 def to_tensor(pixels: np.ndarray | Tensor) -> Tensor:

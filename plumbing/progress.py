@@ -41,7 +41,8 @@ def bar(steps: Iterable | None, text: str, leave: bool = False, total: int | Non
 
     leave    the bar stays when it is done
     """
-    first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes
+    alone = "WORLD_SIZE" not in os.environ  # torchrun numbers the processes
+    first = alone or os.environ.get("RANK", "0") == "0"
     shown = dict(desc=text, leave=leave, total=total, initial=initial, disable=not first)
     if sys.stderr.isatty():
         return tqdm(steps, mininterval=0.5, **shown)

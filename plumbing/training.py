@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from plumbing import distributed, progress
+from plumbing.board import Board
 from plumbing.files import add_metrics, save_checkpoint, trim_metrics
 from plumbing.options import InputError
 
@@ -116,7 +117,8 @@ class MicroBatches:
 class StopSignal:
     """In the `with` block Ctrl-C and SIGTERM only set `received`: the loop stops when it suits.
 
-    A second Ctrl-C kills.  A second SIGTERM does not, and neither does what comes within a second: torchrun passes
+    A second Ctrl-C kills.  A second SIGTERM does not, and neither does what comes within a second: torchrun
+    passes
     on what every process of a job was sent already.
     """
 
@@ -157,6 +159,7 @@ class Loop:
     batch_size       pictures an iteration, over all ranks
     state            of a checkpoint to go on from
     keep             what else a checkpoint holds
+    board            where metrics go as well
     after            called before the first iteration and after each with the number done and whether it
                      was saved
     """
@@ -164,10 +167,11 @@ class Loop:
     def __init__(self, out: Path, text: str, iterations: int, save_every: int, batch_size: int,
                  parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA,
                  learning_rate: Callable[[int], float], device: torch.device, state: dict[str, Any] | None,
-                 keep: dict[str, Any], after: Callable[[int, bool], None]):
+                 keep: dict[str, Any], after: Callable[[int, bool], None], board: Board | None = None):
         self.out, self.iterations, self.save_every, self.batch_size = out, iterations, save_every, batch_size
         self.parameters, self.optimizer, self.ema = parameters, optimizer, ema
         self.learning_rate, self.device, self.keep, self.after = learning_rate, device, keep, after
+        self.board = board
         self.start = self.restore(state) if state else 0
         if distributed.rank() == 0:
             trim_metrics(out / "metrics.jsonl", self.start)
@@ -229,6 +233,8 @@ class Loop:
         speed = dict(learning_rate=rate, seconds=seconds, images_per_second=self.batch_size / seconds)
         if distributed.rank() == 0:
             add_metrics(self.out / "metrics.jsonl", iteration=self.iteration, **line, **speed)
+        if self.board:
+            self.board.line(self.iteration, **line, **speed)
         self.bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
 
     def warn(self, text: str) -> None:

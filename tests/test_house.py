@@ -12,7 +12,7 @@ PROGRAMS = {"train_tan", "pretrain", "sample", "evaluate", "toy2d"}
 ROOMS = ("baselines", "checkpoints", "domains", "experiments", "plumbing")
 FLOORS = {"experiments": 5, "settings": 3, "checkpoints": 2, "domains": 2, "baselines": 2, "plumbing": 1,
           **dict.fromkeys(PROGRAMS, 4), **dict.fromkeys(CONCEPTS, 0)}
-HEAVY = {"lpips", "torch_fidelity", "matplotlib", "torchvision", "huggingface_hub"}  # may be imported inside a function
+HEAVY = {"lpips", "torch_fidelity", "matplotlib", "torchvision", "huggingface_hub", "torch.utils.tensorboard"}  # imported where needed
 
 
 def source_files(root):

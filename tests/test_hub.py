@@ -15,7 +15,6 @@ import diffusers
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 from test_diffusers_folder import VAES, diffusers_model
 
 from checkpoints import hub

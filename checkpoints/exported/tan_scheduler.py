@@ -40,7 +40,8 @@ class TANScheduler(SchedulerMixin, ConfigMixin):
     def step(self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, eta: float = 0.0,
              generator: torch.Generator | list[torch.Generator] | None = None,
              return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
-        """x_s from x_t and what the network gives (B, ...), s the next of `timesteps` after t, or no noise after the last."""
+        """x_s from x_t and what the network gives (B, ...), s the next of `timesteps` after t, or no noise
+        after the last."""
         t = int(timestep)
         s = max((other for other in self.timesteps.tolist() if other < t), default=-1)
         t_batch, s_batch = (torch.full((len(sample),), i, device=sample.device) for i in (t, s))

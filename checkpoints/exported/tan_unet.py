@@ -40,7 +40,8 @@ class TANUNet(ModelMixin, ConfigMixin):
 
     def forward(self, sample: Tensor, timestep: Tensor | int,
                 return_dict: bool = True) -> UNet2DOutput | tuple[Tensor]:
-        """x_t (B, C, H, W), timestep scalar or (B,) -> eps, or v or x_0 (B, C, H, W); a learned variance is left out."""
+        """x_t (B, C, H, W), timestep scalar or (B,) -> eps, or v or x_0 (B, C, H, W); a learned variance is
+        left out."""
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         eps = self.unet(sample, t)[:, : sample.shape[1]]
         return UNet2DOutput(eps) if return_dict else (eps,)
