@@ -234,10 +234,16 @@ def instead_of_paper(options: Options, source: Network) -> dict:
 
 
 def suited(options: Options, source: Network) -> Options:
-    """The options with a number for each that is None: what suits the source, or else the paper's."""
+    """The options with a number for each that is None: what suits the source, or else the paper's.
+
+    Raises InputError for a run that is resumed and has none: it began with one.
+    """
     asked = flat(options)
     suits = {**PAPER, **instead_of_paper(options, source)}
-    return replace(options, **{name: value for name, value in suits.items() if asked[name] is None})
+    filled = {name: value for name, value in suits.items() if asked[name] is None}
+    if options.resume and filled:
+        raise InputError(f"{folder_of(options)}/options.json: damaged, it has no {', '.join(filled)}")
+    return replace(options, **filled)
 
 
 def used_by(method: str) -> frozenset[str]:
@@ -293,7 +299,7 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
              guidance_below=0, classifier_batch_size=2, classifier_iterations=1,
              source_count=distributed.world(), omega=0, pgd_steps=0, guidance_fade=0, guidance_limit=0,
              pairwise_weights=0)
-    below(options, ema=1)
+    below(options, ema=1, adaptor_width=65537, batch_size=1_000_001)
     positive(options, "learning_rate", "classifier_learning_rate")
     finite(options, "gamma")
     check_seed(options)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import adaptor
@@ -39,13 +39,10 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
 
     Raises InputError if there is no run, or if a flag that was typed contradicts it.
     """
-    try:
-        saved = json.loads((out / "options.json").read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{out}: no run to resume (no options.json); leave out --resume to start "
-                         "one") from None
-    asked = flat(options)
-    if not isinstance(saved, dict) or saved.keys() != asked.keys():
+    if not (out / "options.json").exists():
+        raise InputError(f"{out}: no run to resume (no options.json); leave out --resume to start one")
+    saved, asked = read_options(out), flat(options)
+    if saved.keys() != asked.keys():
         raise InputError(f"{out}/options.json: from another version of this program; start anew with "
                          "--overwrite")
     check_types(options, saved, f"{out}/options.json")
@@ -163,8 +160,11 @@ def stages(folder: Path) -> list[dict[str, Any]]:
     """
     found = []
     for path in sorted((Path(folder) / "stages").glob("[0-9]*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found.append(json.loads(file.metadata()["description"])["stage"])
+        try:
+            with safe_open(path, "pt") as file:
+                found.append(json.loads(file.metadata()["description"])["stage"])
+        except (SafetensorError, LookupError, TypeError, ValueError):
+            distributed.say_once(f"note: {path} is damaged, and left out; remove it")
     return found
 
 
@@ -214,11 +214,14 @@ def load_run(folder: Path, at: int | None = None,
         load_strictly(network.model, tensors, path)
         return network, options
     check_finite(tensors, path)
-    adaptor.attach(network.model, options["adaptor_width"], options.get("adaptor", "bottleneck"))
     try:
+        adaptor.attach(network.model, options["adaptor_width"], options.get("adaptor", "bottleneck"))
         adaptor.load_state_dict(network.model, tensors)
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]}") from None
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):  # no width, or another one
+        raise InputError(f"{path}: does not fit the adaptors that {folder}/options.json "
+                         "describes") from None
     return network, options
 
 

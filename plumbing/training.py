@@ -180,11 +180,15 @@ class Loop:
 
     def restore(self, state: dict[str, Any]) -> int:
         """Go on from what `save` kept; returns how many iterations are done."""
-        with torch.no_grad():
-            for p, saved in zip(self.parameters, state["parameters"], strict=True):
-                p.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
+        try:
+            with torch.no_grad():
+                for p, saved in zip(self.parameters, state["parameters"], strict=True):
+                    p.copy_(saved)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.load_state_dict(state["ema"])
+        except (LookupError, RuntimeError, TypeError, ValueError):
+            raise InputError(f"{self.out}/checkpoint.pt: is of another network than the options describe; "
+                             "start anew with --overwrite") from None
         distributed.say(f"resuming at iteration {state['iteration']}")
         return state["iteration"]
 

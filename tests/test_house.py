@@ -47,7 +47,7 @@ def faults(files):
             target = f"{imported}.{name}" if f"{imported}.{name}" in modules else imported
             other, ours = imported.split(".")[0], target in modules
             where = f"{path}:{node.lineno}"
-            if id(node) in inner and (ours or other not in HEAVY):
+            if id(node) in inner and (ours or not {other, imported} & HEAVY):
                 found.append(f"{where}: imports {imported} inside a function")
             if home in CONCEPTS and not ours and other != "torch" and other not in sys.stdlib_module_names:
                 found.append(f"{where}: a concept imports {other}")

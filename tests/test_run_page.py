@@ -52,7 +52,7 @@ def test_the_page_needs_no_other_file(shown):
     assert page.open == [] or page.open == ["html"]
     assert len(page.addresses) == 3 and all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert "http://" not in text and "https://" not in text
-    rows = json.loads(re.search(r"const rows = (\[.*?\]\]);", text)[1])
+    rows = json.loads(re.search(r"const rows = (\[.*?\]\]), picture", text)[1])
     assert [label.split(",")[0] for label, _ in rows] == ["after 0 iterations", "after 3 iterations", "after 6 iterations"]
     said = " ".join(page.texts)
     assert "6 of 6 iterations" in said and f"python sample.py {shlex.quote(str(shown))} -n 64" in said
