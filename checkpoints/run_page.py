@@ -44,7 +44,9 @@ def write_page(out: Path, options: dict[str, Any], command: str) -> None:
         command=html.escape(command),
         settings="\n".join(f"<tr><td>{flag(name)}<td>{html.escape(json.dumps(value))}"
                            for name, value in options.items()))
-    write_atomic(out / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    # Names may be no UTF-8.
+    content = page.encode("utf-8", "backslashreplace")
+    write_atomic(out / "report.html", lambda temporary: temporary.write_bytes(content))
 
 
 def _data(path: Path) -> str:

@@ -20,7 +20,7 @@ def blaming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     except (RuntimeError, SafetensorError) as error:  # torch and safetensors have no OSError for a full disk
         if not any(text in str(error) for text in ("inline_container", "PytorchStreamWriter", "I/O error")):
             raise

@@ -149,21 +149,38 @@ def test_a_name_as_source_from_end_to_end(program, server, tiny, tmp_path, name)
     assert again.returncode == 0 and not server.asked
 
 
-@pytest.mark.parametrize("name, environment, says", [
-    ("google/nosuch", {}, "google/nosuch: no such file or folder here, and no such repository on the Hugging Face Hub"),
-    ("google/ddpm-tiny@nosuch", {}, "google/ddpm-tiny@nosuch: the repository has no revision nosuch"),
-    (GATED, {}, f"{GATED}: is gated; accept its terms at https://huggingface.co/{GATED}"),
-    ("someone/empty", {}, "someone/empty: holds no weights that are known here"),
-    ("google/ddpm-tiny/unet/nosuch.bin", {}, "google/ddpm-tiny/unet/nosuch.bin: has no such file"),
-    ("google/ddpm-tiny", NOWHERE, "not whole in the cache of huggingface_hub, and the Hugging Face Hub cannot be asked"),
-    ("google/ddpm-tiny", dict(HF_HUB_OFFLINE="1"), "not whole in the cache of huggingface_hub, and the Hugging Face"),
-    ("toyface", {}, "toyface: no such file or folder (did you mean toyfaces?); built-in are toyfaces, toyfaces-latent"),
-    ("models/a.safetensors", {}, "models/a.safetensors: no such file or folder; built-in are"),
-])
-def test_what_cannot_be_had_in_one_line(program, name, environment, says):
-    done = program(ROOT / "train_tan.py", "--source", name, "--target", "sunglasses", **environment)
-    assert done.returncode == 2 and says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+SAYS = {
+    "google/nosuch": "google/nosuch: no such file or folder here, and no such repository on the Hugging Face Hub",
+    "google/ddpm-tiny@nosuch": "google/ddpm-tiny@nosuch: the repository has no revision nosuch",
+    GATED: f"{GATED}: is gated; accept its terms at https://huggingface.co/{GATED}",
+    "someone/empty": "someone/empty: holds no weights that are known here",
+    "google/ddpm-tiny/unet/nosuch.bin": "google/ddpm-tiny/unet/nosuch.bin: has no such file",
+    "toyface": "toyface: no such file or folder (did you mean toyfaces?); built-in are toyfaces, toyfaces-latent",
+    "models/a.safetensors": "models/a.safetensors: no such file or folder; built-in are"}
+UNREACHABLE = {"google/ddpm-tiny": "not whole in the cache of huggingface_hub, and the Hugging Face Hub cannot be asked"}
+LOCATE = """
+import sys
+from checkpoints.load import locate
+from plumbing.options import InputError
+for name in sys.argv[1:]:
+    try:
+        print("found", locate(name))
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("environment, says", [({}, SAYS), (NOWHERE, UNREACHABLE), (dict(HF_HUB_OFFLINE="1"), UNREACHABLE)])
+def test_what_cannot_be_had_in_one_line(program, environment, says):
+    done = program("-c", LOCATE, *says, **environment)
+    assert done.stderr == "" and len(done.stdout.splitlines()) == len(says)
+    for said, expected in zip(done.stdout.splitlines(), says.values()):
+        assert expected in said
+
+
+def test_a_name_that_cannot_be_had_ends_a_program(program):
+    done = program(ROOT / "train_tan.py", "--source", "google/nosuch", "--target", "sunglasses")
+    assert done.returncode == 2 and done.stderr.strip() == done.stderr.strip().splitlines()[0]
 
 
 def test_revisions_files_and_tokens(program, server, tmp_path):
