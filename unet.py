@@ -200,10 +200,11 @@ class Encoder(nn.Module):
                 self.input_blocks.append(Stage(down))
                 self.skip_channels.append(channels)
                 factor *= 2
-        middle = attention(channels) if middle_attention != "none" else nn.Identity()
+        self.middle_block = Stage(res(channels, channels),
+                                  nn.Identity() if middle_attention == "none" else attention(channels),
+                                  res(channels, channels))
         if middle_attention == "bare":
-            middle.norm = nn.Identity()
-        self.middle_block = Stage(res(channels, channels), middle, res(channels, channels))
+            self.middle_block[1].norm = nn.Identity()
         self.channels, self.factor = channels, factor
         self._res, self._attention = res, attention
 

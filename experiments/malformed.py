@@ -4,8 +4,8 @@
   python -m experiments.malformed --show       each with its answer
 
 Files of weights, folders, pictures and JSON that are truncated, have flipped bits, wrong types, or each
-other's names.  A program has to end with one line that names the file or flag (status 2), or do the job where the
-damage is none: no traceback, no silent success on damaged input, and nothing that was there is changed.
+other's names.  A program has to end with one line that names the file or flag (status 2), or do the job where
+the damage is none: no traceback, no silent success on damaged input, and nothing that was there is changed.
 """
 
 import contextlib
