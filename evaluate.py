@@ -70,6 +70,8 @@ class Sampling:
     """Samples to draw from each run."""
     steps: int = 25
     """DDIM steps."""
+    source: Unset[str] = None
+    """Where the source of the runs is now, if it has moved."""
     at: Unset[str] = None
     """Score stages of the runs: all, or the one after so many iterations (default: the end of each run)."""
 
@@ -136,21 +138,22 @@ def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callab
     """A function that gives the figures of a run's stage after so many iterations, by name: the judge's if it
     knows the source and the target, else those of `comparison`.
     """
-    n, steps, run = options.sampling.n, options.sampling.steps, run_folder.read_options(folder)
+    n, steps, source = options.sampling.n, options.sampling.steps, options.sampling.source
+    run = run_folder.read_options(folder)
     if judge.knows(run):
         def judged(iteration: int) -> dict[str, float]:
             figures = judge.score_run(folder, n, steps, device, iteration)["score"]
             return {name: figures[name] for name in STAGE_COLUMNS}
         return judged
 
-    own = run_folder.load_run(folder, run_folder.stages(folder)[0]["iteration"])[0].image_size
+    own = run_folder.load_run(folder, run_folder.stages(folder)[0]["iteration"], source)[0].image_size
     size = options.folders.size or max(32, own)
     targets, _ = domains.training_images(run["target"], size, run.get("hold_out", 0),
                                          run.get("recursive", False))
     score = comparison(options.folders, targets, reference_of(options.folders, size), size, device)
 
     def compared(iteration: int) -> dict[str, float]:
-        network, _ = run_folder.load_run(folder, iteration)
+        network, _ = run_folder.load_run(folder, iteration, source)
         network.check_steps(steps)
         samples = judge.draw(network.to(device), n, steps, f"{folder} --at {iteration}")
         try:
