@@ -44,7 +44,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
                 os.fsync(f.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
+            temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
