@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from autoencoder import KL, VQ
-from checkpoints.diffusers_unet import refuse_others, square
+from checkpoints.diffusers_unet import multiples, refuse_others, square
 from checkpoints.network import check_fit
 from plumbing import distributed
 from plumbing.options import InputError
@@ -33,12 +33,10 @@ def first_stage_options(theirs: dict[str, Any], file: Path) -> tuple[dict[str, A
         if (list(down), list(up)) != _block_types(attention):
             raise InputError(f"{file}: down_block_types {down} and up_block_types {up}; only "
                              "(Attn)DownEncoderBlock2D and their mirror image can be read")
-        if any(w % widths[0] for w in widths):
-            raise InputError(f"{file}: block_out_channels {widths}; only multiples of the first can be read")
         # It is halved at every level, and only tells where there is attention.
         resolution = max(square(theirs.get("sample_size", 32), file), 2 ** len(widths))
         is_vq, latent = kind == "VQModel", theirs.get("latent_channels", 3 if kind == "VQModel" else 4)
-        ddconfig = dict(resolution=resolution, ch=widths[0], ch_mult=[w // widths[0] for w in widths],
+        ddconfig = dict(resolution=resolution, ch=widths[0], ch_mult=multiples(widths, file),
                         num_res_blocks=theirs.get("layers_per_block", 1), z_channels=latent,
                         double_z=not is_vq,
                         attn_resolutions=[resolution >> i for i, a in enumerate(attention) if a],
@@ -56,9 +54,8 @@ def _scale_factor(theirs: dict[str, Any], is_vq: bool, file: Path) -> float:
     """What latents are multiplied by; where it is not stated, said."""
     if "scaling_factor" in theirs:
         return theirs["scaling_factor"]
-    # The VQ first stages without one are from before there was the option: LDMPipeline did not scale. 
-    # Today's
-    # would divide by 0.18215 and draw noise (diffusers issue 6725).
+    # The VQ first stages without one are from before there was the option: LDMPipeline did not scale.
+    # Today's would divide by 0.18215 and draw noise (diffusers issue 6725).
     assumed = 1.0 if is_vq else 0.18215
     distributed.say_once(f"{file}: states no scaling_factor; taken as {assumed:g}")
     return assumed

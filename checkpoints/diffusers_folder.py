@@ -1,8 +1,7 @@
 """Folders and repositories of diffusers: which files of them are needed, and what they describe.
 
     model_index.json                      names the pipeline
-    unet/config.json, unet/diffusion_pytorch_model.safetensors      or beside model_index.json; unet_ema/ is
-    better
+    unet/config.json, unet/diffusion_pytorch_model.safetensors      or beside it; unet_ema/ is better
     scheduler/scheduler_config.json
     vqvae/ or vae/                        of latent models
 """
@@ -19,7 +18,7 @@ from autoencoder import KL, VQ
 from checkpoints import diffusers_first_stage
 from checkpoints.diffusers_unet import schedule_options, unet_options
 from checkpoints.published import ARCHITECTURES, LINEAR, read_json
-from checkpoints.weights_file import read_tensors
+from checkpoints.weights_file import read_parts
 from plumbing import distributed
 from plumbing.options import InputError
 
@@ -100,9 +99,8 @@ def files_in(folder: Path) -> list[Path]:
     names = names_in(folder)
     if {"options.json", "metrics.jsonl"} <= names:
         raise InputError(f"{folder}: a run of train_tan.py, which cannot be the source of another; give the "
-                         "source it "
-                         "was made from (python -m checkpoints.export makes one of a run with --method "
-                         "finetune)")
+                         "source it was made from (python -m checkpoints.export makes one of a run with "
+                         "--method finetune)")
     try:
         found = weights_of(names)
     except InputError as error:
@@ -141,10 +139,9 @@ def first_stage_weights(model: VQ | KL, file: Path) -> dict[str, Tensor]:
 
     Raises InputError unless they are exactly its own.
     """
-    folder, tensors = _folder_of(file), {}
+    folder = _folder_of(file)
     files = [folder / name for name in first_stage_at(names_in(folder))]
-    for part in files:
-        tensors |= read_tensors(part)[0]
+    tensors, _ = read_parts(files)
     ours = diffusers_first_stage.translated(model, tensors, files[0])
     return {f"first_stage.{key}": value for key, value in ours.items()}
 
@@ -164,8 +161,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _schedule_in(folder: Path, arch: str | None) -> dict[str, Any]:
     """Options of our Schedule: the folder's own or, of a checkpoint of a training, that of the folder above,
-    else
-    those of `arch`."""
+    else those of `arch`.
+    """
     for file in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json",
                  folder.parent / "scheduler" / "scheduler_config.json"):
         if file.exists():

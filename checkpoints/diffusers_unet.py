@@ -76,6 +76,13 @@ def square(size: Any, file: Path) -> int:
     return sides[0]
 
 
+def multiples(widths: list[int], file: Path) -> list[int]:
+    """channel_mult of these block_out_channels; InputError for what is no multiple of the first."""
+    if any(w % widths[0] for w in widths):
+        raise InputError(f"{file}: block_out_channels {widths}; only multiples of the first can be read")
+    return [w // widths[0] for w in widths]
+
+
 def _unet_options(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
     chosen = {key: theirs.get(key, values[0]) for key, values in CHOICES.items()}
     for key, values in CHOICES.items():
@@ -92,13 +99,11 @@ def _unet_options(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
     if (list(down), list(up)) != _block_types(attention, updown):
         raise InputError(f"{file}: down_block_types {down} and up_block_types {up}; only (Attn)DownBlock2D, "
                          "with 'resnet' ResnetDownsampleBlock2D, and their mirror image can be read")
-    if any(w % widths[0] for w in widths):
-        raise InputError(f"{file}: block_out_channels {widths}; only multiples of the first can be read")
     groups = theirs.get("norm_num_groups", 32)
     return dict(
         image_size=square(theirs["sample_size"], file), in_channels=theirs["in_channels"],
         out_channels=theirs["out_channels"], num_res_blocks=theirs["layers_per_block"],
-        model_channels=widths[0], channel_mult=[w // widths[0] for w in widths],
+        model_channels=widths[0], channel_mult=multiples(widths, file),
         attention_resolutions=[2 ** i for i, a in enumerate(attention) if a],
         num_heads=1, num_head_channels=theirs.get("attention_head_dim", 8),
         use_scale_shift_norm=scale_shift, resblock_updown=updown,
@@ -110,8 +115,8 @@ def _unet_options(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _middle_attention(theirs: dict[str, Any], groups: int, scale_shift: bool, file: Path) -> str:
     """middle_attention of unet.Encoder.  Where the groups of its norm are not stated, diffusers takes those
-    of
-    the others or, of scale_shift, none."""
+    of the others or, of scale_shift, none.
+    """
     if not theirs.get("add_attention", True):
         return "none"
     middle = theirs.get("attn_norm_num_groups")

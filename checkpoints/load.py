@@ -15,7 +15,7 @@ import classifier
 from checkpoints import diffusers_folder, hub, published
 from checkpoints.layouts import layout_of, translate
 from checkpoints.network import Network, build, load_strictly
-from checkpoints.weights_file import read_tensors
+from checkpoints.weights_file import read_parts
 from plumbing import distributed
 from plumbing.options import InputError
 from unet import UNet
@@ -34,8 +34,7 @@ def built_in(name: str) -> Path | None:
 
 def locate(name: str) -> Path:
     """Where the network of this name is: a built-in one, a file or folder, or a repository of the Hub, which
-    is
-    fetched.  InputError if there is none, with the built-in name that is nearest.
+    is fetched.  InputError if there is none, with the built-in name that is nearest.
     """
     if asset := built_in(name):
         if Path(name).exists():
@@ -79,9 +78,7 @@ def load_network(path: Path, arch: str | None = None) -> Network:
     # Identify
     path = Path(path)
     files = diffusers_folder.files_in(path) if path.is_dir() else [path]
-    tensors, own = read_tensors(files[0])
-    for part in files[1:]:
-        tensors |= read_tensors(part)[0]
+    tensors, own = read_parts(files)
     layout = "ours" if own is not None else layout_of(tensors, files[0])
 
     # Describe

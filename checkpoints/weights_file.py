@@ -157,6 +157,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     return unwrapped(chosen(content, path)), None
 
 
+def read_parts(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """`read_tensors` of a network whose weights are in one file or in several."""
+    tensors, own = read_tensors(files[0])
+    for part in files[1:]:
+        tensors |= read_tensors(part)[0]
+    return tensors, own
+
+
 def _own(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
     """Our description in the metadata of a safetensors file; None where somebody else's is, or none."""
     try:
