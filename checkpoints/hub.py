@@ -28,8 +28,8 @@ def is_name(name: str) -> bool:
 
 def snapshot_in(folder: Path) -> Path:
     """The files in a folder of huggingface_hub's cache, models--OWNER--NAME: of its main branch, or of the
-    only
-    revision there is.  Any other folder as it is."""
+    only revision there is.  Any other folder as it is.
+    """
     if not (folder / "snapshots").is_dir():
         return folder
     kept = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())

@@ -52,8 +52,9 @@ def locate(name: str) -> Path:
 
 
 def title_of(name: str) -> str:
-    """What to call a network in titles and names of folders: as its file or, where many are called so, its
-    folder."""
+    """What to call a network in titles and names of folders: as its file or, where many are called so, as
+    its folder.
+    """
     path = Path(name.partition("@")[0] if hub.is_name(name) else name)
     if path.suffix in diffusers_folder.SUFFIXES and not path.is_dir():
         path = path.with_suffix("")
@@ -62,8 +63,7 @@ def title_of(name: str) -> str:
 
 
 def pinned(name: str) -> str:
-    """The same name for what is here; of a repository of the Hub with the commit of the files that are
-    taken."""
+    """The same name for what is here; for a repository of the Hub, with the commit that is taken."""
     path = locate(name)
     return hub.pinned(name, path) if hub.is_name(name) and not Path(name).exists() else name
 

@@ -53,8 +53,7 @@ def setup(device: str = "auto") -> torch.device:
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process; InputError if only a part of what it sets is there, for
-    several."""
+    """Whether torchrun started this process; InputError if there are to be several, without all it sets."""
     there = {name for name in TORCHRUN if name in os.environ}
     if len(there) == len(TORCHRUN):
         return True

@@ -153,8 +153,7 @@ def run(main: Callable[[], None]) -> None:
     """Call `main()`; what goes wrong becomes one line on stderr and an exit status, without a traceback.
 
     Status 2 for an InputError, a file that cannot be read or written, a full disk or memory; 130 for Ctrl-C;
-    141
-    where nobody reads the output any more.
+    141 where nobody reads the output any more.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that are no UTF-8 can be printed, too

@@ -97,8 +97,7 @@ class ImageFolder:
 
     recursive   with the pictures in subfolders
     skip        leave damaged pictures out, and say which.  All that can be kept in memory are looked at now,
-                of
-                the others the first bytes; one that turns out to be damaged later is replaced by the next.
+                of the others the first bytes; one that turns out damaged later is replaced by the next.
 
     Raises InputError as list_images and, without `skip`, load_image do.
     """
@@ -135,8 +134,8 @@ class ImageFolder:
 
     def read_ahead(self, batches: Iterable[list[int]]) -> None:
         """From now on `batch` is asked for these indices, in this order: what memory cannot keep is read
-        before it
-        is asked for."""
+        before it is asked for.
+        """
         if not self.keep:
             self.ahead = self._read(batches)
 

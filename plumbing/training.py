@@ -118,8 +118,7 @@ class StopSignal:
     """In the `with` block Ctrl-C and SIGTERM only set `received`: the loop stops when it suits.
 
     A second Ctrl-C kills.  A second SIGTERM does not, and neither does what comes within a second: torchrun
-    passes
-    on what every process of a job was sent already.
+    passes on what every process of a job was sent already.
     """
 
     def __enter__(self) -> "StopSignal":
