@@ -120,11 +120,11 @@ def score_runs(folders: tuple[str, ...], n: int, steps: int, device: torch.devic
         figures = judge.score_run(folder, n, steps, device)["score"]
         print(f"| {folder} | " + " | ".join(f"{figures[name]:.2f}" for name in COLUMNS) + " |", flush=True)
     print(f"""
-{n} samples of each, DDIM in {steps} steps. target: share in the target domain; kept: share of attributes as
-in the source model's sample from the same noise ({min(n, judge.PAIRED)} pairs); covered: share of attribute
-values that appear; toy FID and toy KID (times 1000): distance to fresh target pictures, lower is better; toy
-Intra-LPIPS: higher is more diverse; memorised: distance to the nearest training picture or its mirror image
-over that of fresh target pictures, far below 1 are copies""")
+{n} samples of each, of diffusion models DDIM in {steps} steps. target: share in the target domain; kept:
+share of attributes as in the source model's sample from the same noise ({min(n, judge.PAIRED)} pairs);
+covered: share of attribute values that appear; toy FID and toy KID (times 1000): distance to fresh target
+pictures, lower is better; toy Intra-LPIPS: higher is more diverse; memorised: distance to the nearest
+training picture or its mirror image over that of fresh target pictures, far below 1 are copies""")
 
 
 def at_size(images: Tensor, size: int) -> Tensor:

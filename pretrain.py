@@ -11,6 +11,7 @@
   python pretrain.py photos/ --size 256 --network kl   a first stage of latent diffusion (or vq)
   python pretrain.py photos/ --size 256 --first-stage runs/pretrain-photos-kl/model.safetensors
                                                        a DDPM on the latents of this first stage
+  python pretrain.py toyfaces --network stylegan2      a GAN, the source of the paper's GAN baselines
 
 Leaves in runs/pretrain-NAME/: model.safetensors (averaged weights, architecture in its metadata),
 samples.png as training goes, metrics.jsonl, loss.png and checkpoint.pt, from which --resume goes on exactly.
@@ -30,6 +31,8 @@ from torch import Tensor
 
 import domains
 from autoencoder import LOSS_WEIGHTS, first_stage_loss
+from baselines.gan_training import Plain, Players, play
+from checkpoints import gan
 from checkpoints.load import load_network
 from checkpoints.network import FIRST_STAGES, Network, build, save_network
 from ddpm import Schedule, predict_eps
@@ -103,6 +106,22 @@ class Latent:
 
 
 @dataclasses.dataclass
+class Adversarial:
+    """A StyleGAN2; its channels double level by level, up to the largest of --channel-mult."""
+
+    style_dim: int = 64
+    """Numbers in z and w."""
+    mapping_layers: int = 4
+    """From z to w."""
+    r1: float = 0.05
+    """Weight of the R1 penalty on the discriminator (larger pictures need more: 10 at 256 pixels)."""
+    r1_every: int = 16
+    """Iterations between its computations."""
+    path_length: float = 0.0
+    """Weight of the path length penalty on the generator (2 in Karras et al. 2020b; 0: none)."""
+
+
+@dataclasses.dataclass
 class Training:
     """How it learns."""
 
@@ -134,10 +153,10 @@ class Options:
 
     source: Positional[str]
     """Built-in domain or folder of images."""
-    network: Literal["unet", "classifier", "judge", "kl", "vq"] = "unet"
+    network: Literal["unet", "classifier", "judge", "kl", "vq", "stylegan2"] = "unet"
     """What to train."""
     output_dir: Unset[str] = None
-    """Where the run goes (default: runs/pretrain-SOURCE, with -latent, -kl, -vq, -classifier or -judge)."""
+    """Where the run goes (default: runs/pretrain-SOURCE, with -latent or -NETWORK)."""
     resume: bool = False
     """Continue the run in --output-dir from its checkpoint, with the same flags."""
     overwrite: bool = False
@@ -145,6 +164,7 @@ class Options:
     data: Data = dataclasses.field(default_factory=Data)
     shape: Shape = dataclasses.field(default_factory=Shape)
     latent: Latent = dataclasses.field(default_factory=Latent)
+    adversarial: Adversarial = dataclasses.field(default_factory=Adversarial)
     training: Training = dataclasses.field(default_factory=Training)
 
 
@@ -158,7 +178,8 @@ def check(options: Options, typed: frozenset[str]) -> None:
     judged = len(domains.family(options.source)) if options.network == "judge" else 1
     at_least(options, size=8, images=judged, channels=1, channel_mult=1, res_blocks=1, head_channels=1,
              norm_groups=1, latent_channels=1, codes=1, kl_weight=0, iterations=1,
-             batch_size=distributed.world(), warmup=0, ema=0, threads=1, save_every=1)
+             batch_size=distributed.world(), warmup=0, ema=0, threads=1, save_every=1, style_dim=1,
+             mapping_layers=1, r1=0, r1_every=1, path_length=0)
     below(options, ema=1)
     positive(options, "learning_rate")
     check_seed(options)
@@ -170,8 +191,11 @@ def check(options: Options, typed: frozenset[str]) -> None:
     if options.data.flip and options.network in CLASSIFIERS:
         raise InputError("--flip: a mirrored picture has other attributes, which --network "
                          f"{options.network} learns; leave it out")
-    users = dict(latent_channels=("kl", "vq"), codes=("vq",), kl_weight=("kl",),
-                 attention=("unet", *CLASSIFIERS), head_channels=("unet", *CLASSIFIERS))
+    layered = ("unet", "kl", "vq", *CLASSIFIERS)
+    users = {**dict.fromkeys(flat(options.adversarial), ("stylegan2",)),
+             **dict.fromkeys(("res_blocks", "norm_groups", "precision"), layered),
+             **dict.fromkeys(("attention", "head_channels"), ("unet", *CLASSIFIERS)),
+             "latent_channels": ("kl", "vq"), "codes": ("vq",), "kl_weight": ("kl",)}
     for name, networks in users.items():
         if name in typed and options.network not in networks:
             raise InputError(f"{flag(name)}: --network {options.network} does not use it; leave it out")
@@ -198,6 +222,12 @@ def describe(options: Options, stage: Network | None) -> dict[str, Any]:
     """
     shape, network = options.shape, options.network
     made_by = shlex.join(["python", "pretrain.py", *(word for word in sys.argv[1:] if word != "--resume")])
+    if network == "stylegan2":
+        channels = dict(size=options.data.size, channel_base=shape.channels * options.data.size,
+                        channel_max=shape.channels * max(shape.channel_mult))
+        mapping = dict(style_dim=options.adversarial.style_dim, n_mlp=options.adversarial.mapping_layers)
+        return dict(network=gan.NAME, config=dict(generator=channels | mapping, discriminator=channels),
+                    made_by=made_by)
     if network.upper() in FIRST_STAGES:
         ddconfig = dict(z_channels=options.latent.latent_channels, double_z=network == "kl",
                         resolution=options.data.size, ch=shape.channels, ch_mult=shape.channel_mult,
@@ -226,7 +256,7 @@ def describe(options: Options, stage: Network | None) -> dict[str, Any]:
     return description
 
 
-def untrained(options: Options) -> Network:
+def untrained(options: Options) -> Network | gan.GAN:
     """The network to train, on the first stage of --first-stage if given; InputError if none can be."""
     torch.manual_seed(options.training.seed)
     file, size = options.latent.first_stage, options.data.size
@@ -235,6 +265,8 @@ def untrained(options: Options) -> Network:
                   or size % stage.model.factor):
         raise InputError(f"--first-stage {file}: only for --network unet, and must be a kl or vq whose "
                          "factor divides --size")
+    if options.network == "stylegan2":
+        return gan.build(describe(options, None), "the network flags")
     network = build(describe(options, stage), "the network flags")
     sees = size if options.network.upper() in FIRST_STAGES else network.model.image_size
     if sees % network.model.factor:
@@ -326,7 +358,7 @@ def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
     ema.swap()
     save_network(out / "model.safetensors", network)
     model.eval()
-    if network.description["network"] == "UNet":
+    if network.description["network"] in ("UNet", gan.NAME):
         save_grid(out / "samples.png", network.sample(range(64)), columns=16)
     elif network.description["network"] in FIRST_STAGES:  # pictures above, what comes back below
         device = next(model.parameters()).device
@@ -354,6 +386,32 @@ def prepare(out: Path, old: list[Path]) -> None:
     distributed.barrier()
 
 
+def train_gan(out: Path, options: Options, network: gan.GAN, batch_of: Batch, n: int,
+              state: dict[str, Any] | None, device: torch.device) -> None:
+    """The iterations of a StyleGAN2 on n pictures."""
+    training, wanted = options.training, options.adversarial
+    players = Players(network.model.train(), network.discriminator.train(), Plain(), training.learning_rate,
+                      wanted.r1, wanted.r1_every, wanted.path_length)
+    ema = EMA(players.drawing, training.ema)
+    if state:
+        players.load(state["gan"])
+
+    def after(done: int, saved: bool) -> None:
+        if saved or done == training.iterations:
+            show(out, network, ema, torch.empty(0))
+
+    def real_pictures(g: torch.Generator) -> Tensor:
+        mine = torch.randint(n, (training.batch_size,), generator=g)[distributed.share(training.batch_size)]
+        images, mirrored = batch_of(mine)[0], torch.rand(len(mine), 1, 1, 1, generator=g) < 0.5
+        return torch.where(mirrored & options.data.flip, images.flip(3), images)
+
+    loop = Loop(out, options.network, training.iterations, training.save_every, training.batch_size,
+                players.parameters, players.optimizer, ema, functools.partial(learning_rate, training),
+                device, state, dict(options=flat(options), gan=players.state), after)
+    play(loop, players, ema, real_pictures, training.batch_size, training.seed, device)
+    distributed.cleanup()
+
+
 def main() -> None:
     options, typed = parse(Options, __doc__)
     training = options.training
@@ -377,15 +435,18 @@ def main() -> None:
     shown = batch_of(torch.arange(min(16, n)))[0]
     network.to(device)
     latents = encode_all(batch_of, n, network, options.data.flip, device) if network.first_stage else None
-    model, schedule, b = network.model.train(), network.schedule, training.batch_size
-    # The judge need bear little noise.
-    noisiest = schedule.timesteps // 20 if options.network == "judge" else schedule.timesteps
 
     prepare(out, [] if state else files)
-    parameters = list(model.parameters())
+    weights = sum(value.numel() for value in network.state_dict().values())
     distributed.say(f"{n} pictures of {options.source} at {options.data.size}x{options.data.size}; "
-                    f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; {device}, "
+                    f"{weights / 1e6:.2f} M weights; {device}, "
                     f"{training.precision}; up to iteration {training.iterations}; {out}/")
+    if options.network == "stylegan2":
+        return train_gan(out, options, network, batch_of, n, state, device)
+    model, schedule, b = network.model.train(), network.schedule, training.batch_size
+    parameters = list(model.parameters())
+    # The judge need bear little noise.
+    noisiest = schedule.timesteps // 20 if options.network == "judge" else schedule.timesteps
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
     ema = EMA(parameters, training.ema)
 

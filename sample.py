@@ -4,6 +4,7 @@
   python sample.py runs/sunglasses --at 96         of an earlier stage, in runs/sunglasses/drawn-000096/
   python sample.py toyfaces -n 64                  the built-in source
   python sample.py ffhq_p2.pt -n 8                 a published source
+  python sample.py runs/sunglasses-cdc             a GAN of baselines/
   torchrun --nproc_per_node=8 sample.py runs/sunglasses -n 1000
 
 Picture i comes from seed + i alone: the same noise through source and adapted model gives a pair, and the
@@ -20,11 +21,23 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints import run_folder
+from checkpoints.gan import GAN
 from checkpoints.load import title_of
 from classifier import TARGET, log_prob_gradient
 from plumbing import distributed
 from plumbing.files import write_atomic
-from plumbing.options import InputError, Positional, Unset, at_least, check_seed, finite, parse, run, short
+from plumbing.options import (
+    InputError,
+    Positional,
+    Unset,
+    at_least,
+    check_seed,
+    finite,
+    flag,
+    parse,
+    run,
+    short,
+)
 from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
 from plumbing.progress import bar
 
@@ -77,7 +90,7 @@ def save_picture(path: Path, pixels: Tensor) -> None:
 
 
 def main() -> None:
-    options, _ = parse(Options, __doc__)
+    options, typed = parse(Options, __doc__)
     device = distributed.setup(options.device)
     eta = parse_eta(options.eta)
     at_least(options, n=1, batch_size=1, steps=1)
@@ -86,6 +99,9 @@ def main() -> None:
     folder = Path(options.model)
     network, of_run = run_folder.load_model(options.model, options.arch, options.at, options.source)
     network.check_steps(options.steps)
+    if isinstance(network, GAN) and (unused := sorted(typed & {"steps", "eta", "guidance"})):
+        raise InputError(f"{flag(unused[0])}: {options.model} is a GAN, which draws in one pass; "
+                         "leave it out")
     network.to(device)
     gradient = None
     if options.guidance:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +20,7 @@ from plumbing.options import (
     at_least,
     below,
     check_seed,
+    command,
     finite,
     flag,
     flat,
@@ -258,14 +258,8 @@ def used_by(method: str) -> frozenset[str]:
 
 def command_of(options: Options) -> str:
     """The command that makes this run again, its settings spelt out; quoted for the shell."""
-    words, usual = ["python", "train_tan.py", "--target", options.target], flat(Options())
-    names = used_by(options.method) - {"target", "resume", "overwrite", "paper"}
-    for name, value in flat(options).items():
-        if name in names and value not in (None, usual[name]):
-            typed = value if isinstance(value, tuple) else (value,)
-            words += [flag(name if value is not False else f"no_{name}")]
-            words += [] if isinstance(value, bool) else map(str, typed)
-    return shlex.join(words)
+    names = used_by(options.method) - {"resume", "overwrite", "paper"}
+    return command("python train_tan.py", options, names)
 
 
 def folder_of(options: Options) -> Path:

@@ -33,7 +33,7 @@ import settings
 from adversarial_noise import worst_case_noise
 from baselines.pairwise import PairwiseLosses
 from checkpoints import run_folder
-from checkpoints.load import load_source, pinned, start_classifier
+from checkpoints.load import load_diffusion_model, pinned, start_classifier
 from checkpoints.network import Network, save_network
 from checkpoints.run_report import Report
 from classifier import Classifier, fade, guided_loss, limited, make_classifier, similarity_guidance
@@ -208,7 +208,7 @@ def main() -> None:
     elif options.source is None:
         options = replace(options, source=domains.TARGETS.get(options.target, "toyfaces"))
     options = replace(options, source=pinned(options.source))
-    source = load_source(options.source, options.arch)
+    source = load_diffusion_model(options.source, options.arch)
     asked, options = options, settings.suited(options, source)
     settings.check(options, typed, source)
     source.precision = options.precision

@@ -57,6 +57,12 @@ def log_similarities(x: Tensor) -> Tensor:
     return others.reshape(n, n - 1).log_softmax(1)
 
 
+def divergence(adapted: Tensor, source: Tensor) -> Tensor:
+    """KL(adapted || source) of each one's similarities to the others: (B, ...) twice -> (B,)."""
+    log_p, log_q = log_similarities(adapted), log_similarities(source)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     """x itself, whose gradient is multiplied by `factor`.
 
@@ -72,10 +78,6 @@ def pairwise_loss(adapted: Tensor, source: Tensor, x0: Tensor, image_weight: flo
     The weights are those of KL(adapted || source) of the similarities, as Zhu et al. print it, of pictures
     and of their detail, and of the detail's mean squared error.  With one picture the first two are 0.
     """
-    def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
-        log_p, log_q = log_similarities(ours), log_similarities(theirs)
-        return (log_p.exp() * (log_p - log_q)).sum(1)
-
     fine = high_frequency(adapted)
     mse = (fine - high_frequency(x0)).square().flatten(1).mean(1)
     of_pictures, of_detail = divergence(adapted, source), divergence(fine, high_frequency(source))

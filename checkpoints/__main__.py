@@ -8,11 +8,13 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from checkpoints import hub
 from checkpoints.diffusers_folder import files_in
+from checkpoints.gan import GAN
 from checkpoints.load import load_network, locate
 from checkpoints.network import Network, save_network
 from checkpoints.published import ARCHITECTURES
@@ -30,12 +32,23 @@ class Options:
     """Write the network to this .safetensors file, in this project's own form."""
 
 
-def report(network: Network, path: Path) -> str:
+def report(network: Network | GAN, path: Path) -> str:
     """What a file holds, in words."""
-    description, schedule = network.description, network.schedule.config
+    description = network.description
     layout = description["layout"]
     if "converted_from" in description:
         layout += f", converted from {description['converted_from']}"
+    files = files_in(path) if path.is_dir() else [path]
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    lines = {"file": f"{', '.join(map(str, files))}, {megabytes:.1f} MB", "layout": layout}
+    lines |= of_gan(network) if isinstance(network, GAN) else of_diffusion_model(network)
+    lines["fits"] = f"yes, all {len(network.state_dict())} tensors are there and no other"
+    return "\n".join(f"{name:12}{text}" for name, text in lines.items())
+
+
+def of_diffusion_model(network: Network) -> dict[str, str]:
+    """Lines of the report that a network with a schedule has."""
+    description, schedule = network.description, network.schedule.config
     noise = f"{schedule['name']}, {schedule['timesteps']} steps"
     if schedule["name"] != "cosine":
         noise += f", beta {schedule['beta_start']:g} to {schedule['beta_end']:g}"
@@ -43,18 +56,25 @@ def report(network: Network, path: Path) -> str:
     if network.first_stage:
         latents = "x".join(map(str, network.shape))
         pictures += f", as latents {latents}, scaled by {network.scale_factor:g}"
-    files = files_in(path) if path.is_dir() else [path]
-    megabytes = sum(file.stat().st_size for file in files) / 1e6
-    lines = {"file": f"{', '.join(map(str, files))}, {megabytes:.1f} MB",
-             "layout": layout,
-             "network": f"{description['network']}, {size(network.model)}",
-             "options": ", ".join(f"{key} {value}" for key, value in description["config"].items()),
-             "schedule": noise,
-             "pictures": pictures}
+    lines = {"network": f"{description['network']}, {size(network.model)}",
+             "options": words(description["config"]), "schedule": noise, "pictures": pictures}
     if network.first_stage:
         lines["first stage"] = f"{description['first_stage']['network']}, {size(network.first_stage)}"
-    lines["fits"] = f"yes, all {len(network.state_dict())} tensors are there and no other"
-    return "\n".join(f"{name:12}{text}" for name, text in lines.items())
+    return lines
+
+
+def of_gan(network: GAN) -> dict[str, str]:
+    """Lines of the report that a GAN has."""
+    config, judge = network.description["config"], "none: it draws, but cannot be adapted"
+    if network.discriminator:
+        judge = f"{size(network.discriminator)}, {words(config['discriminator'])}"
+    return {"network": f"StyleGAN2, {size(network.model)}", "options": words(config["generator"]),
+            "judged by": judge, "pictures": f"{network.image_size}x{network.image_size}"}
+
+
+def words(config: dict[str, Any]) -> str:
+    """The options of a network."""
+    return ", ".join(f"{key} {value}" for key, value in config.items())
 
 
 def size(model: nn.Module) -> str:

@@ -36,7 +36,7 @@ import adaptor
 from checkpoints import run_folder
 from checkpoints.diffusers_first_stage import first_stage_config, first_stage_weights
 from checkpoints.diffusers_unet import schedule_config, unet_config, unet_weights
-from checkpoints.load import title_of
+from checkpoints.load import need_diffusion_model, title_of
 from checkpoints.network import Network
 from plumbing.files import write_atomic
 from plumbing.options import InputError, Positional, Unset, parse, run
@@ -202,6 +202,7 @@ def main() -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{options.folder}: is there already; choose a folder that does not exist yet")
     network, run_options = run_folder.load_model(options.model, options.arch, source=options.source)
+    network = need_diffusion_model(network, options.model)
     reason = why_code(network)
     card = model_card(network, options.model, run_options, pairs.exists(), out.name, bool(reason))
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -8,6 +8,7 @@
                       ... beside a config.json
     latent-diffusion  model.diffusion_model. + ours, first_stage_model. +       Rombach et al. 2022, a
                       autoencoder.py's, model_ema. + names without dots         Lightning .ckpt
+    stylegan2         those of baselines/stylegan2.py, in entries g_ema and d   CDC, a training state
 """
 
 import re
@@ -64,7 +65,7 @@ NOT_WEIGHTS = re.compile(
 # ---- which layout ------------------------------------------------------------------------------------------
 
 LAYOUTS = {"model.diffusion_model.": "latent-diffusion", "input_blocks.": "guided-diffusion",
-           "down.0.": "ddpm", "down_blocks.": "diffusers"}
+           "down.0.": "ddpm", "down_blocks.": "diffusers", "style.1.": "stylegan2"}
 # What names give away of networks that cannot be read: a part of a name, and what has it.
 OTHER_NETWORKS = {
     "label_emb.weight": "a class-conditional model; only unconditional ones can be adapted",
@@ -78,8 +79,7 @@ OTHER_NETWORKS = {
     "model.map_layer0.": "a network of EDM; it cannot be read",
     "downs.0.": "a network of denoising-diffusion-pytorch; it cannot be read",
     "x_embedder.": "a diffusion transformer (DiT); only U-Nets can be read",
-    "style.1.": "a StyleGAN2, which is no diffusion model",
-    "mapping.fc": "a StyleGAN, which is no diffusion model",
+    "mapping.fc": "a StyleGAN of another layout; of GANs the common PyTorch port of StyleGAN2 can be read",
     "features.0.": "a network of torchvision, which is no diffusion model",
     "encoder.conv_in.": "a first stage (VQ or KL) alone; give the diffusion model that runs on its latents",
 }

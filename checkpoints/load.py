@@ -12,16 +12,18 @@ from typing import Any
 from torch import Tensor
 
 import classifier
-from checkpoints import diffusers_folder, hub, published
+from checkpoints import diffusers_folder, gan, hub, published
+from checkpoints.gan import GAN
 from checkpoints.layouts import layout_of, translate
 from checkpoints.network import Network, build, load_strictly
-from checkpoints.weights_file import read_parts
+from checkpoints.weights_file import read_parts, read_set
 from plumbing import distributed
 from plumbing.options import InputError
 from unet import UNet
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = ("toyfaces", "toyfaces-latent", "toychurches")  # source models in assets/
+BUILT_IN_GANS = ("toyfaces-stylegan2", "toychurches-stylegan2")  # the same for the GAN baselines
 USUAL_NAMES = {"model", "diffusion_pytorch_model", "unet", "unet_ema", "checkpoint", "last", "best", "ema",
                "weights", ".", "..", "/"}  # of files and folders, which do not tell one network from another
 NOT_SOURCES = ("toyfaces-classifier", "toyfaces-judge", "toychurches-judge")  # what else is there
@@ -29,7 +31,7 @@ NOT_SOURCES = ("toyfaces-classifier", "toyfaces-judge", "toychurches-judge")  # 
 
 def built_in(name: str) -> Path | None:
     """The file of a built-in network; None for any other name."""
-    return ASSETS / f"{name}.safetensors" if name in BUILT_IN + NOT_SOURCES else None
+    return ASSETS / f"{name}.safetensors" if name in BUILT_IN + BUILT_IN_GANS + NOT_SOURCES else None
 
 
 def locate(name: str) -> Path:
@@ -45,7 +47,7 @@ def locate(name: str) -> Path:
         return hub.snapshot_in(path) if path.is_dir() else path
     if hub.is_name(name):
         return hub.fetch(name)
-    near = difflib.get_close_matches(path.name, BUILT_IN, 1)
+    near = difflib.get_close_matches(path.name, BUILT_IN + BUILT_IN_GANS, 1)
     meant = f" (did you mean {near[0]}?)" if near else ""
     raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}; of the "
                      "Hugging Face Hub give owner/name")
@@ -68,7 +70,7 @@ def pinned(name: str) -> str:
     return hub.pinned(name, path) if hub.is_name(name) and not Path(name).exists() else name
 
 
-def load_network(path: Path, arch: str | None = None) -> Network:
+def load_network(path: Path, arch: str | None = None) -> Network | GAN:
     """A network from one of our own files, from a published one or from a folder of diffusers.
 
     arch    what a published file does not show: a name of ARCHITECTURES or a JSON file
@@ -82,6 +84,8 @@ def load_network(path: Path, arch: str | None = None) -> Network:
     layout = "ours" if own is not None else layout_of(tensors, files[0])
 
     # Describe
+    if layout == "stylegan2" or own and own.get("network") == gan.NAME:
+        return _load_gan(own, tensors, files[0], arch)
     if layout == "ours":
         description = _checked(own, tensors, files[0], arch)
     elif layout.startswith("diffusers"):
@@ -113,9 +117,49 @@ def _checked(description: dict[str, Any], tensors: dict[str, Tensor], path: Path
     return dict(description, layout="this project's own")
 
 
-def load_source(name: str, arch: str | None = None) -> Network:
-    """The pre-trained diffusion model to start from: whatever `locate` finds under this name."""
+def _load_gan(own: dict[str, Any] | None, tensors: dict[str, Tensor], path: Path, arch: str | None) -> GAN:
+    """A StyleGAN2 from these tensors: our own, or the generator of a published file with `d` beside it."""
+    if arch:
+        raise InputError(f"--arch {arch}: a StyleGAN2 shows its network itself; leave it out")
+    description = own
+    if own is None:
+        judge = read_set(path, "d")
+        description = gan.describe(tensors, judge, path)
+        tensors = {**{f"g_ema.{key}": value for key, value in tensors.items()},
+                   **{f"d.{key}": value for key, value in judge.items()}}
+    network = gan.build(dict({"layout": "this project's own"}, **description), str(path))
+    gan.fill(network, tensors, path)
+    return network
+
+
+def load_gan(name: str) -> GAN:
+    """The pre-trained GAN to start from.  InputError for any other network, or a generator alone."""
+    network = load_network(locate(name))
+    if not isinstance(network, GAN):
+        raise InputError(f"{name}: a {network.description['network']}, not a StyleGAN2; train_tan.py adapts "
+                         "diffusion models")
+    if network.discriminator is None:
+        raise InputError(f"{name}: a generator alone; adapting it takes its discriminator, too (the entry d "
+                         "of a training state)")
+    return network
+
+
+def load_source(name: str, arch: str | None = None) -> Network | GAN:
+    """What was pre-trained and draws, a diffusion model or a GAN: whatever `locate` finds under this name."""
     network = load_network(locate(name), arch)
+    return network if isinstance(network, GAN) else need_diffusion_model(network, name)
+
+
+def load_diffusion_model(name: str, arch: str | None = None) -> Network:
+    """The pre-trained diffusion model to start from; InputError for any other network."""
+    return need_diffusion_model(load_network(locate(name), arch), name)
+
+
+def need_diffusion_model(network: Network | GAN, name: str) -> Network:
+    """The network, if it is a diffusion model that can be adapted; InputError otherwise."""
+    if isinstance(network, GAN):
+        raise InputError(f"{name}: a StyleGAN2, not a diffusion model; python -m baselines.gan_transfer "
+                         "adapts it")
     if not isinstance(network.model, UNet):
         raise InputError(f"{name}: a {network.description['network']}, not a diffusion model")
     channels = network.first_stage.embed_dim if network.first_stage else 3
@@ -142,7 +186,8 @@ def start_classifier(name: str | None, arch: str | None, source_name: str, sourc
     network = load_network(locate(name), arch)
     remedy = "--classifier encoder uses the source's own"
     if not isinstance(network.model, classifier.Classifier):
-        raise InputError(f"--classifier {name}: a diffusion model, not a classifier; {remedy}")
+        raise InputError(f"--classifier {name}: a {network.description['network']}, not a classifier; "
+                         f"{remedy}")
     if network.shape != source.shape:
         takes, x0 = ("x".join(map(str, shape)) for shape in (network.shape, source.shape))
         raise InputError(f"--classifier {name}: made for {takes}, the source's x_0 is {x0}; {remedy}")

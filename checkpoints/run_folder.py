@@ -1,8 +1,9 @@
-"""What a run of train_tan.py leaves on disk, and how it is read back.
+"""What a run of train_tan.py or of baselines/gan_transfer.py leaves on disk, and how it is read back.
 
 options.json and weights.safetensors together are the adapted model: psi alone beside the source it belongs
-to, or all weights after a method without adaptors.  stages/ holds the same for each row of progress.png,
-and what was measured there.  checkpoint.pt holds the training state; the rest is for people.
+to, or all weights after a method without adaptors (of a GAN, the generator's).  stages/ holds the same for
+each row of progress.png, and what was measured there.  checkpoint.pt holds the training state; the rest is
+for people.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import adaptor
+from checkpoints.gan import GAN
 from checkpoints.load import load_network, load_source
 from checkpoints.network import Network, check_finite, fingerprint, load_strictly
 from checkpoints.weights_file import read_tensors
@@ -53,7 +55,7 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
                              "another --output-dir")
     kept = {name: asked[name] for name in (typed & MAY_CHANGE) | {"device"}}
     wanted, before = kept.get("iterations", saved["iterations"]), saved["iterations"]
-    if wanted != before and (saved["learning_rate_decay"] == "cosine" or saved["guidance_fade"]):
+    if wanted != before and (saved.get("learning_rate_decay") == "cosine" or saved.get("guidance_fade")):
         distributed.say("what falls with the run's length (--learning-rate-decay, --guidance-fade) falls "
                         f"over {wanted} iterations from now on, not over {before}")
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
@@ -140,9 +142,9 @@ def read_options(folder: Path) -> dict[str, Any]:
     except ValueError:
         raise InputError(f"{file}: damaged; if its source is known, the run can be made anew with "
                          "--overwrite") from None
-    texts = ("source", "target", "method", "precision")
+    texts = ("source", "target", "method")
     if not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in texts):
-        raise InputError(f"{file}: not the options of a run of train_tan.py, or damaged")
+        raise InputError(f"{file}: not the options of a run, or damaged")
     return options
 
 
@@ -186,7 +188,7 @@ def find_stage(folder: Path, at: int) -> Path:
 
 
 def load_run(folder: Path, at: int | None = None,
-             source: str | None = None) -> tuple[Network, dict[str, Any]]:
+             source: str | None = None) -> tuple[Network | GAN, dict[str, Any]]:
     """A finished run's adapted model, or that of its stage after `at` iterations, and its options.
 
     source   where its source is now, if it has moved
@@ -195,19 +197,19 @@ def load_run(folder: Path, at: int | None = None,
     folder, options = Path(folder), read_options(folder)
     path = folder / "weights.safetensors" if at is None else find_stage(folder, at)
     if not path.exists():
-        raise InputError(f"{folder}: this run is not finished; continue it with train_tan.py "
-                         f"--output-dir {quoted(folder)} --resume")
+        raise InputError(f"{folder}: this run is not finished; continue it with --output-dir "
+                         f"{quoted(folder)} --resume")
     tensors, description = read_tensors(path)
     if description is None or not isinstance(description.get("source"), str):
         raise InputError(f"{path}: not the weights of a run of train_tan.py")
     try:
-        network = load_source(source or options["source"], options["arch"])
+        network = load_source(source or options["source"], options.get("arch"))
     except InputError as error:
         if source or Path(options["source"]).exists():
             raise
         raise InputError(f"{folder}: the source of this run cannot be found; give it with --source "
                          f"({error})") from None
-    network.precision = options["precision"]
+    network.precision = options.get("precision", "fp32")
     if description["source"] != fingerprint(network):
         raise InputError(f"{path}: made from another source than the present {source or options['source']}")
     if not any(".adaptor." in key for key in tensors):  # a method that changes theta itself
@@ -226,7 +228,7 @@ def load_run(folder: Path, at: int | None = None,
 
 
 def load_model(name: str, arch: str | None, at: int | None = None,
-               source: str | None = None) -> tuple[Network, dict[str, Any] | None]:
+               source: str | None = None) -> tuple[Network | GAN, dict[str, Any] | None]:
     """The network of a run's folder, with the run's options, or of a source (`load_source`), with None.
 
     psi is folded into theta where its form allows that.  Raises InputError as these do, and for an `arch`
@@ -240,7 +242,8 @@ def load_model(name: str, arch: str | None, at: int | None = None,
     if arch:
         raise InputError(f"--arch {arch}: a run has the network it was trained with; leave it out")
     network, options = load_run(Path(name), at, source)
-    adaptor.fold(network.model)
+    if isinstance(network, Network):
+        adaptor.fold(network.model)
     return network, options
 
 

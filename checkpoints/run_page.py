@@ -15,8 +15,8 @@ from plumbing.options import flag, quoted
 
 TEMPLATE = Path(__file__).with_name("run_page.html")
 # What metrics.jsonl has that is worth a curve, and what it is.
-CURVES = {"loss": "loss", "gradient_norm": "norm of the gradient", "pgd_gain": "gain of the adversarial "
-                                                                               "noise",
+CURVES = {"loss": "loss", "discriminator_loss": "loss of the discriminator",
+          "gradient_norm": "norm of the gradient", "pgd_gain": "gain of the adversarial noise",
           "learning_rate": "learning rate"}
 SLIDER = """
 const rows = $rows, picture = document.getElementById("stage"), said = document.getElementById("said");
@@ -38,9 +38,10 @@ def write_page(out: Path, options: dict[str, Any], command: str) -> None:
     page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"{source} to {target}, {options['method']}"),
         summary=html.escape(f"{len(metrics)} of {options['iterations']} iterations in {seconds / 60:.1f} "
-                            f"minutes, seed {options['seed']}, {options['precision']}"),
+                            f"minutes, seed {options['seed']}"),
         stages=_slider(out, kept), targets=_picture(out / "targets.png", "training pictures"),
-        pairs=_pairs(out), curves="\n".join(_curve(metrics, name) for name in CURVES), next=_next(out, kept),
+        pairs=_pairs(out), curves="\n".join(_curve(metrics, name) for name in CURVES),
+        next=_next(out, kept, exportable="arch" in options),
         command=html.escape(command),
         settings="\n".join(f"<tr><td>{flag(name)}<td>{html.escape(json.dumps(value))}"
                            for name, value in options.items()))
@@ -105,10 +106,11 @@ def _curve(metrics: list[dict[str, Any]], name: str) -> str:
             f"<figcaption>{CURVES[name]}</figcaption></figure>")
 
 
-def _next(out: Path, kept: list[dict[str, Any]]) -> str:
+def _next(out: Path, kept: list[dict[str, Any]], exportable: bool) -> str:
     place = quoted(out)
-    lines = [f"python sample.py {place} -n 64", f"python evaluate.py {place} --at all",
-             f"python -m checkpoints.export {place} DIR"]
+    lines = [f"python sample.py {place} -n 64", f"python evaluate.py {place} --at all"]
+    if exportable:  # a GAN is not
+        lines.append(f"python -m checkpoints.export {place} DIR")
     if (best := best_stage(kept)) is not None:
         lines.insert(1, f"python sample.py {place} --at {best}    # where the held-out loss is lowest")
     return "<pre>" + html.escape("\n".join(lines)) + "</pre>"

@@ -1,4 +1,4 @@
-"""What a run of train_tan.py keeps while it goes on, and shows: stages, rows of progress.png, final weights.
+"""What a run keeps while it goes on, and shows: stages, rows of progress.png, final weights.
 
 Few-shot adaptation is decided by when it stops.  A stage keeps the running average at that time, so that the
 best one can be chosen afterwards: by the pictures, by how near they come to the training pictures, or by the
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import adaptor
+from checkpoints.gan import GAN
 from checkpoints.load import load_source
 from checkpoints.network import Network, save_tensors
 from checkpoints.run_folder import best_stage, stage_file, stages
@@ -38,7 +39,7 @@ class Report:
     """The stages of a run, its final weights and its pictures; rank 0 writes, the others do nothing.
 
     options   flat, as options.json has them
-    source    the network that is adapted
+    source    the network that is adapted, a diffusion model or a GAN
     theta     its fingerprint from before
     targets   the training pictures (K, 3, H, W)
     held_out  pictures kept from training, or none (K', 3, H, W)
@@ -47,22 +48,23 @@ class Report:
     ema       averages of what learns; they are what the pictures, the losses and the weights show
     """
 
-    def __init__(self, out: Path, options: dict[str, Any], source: Network, theta: str, targets: Tensor,
+    def __init__(self, out: Path, options: dict[str, Any], source: Network | GAN, theta: str, targets: Tensor,
                  held_out: Tensor, ema: EMA, device: torch.device, command: str = "",
                  board: Board | None = None):
         self.out, self.options, self.source, self.theta, self.ema = out, options, source, theta, ema
         self.targets, self.held_out, self.device = targets, held_out, device
         self.command, self.board = command, board
+        self.steps = options.get("sample_steps", 1)  # a GAN draws in one
         previews = options["previews"]
         self.stages = {0} | {round(options["iterations"] * (i + 1) / previews) for i in range(previews)}
         if distributed.rank() == 0:
             save_grid(out / "targets.png", targets[:20], columns=min(10, len(targets)))
             self.show_on_board("targets", targets[:20], 0)
 
-    def draw(self, network: Network, n: int, steps: int) -> Tensor:
+    def draw(self, network: Network | GAN, n: int, steps: int) -> Tensor:
         """Pictures (n, 3, H, W) of the seeds 0 to n - 1."""
         network.to(self.device).model.eval()
-        return network.sample(range(n), steps, batch_size=self.options["micro_batch_size"] or 64)
+        return network.sample(range(n), steps, batch_size=self.options.get("micro_batch_size") or 64)
 
     @torch.no_grad()
     def loss(self, pictures: Tensor) -> float:
@@ -94,7 +96,7 @@ class Report:
         record, drawn = dict(iteration=done, nearest=None, held_out_loss=None, training_loss=None), None
         self.ema.swap()
         if self.options["samples"]:
-            drawn = self.draw(self.source, 8, min(25, self.options["sample_steps"]))  # always the same noises
+            drawn = self.draw(self.source, 8, min(25, self.steps))  # always the same noises
             record.update(nearest=nearest_rms(drawn, self.targets))
         if len(self.held_out):
             record.update(held_out_loss=self.loss(self.held_out), training_loss=self.loss(self.targets))
@@ -148,13 +150,13 @@ class Report:
 
     def pairs(self) -> None:
         """samples.png: pairs of rows, source pictures above, the adapted ones from the same noise below."""
-        n, steps = self.options["samples"], self.options["sample_steps"]
+        n, steps = self.options["samples"], self.steps
         columns = min(16, n)
         adapted = self.draw(self.source, n, steps)
         if adaptor.state_dict(self.source.model):
             before = dataclasses.replace(self.source, model=adaptor.source_model(self.source.model))
         else:  # its weights are gone
-            before = load_source(self.options["source"], self.options["arch"])
+            before = load_source(self.options["source"], self.options.get("arch"))
             before.precision = self.source.precision
         source = self.draw(before, n, steps)
         blank = torch.ones(-n % columns, *self.targets.shape[1:])  # both rows of the last pair are full

@@ -165,6 +165,13 @@ def read_parts(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Any] | N
     return tensors, own
 
 
+def read_set(path: Path, name: str) -> dict[str, Tensor]:
+    """The weights under this entry of a training state in a torch file; none if it has no such entry."""
+    content = _load(Path(path)) if kind_of(Path(path)) == "torch" else {}
+    found = content.get(name) if isinstance(content, Mapping) else None
+    return unwrapped(without_others(found, path)) if is_weights(found) else {}
+
+
 def _own(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
     """Our description in the metadata of a safetensors file; None where somebody else's is, or none."""
     try:

@@ -103,8 +103,8 @@ def draw_family(source: str, n: int, seed: int, size: int = 32,
 
 
 def drawn_by(source: str) -> str | None:
-    """The domain of a built-in source model, pixel or latent (toyfaces-latent: toyfaces); None for others."""
-    domain = source.removesuffix("-latent")
+    """The domain of a built-in source model (of toyfaces-latent: toyfaces); None for others."""
+    domain = source.removesuffix("-latent").removesuffix("-stylegan2")
     return domain if domain in SOURCES else None
 
 
@@ -139,9 +139,7 @@ def source_images(name_or_folder: str | Path, n: int, size: int, seed: int) -> t
     """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else from a folder.
 
     From a folder and its subfolders they are distinct, and all there are if fewer than n.  The same seed
-    gives
-    the same pictures.
-    Raises InputError as target_images does.
+    gives the same pictures.  Raises InputError as target_images does.
     """
     if name_or_folder in SOURCES:
         _say_which(name_or_folder)

@@ -28,6 +28,7 @@ import domains
 import settings
 from adversarial_noise import norm, worst_case_noise
 from checkpoints import run_folder
+from checkpoints.load import need_diffusion_model
 from checkpoints.network import Network
 from ddpm import Model, Schedule, predict_eps
 from experiments.tables_report import markdown
@@ -194,6 +195,7 @@ def main() -> None:
     if len(set(options.steps)) < 2:
         raise InputError(f"--steps {' '.join(map(str, options.steps))}: give at least two to compare")
     network, of_run = run_folder.load_model(options.model, options.arch)
+    network = need_diffusion_model(network, options.model)
     target = target_of(options, of_run)
     pictures = domains.target_images(target, network.image_size)
     chosen = options.norm or (of_run or {}).get("norm") or settings.suited(

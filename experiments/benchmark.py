@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import adaptor
 import settings
 from adversarial_noise import norm, worst_case_noise
-from checkpoints.load import load_source
+from checkpoints.load import load_diffusion_model
 from checkpoints.network import Network, build
 from checkpoints.published import ARCHITECTURES
 from classifier import Classifier, from_unet, guided_loss, similarity_guidance
@@ -243,7 +243,7 @@ def networks(options: Options) -> Iterator[tuple[str, Network]]:
     """Those of --source and --arch with their names, one at a time."""
     if options.source or not options.arch:
         name = options.source or "toyfaces"
-        yield Path(name).name, load_source(name)
+        yield Path(name).name, load_diffusion_model(name)
     for name in dict.fromkeys(options.arch):
         torch.manual_seed(0)
         yield name, build(ARCHITECTURES[name], name)

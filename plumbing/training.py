@@ -222,7 +222,7 @@ class Loop:
 
         The state before the step is saved first.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters]).item()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).item()
         if not math.isfinite(loss + norm):
             self.save(self.iteration)
             self.bar.close()

@@ -84,7 +84,7 @@ def test_the_best_stage():
 
 def test_unfinished_and_absent_runs(run, tmp_path):
     (run / "weights.safetensors").unlink()
-    says = "this run is not finished; continue it with train_tan.py --output-dir .* --resume"
+    says = "this run is not finished; continue it with --output-dir .* --resume"
     with pytest.raises(InputError, match=says):
         run_folder.load_run(run)
     (run / "classifier.safetensors").unlink()

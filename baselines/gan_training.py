@@ -1,0 +1,160 @@
+"""How a GAN learns, from nothing (pretrain.py) or from a source (gan_transfer.py): two steps an iteration.
+
+What a method of transfer adds, and where, is a class with the same functions as `Plain`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from baselines.stylegan2 import (
+    Discriminator,
+    Generator,
+    discriminator_loss,
+    generator_loss,
+    path_lengths,
+    r1_penalty,
+)
+from plumbing import distributed
+from plumbing.seeds import generator as stream
+from plumbing.training import EMA, Loop
+
+PATH_EVERY = 4  # iterations, of the path length penalty
+PATH_DECAY = 0.01  # of the running mean of path lengths
+REMEDY = "start again with --overwrite and a lower --learning-rate, or a higher --r1"
+
+
+class Plain:
+    """What every method may add to the loop; here it is nothing."""
+
+    def __init__(self) -> None:
+        self.parameters: list[nn.Parameter] = []
+        """What learns with the discriminator, beside its own."""
+        self.state: dict[str, Tensor] = {}
+        """What a checkpoint keeps."""
+
+    def learning(self, discriminator: Discriminator) -> list[nn.Parameter]:
+        """The parameters of the discriminator that learn."""
+        return list(discriminator.parameters())
+
+    def latents(self, n: int, style_dim: int, g: torch.Generator) -> Tensor:
+        """z (n, style_dim)."""
+        return torch.randn(n, style_dim, generator=g)
+
+    def augment(self, images: Tensor, g: torch.Generator) -> Tensor:
+        """What the discriminator sees of pictures (B, 3, H, W)."""
+        return images
+
+    def judge(self, discriminator: Discriminator, images: Tensor, fake: bool) -> list[Tensor]:
+        """Logits, in groups whose losses are added; those of whole pictures come first."""
+        return [discriminator(images)]
+
+    def discriminator_term(self, discriminator: Discriminator, real: Tensor, fake: Tensor, z: Tensor,
+                           noise: list[Tensor]) -> Tensor | float:
+        """Added to the discriminator's loss."""
+        return 0.0
+
+    def generator_term(self, generator: Generator, features: list[Tensor], z: Tensor,
+                       noise: list[Tensor]) -> Tensor | float:
+        """Added to the generator's loss; `features` as from `synthesize`."""
+        return 0.0
+
+    def observe(self, real: Tensor) -> dict[str, float]:
+        """Told the discriminator's logits of real pictures; what to add to metrics.jsonl."""
+        return {}
+
+
+class Players:
+    """Generator and discriminator, which learn in turn with one optimiser.
+
+    r1            weight of the R1 penalty, which is computed every `r1_every` iterations, so many times as
+                  large
+    path_length   weight of the path length penalty, computed every PATH_EVERY iterations likewise; 0: none
+    """
+
+    def __init__(self, generator: Generator, discriminator: Discriminator, method: Plain,
+                 learning_rate: float, r1: float, r1_every: int, path_length: float):
+        self.generator, self.discriminator, self.method = generator, discriminator, method
+        self.r1, self.r1_every, self.path_length = r1, r1_every, path_length
+        self.drawing = list(generator.parameters())
+        self.judging = method.learning(discriminator.requires_grad_(False)) + method.parameters
+        self.parameters = self.drawing + self.judging
+        # Adam passes by what has no gradient: the one whose turn it is not.
+        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.0, 0.99))
+        self.state = dict(method.state, path_length=torch.zeros(()))
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from the `state` that a checkpoint kept."""
+        for name, value in self.state.items():
+            value.copy_(state[name])
+
+    def discriminator_step(self, real: Tensor, z: Tensor, noise: list[Tensor], part: float, iteration: int,
+                           g: torch.Generator) -> dict[str, float]:
+        """Descend the discriminator's loss of real pictures (B, 3, H, W) and of those drawn from z (B, S).
+
+        part    this rank's part of the batch
+        """
+        for p in self.judging:
+            p.requires_grad_(True)
+        with torch.no_grad():
+            fake = self.generator.synthesize(self.generator.style(z), noise)[0]
+        method, penalised = self.method, self.r1 > 0 and iteration % self.r1_every == 0
+        seen = method.augment(real, g).detach().requires_grad_(penalised)
+        of_real = method.judge(self.discriminator, seen, fake=False)
+        of_fake = method.judge(self.discriminator, method.augment(fake, g), fake=True)
+        loss = sum(discriminator_loss(a, b) for a, b in zip(of_real, of_fake, strict=True))
+        loss = loss + method.discriminator_term(self.discriminator, real, fake, z, noise)
+        if penalised:
+            loss = loss + self.r1 / 2 * self.r1_every * r1_penalty(of_real[0], seen)
+        (loss * part).backward()
+        distributed.sum_gradients(self.judging)
+        self.optimizer.step()
+        for p in self.judging:
+            p.requires_grad_(False)
+        self.optimizer.zero_grad()
+        return dict(discriminator_loss=loss.item(), real=of_real[0].mean().item(),
+                    fake=of_fake[0].mean().item(), **method.observe(of_real[0].detach()))
+
+    def generator_loss(self, z: Tensor, noise: list[Tensor], part: float, iteration: int,
+                       g: torch.Generator) -> Tensor:
+        """Leaves the gradient of the generator's loss of pictures drawn from z (B, S); returns the loss."""
+        w = self.generator.style(z)
+        images, features = self.generator.synthesize(w, noise)
+        judged = self.method.judge(self.discriminator, self.method.augment(images, g), fake=True)
+        loss = sum(generator_loss(logits) for logits in judged)
+        loss = loss + self.method.generator_term(self.generator, features, z, noise)
+        if self.path_length and iteration % PATH_EVERY == 0:
+            lengths = path_lengths(images, w, g)
+            mean = self.state["path_length"]
+            mean.lerp_(distributed.sum_over_ranks(lengths.detach().mean() * part), PATH_DECAY)
+            loss = loss + self.path_length * PATH_EVERY * (lengths - mean).square().mean()
+        (loss * part).backward()
+        distributed.sum_gradients(self.drawing)
+        return loss.detach()
+
+
+def play(loop: Loop, players: Players, ema: EMA, real_pictures: Callable[[torch.Generator], Tensor],
+         batch_size: int, seed: int, device: torch.device) -> None:
+    """The iterations of a GAN.  Every rank draws the whole batch and keeps its share.
+
+    real_pictures   this rank's share, on the CPU, by these random numbers
+    """
+    mine = distributed.share(batch_size)
+    part = (mine.stop - mine.start) / batch_size
+
+    def draw(g: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+        z = players.method.latents(batch_size, players.generator.style_dim, g)
+        noise = players.generator.draw_noise(batch_size, g)
+        return z[mine].to(device), [values[mine].to(device) for values in noise]
+
+    for iteration in loop:
+        g = stream(seed, 0, iteration)
+        real = real_pictures(g).to(device)
+        measured = players.discriminator_step(real, *draw(g), part, iteration, g)
+        loss = players.generator_loss(*draw(g), part, iteration, g)
+        total = distributed.sum_over_ranks(loss * part).item()
+        gradient_norm = loop.check(total + measured["discriminator_loss"], REMEDY)
+        loop.optimizer.step()
+        ema.update()
+        loop.record(loss=total, gradient_norm=gradient_norm, **measured)
