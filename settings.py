@@ -144,14 +144,15 @@ class Options:
     The names are listed by python -m checkpoints."""
     recursive: bool = False
     """Take the pictures in subfolders of the target, too."""
-    method: Annotated[Literal[tuple(METHODS)], tyro.conf.arg(
-        help="; ".join(f"{name}: {method.text} ({method.loss})" for name, method in METHODS.items()) + ".",
-    )] = "tan"
+    method: Annotated[Unset[Literal[tuple(METHODS)]], tyro.conf.arg(
+        help="; ".join(f"{name}: {method.text} ({method.loss})" for name, method in METHODS.items())
+             + " (default: tan; adaptor for a small source, where it is measured to be better).",
+    )] = None
     paper: bool = False
     """All numbers that the paper states, whatever the source: Algorithm 1 as printed."""
     output_dir: Unset[str] = None
     """Where the run goes (default: runs/TARGET).
-    Added to it are -SOURCE for a built-in target from another source, and -METHOD for the other methods."""
+    Added to it are -SOURCE for a built-in target from another source, and -METHOD where that is given."""
     resume: bool = False
     """Continue the run in --output-dir (or of this target and method); its own options hold."""
     overwrite: bool = False
@@ -238,6 +239,9 @@ def suited(options: Options, source: Network) -> Options:
 
     Raises InputError for a run that is resumed and has none: it began with one.
     """
+    if options.method is None:
+        small = source.image_size <= 64 and not options.paper
+        options = replace(options, method="adaptor" if small else "tan")
     asked = flat(options)
     suits = {**PAPER, **instead_of_paper(options, source)}
     filled = {name: value for name, value in suits.items() if asked[name] is None}
@@ -270,7 +274,7 @@ def folder_of(options: Options) -> Path:
     name = os.fsencode(Path(options.target).resolve().name).decode("utf-8", "replace")
     if usual and options.source not in (None, usual):
         name += f"-{title_of(options.source)}"
-    if options.method != Options.method:
+    if options.method:
         name += f"-{options.method}"
     return Path("runs") / name
 
@@ -281,8 +285,8 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     """
     for name in sorted(typed - used_by(options.method)):
         others = [method for method in METHODS if name in used_by(method)]
-        raise InputError(f"{flag(name)}: --method {options.method} does not use it, only "
-                         f"{', '.join(others)}; leave it out")
+        raise InputError(f"{flag(name)}: --method {options.method} does not use it; leave it out, or give "
+                         f"--method {' or '.join(others)}")
     if "classifier_arch" in typed and options.guidance.classifier in (None, "encoder", "scratch"):
         raise InputError("--classifier-arch: says what network the file of --classifier holds; give that, "
                          "too")

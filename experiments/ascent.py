@@ -199,7 +199,7 @@ def main() -> None:
     target = target_of(options, of_run)
     pictures = domains.target_images(target, network.image_size)
     chosen = options.norm or (of_run or {}).get("norm") or settings.suited(
-        settings.Options(target=target), network).adversarial_noise.norm
+        settings.Options(target=target, method="tan"), network).adversarial_noise.norm
     network.to(device).model.requires_grad_(False)
     rows = measure(network, pictures, options, chosen == "own", device)
     title = (f"{options.model} on {len(pictures)} pictures of {target}: J omega = {options.reach:g}, "

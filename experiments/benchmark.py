@@ -106,7 +106,7 @@ def prepare(network: Network, options: Options, device: torch.device) -> Work:
     """The network as train_tan.py prepares it, with random pictures, psi and classifier."""
     torch.manual_seed(0)
     model, schedule = network.to(device).model.eval(), network.schedule
-    usual = settings.suited(settings.Options(), network)
+    usual = settings.suited(settings.Options(method="tan"), network)
     adaptor.attach(model, usual.adaptor_width)
     for p in model.parameters():
         if not p.any():  # a GPU is faster on zeros, with which a new layer begins

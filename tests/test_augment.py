@@ -1,0 +1,65 @@
+"""baselines/augment.py against torchvision and formulas of its own."""
+
+import math
+
+import pytest
+import torch
+import torchvision.transforms.functional as T
+
+from baselines import augment as A
+
+SMOOTH = T.gaussian_blur(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), 15, 4.0)
+ONE = torch.ones(2)
+
+
+def inner(x):
+    return x[:, :, 16:-16, 16:-16]
+
+
+@pytest.mark.parametrize("matrix, expected", [
+    (A.diagonal(-ONE, ONE), T.hflip(SMOOTH)),
+    (A.diagonal(ONE, -ONE), T.vflip(SMOOTH)),
+    (A.rotation(ONE * math.pi / 2), T.rotate(SMOOTH, -90)),
+    (A.rotation(ONE * math.pi), T.rotate(SMOOTH, 180)),
+    (A.rotation(ONE * math.radians(20)), T.rotate(SMOOTH, -20, T.InterpolationMode.BILINEAR)),
+    (A.translation(ONE * 2 * 5 / 64, -ONE * 2 * 3 / 64), T.affine(SMOOTH, 0, [5, -3], 1, [0, 0], T.InterpolationMode.BILINEAR)),
+    (A.diagonal(ONE * 1.25, ONE * 1.25), T.affine(SMOOTH, 0, [0, 0], 1.25, [0, 0], T.InterpolationMode.BILINEAR)),
+    (A.product([A.translation(ONE * 0.25, ONE * 0), A.rotation(ONE * math.pi / 2)]),
+     T.rotate(T.affine(SMOOTH, 0, [8, 0], 1, [0, 0]), -90))])
+def test_geometry_is_torchvisions(matrix, expected):
+    torch.testing.assert_close(inner(A.apply_geometry(SMOOTH, matrix)), inner(expected), rtol=0, atol=2e-3)
+
+
+def test_colours():
+    x = torch.rand(2, 3, 4, 4) * 2 - 1
+    third = A.hue(ONE * 2 * math.pi / 3)  # a third of a turn about grey: red becomes green, green blue
+    torch.testing.assert_close(A.apply_colour(x, third), x[:, [2, 0, 1]])
+    torch.testing.assert_close(A.apply_colour(x, A.along_grey(ONE, 0 * ONE)), x.mean(1, keepdim=True).expand_as(x))
+    flipped = A.apply_colour(x, A.along_grey(-ONE, ONE))
+    torch.testing.assert_close(flipped.mean(1), -x.mean(1))
+    torch.testing.assert_close(flipped[:, 0] - flipped[:, 1], x[:, 0] - x[:, 1])
+    torch.testing.assert_close(A.apply_colour(x, A.translation(ONE, ONE, ONE)), x + 1)
+    torch.testing.assert_close(A.apply_colour(x, A.diagonal(2 * ONE, 2 * ONE, 2 * ONE)), 2 * x)
+
+
+def test_with_probability_0_nothing_happens():
+    g = torch.Generator().manual_seed(0)
+    assert A.augment(SMOOTH, 0.0, g) is SMOOTH
+    assert torch.equal(A.random_geometry(50, 0.0, 32, g), torch.eye(3).expand(50, 3, 3))
+    assert torch.equal(A.random_colour(50, 0.0, g), torch.eye(4).expand(50, 4, 4))
+
+
+def test_each_transform_comes_as_often_as_it_should():
+    """With p = 0.3 a picture keeps its colours with probability 0.7^5, but for luma flips that are none."""
+    matrices = A.random_colour(20_000, 0.3, torch.Generator().manual_seed(0))
+    kept = (matrices == torch.eye(4)).flatten(1).all(1).float().mean()
+    assert abs(kept - 0.7 ** 4 * 0.85) < 0.01
+    turned = A.random_geometry(20_000, 0.3, 32, torch.Generator().manual_seed(0))
+    kept = (turned == torch.eye(3)).flatten(1).all(1).float().mean()  # the two turns together: 0.7
+    assert abs(kept - 0.7 ** 5 * 0.85 * 0.775) < 0.01
+
+
+def test_gradients_flow_through():
+    x = SMOOTH.clone().requires_grad_()
+    A.augment(x, 1.0, torch.Generator().manual_seed(0)).square().sum().backward()
+    assert x.grad.abs().sum() > 0

@@ -1,0 +1,171 @@
+"""What each GAN baseline adds: against closed forms, loops and PyTorch's own losses."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from baselines import gan_methods as M
+from baselines.gan_training import Plain, Players
+from baselines.stylegan2 import Discriminator, Generator
+from plumbing.seeds import generator as stream
+
+
+def networks(seed=0):
+    torch.manual_seed(seed)
+    made = Generator(16, 8, 2, channel_base=64, channel_max=16), Discriminator(16, channel_base=64, channel_max=16)
+    made[0].convs[0].noise.weight.data.fill_(0.1)
+    return made
+
+
+def step(method, generator, discriminator, iteration=0):
+    """One iteration with this method; which parameters moved, by name, of both."""
+    before = [{name: p.detach().clone() for name, p in model.named_parameters()} for model in (generator, discriminator)]
+    players = Players(generator, discriminator, method, 1e-2, 0.1, 1, 0.5)
+    g, batch = stream(0, iteration), 8
+    z, noise = method.latents(batch, 8, g), generator.draw_noise(batch, g)
+    measured = players.discriminator_step(torch.rand(batch, 3, 16, 16, generator=g) * 2 - 1, z, noise, 1.0, iteration, g)
+    players.generator_loss(z, noise, 1.0, iteration, g)
+    players.optimizer.step()
+    moved = [{name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
+             for model, old in zip((generator, discriminator), before)]
+    return (*moved, measured)
+
+
+@pytest.mark.parametrize("name", M.METHODS)
+def test_which_weights_learn(name):
+    generator, discriminator = networks()
+    method = M.make(name, generator, discriminator, 10, M.Wanted(fisher_samples=2), 0)
+    source = copy.deepcopy(generator.state_dict())
+    drawn, judged, measured = step(method, generator, discriminator)
+    names = {name for name, _ in discriminator.named_parameters()}
+    frozen = {name for name in names if name.startswith(("convs.0.", "convs.1."))} if name == "freezed" else set()
+    assert judged == names - frozen
+    assert drawn >= {name for name, _ in generator.named_parameters() if "noise" not in name}
+    assert math.isfinite(measured["discriminator_loss"])
+    if name in ("cdc", "dcl"):  # the copy of the source stays
+        assert all(torch.equal(value, source[key]) for key, value in method.source.state_dict().items())
+
+
+class OneWeight(torch.nn.Module):
+    """Draws pictures theta x, x being the first noise; the Fisher information is known."""
+    style_dim = 2
+
+    def __init__(self, theta):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor(theta))
+        self.style = torch.nn.Identity()
+
+    def draw_noise(self, n, g):
+        return [torch.randn(n, 1, 1, 1, generator=g)]
+
+    def synthesize(self, w, noise):
+        return self.theta * noise[0], []
+
+
+class Mean(torch.nn.Module):
+    def forward(self, images):
+        return images.flatten(1).mean(1)
+
+
+def test_fisher_information_in_closed_form():
+    """log L = log sigmoid(theta x): (d log L / d theta)^2 = x^2 sigmoid(-theta x)^2, averaged over x ~ N(0, 1)."""
+    theta = 0.7
+    found, = M.fisher_information(OneWeight(theta), Mean(), 4000, 0)
+    x = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+    density = torch.exp(-x ** 2 / 2) / math.sqrt(2 * math.pi)
+    expected = torch.trapezoid(x ** 2 * torch.sigmoid(-theta * x) ** 2 * density, x)
+    assert abs(found / expected - 1) < 0.05
+
+
+def test_ewc_is_a_parabola_about_the_source():
+    generator, discriminator = networks()
+    ewc = M.EWC(generator, discriminator, 3.0, 2, 0)
+    assert ewc.generator_term(generator, [], None, None) == 0
+    p, fisher = next(generator.parameters()), ewc.fisher[0]
+    p.data += 0.1
+    torch.testing.assert_close(ewc.generator_term(generator, [], None, None), 3.0 * 0.01 * fisher.sum())
+
+
+def test_cdc_is_0_for_the_source_and_equals_a_double_loop():
+    generator, discriminator = networks()
+    source = copy.deepcopy(generator)
+    cdc = M.CDC(source, discriminator, 10, 5.0, 0.05, 1, 0)
+    z, noise = torch.randn(6, 8), generator.draw_noise(6)
+    assert cdc.generator_term(generator, generator.synthesize(generator.style(z), noise)[1], z, noise).abs() < 1e-4
+    for p in generator.parameters():
+        p.data += 0.3 * torch.randn(p.shape)
+    ours, theirs = (model.synthesize(model.style(z), noise)[1] for model in (generator, source))
+    total = 0.0
+    for a, b in zip(ours, theirs):
+        for i in range(6):
+            others = [j for j in range(6) if j != i]
+            p, q = (torch.stack([F.cosine_similarity(x[i].flatten(), x[j].flatten(), 0) for j in others]).softmax(0)
+                    for x in (a, b))
+            total += 5.0 / 6 * (p * (p / q).log()).sum()
+    torch.testing.assert_close(cdc.generator_term(generator, ours, z, noise), total, rtol=1e-3, atol=1e-5)
+
+
+def test_cdc_judges_anchors_whole_and_the_rest_in_patches():
+    _, discriminator = networks()
+    cdc = M.CDC(networks()[0], discriminator, 10, 1.0, 0.05, 1, 0)
+    images = torch.randn(8, 3, 16, 16)
+    whole, patches = cdc.judge(discriminator, images, fake=True)
+    torch.testing.assert_close(whole, discriminator(images[:2]))
+    assert patches.shape == (6, 1, 8, 8)
+    whole, patches = cdc.judge(discriminator, images, fake=False)
+    assert whole.shape == (8, 1) and patches.shape == (8, 1, 8, 8)
+    z = cdc.latents(4000, 8, stream(1))
+    nearest = torch.cdist(z, cdc.anchors).min(1).values
+    assert nearest[:1000].max() < 0.5 and (nearest[1000:] > 0.5).float().mean() > 0.9
+    assert abs((z[:1000] - cdc.anchors[torch.cdist(z[:1000], cdc.anchors).argmin(1)]).std() - 0.05) < 0.003
+
+
+def test_contrastive_losses_against_cross_entropy():
+    """Similarities made by hand: unit vectors at known angles."""
+    at = lambda *degrees: torch.stack([torch.tensor([math.cos(math.radians(d)), math.sin(math.radians(d))]) for d in degrees])
+    ours, theirs = at(0, 90), at(60, 30)
+    logits = torch.tensor([[60.0, 30.0], [30.0, 60.0]]).deg2rad().cos() / 0.07
+    torch.testing.assert_close(M.contrast_in_batch(ours, theirs), F.cross_entropy(logits, torch.tensor([0, 1])))
+    logits = torch.tensor([[60.0, 45.0, 90.0], [60.0, 45.0, 0.0]]).deg2rad().cos() / 0.07  # source, then two real ones
+    found = M.contrast_to_real(ours, theirs, at(45, 90))
+    torch.testing.assert_close(found, F.cross_entropy(logits, torch.tensor([0, 0])))
+
+
+def test_ada_follows_the_sign_of_the_logits():
+    ada = M.ADA(target=0.6, images=100)
+    assert ada.observe(torch.tensor([1.0, 2.0, 3.0, -1.0]))["ada_p"] == 0           # r = 0.5
+    assert ada.observe(torch.tensor([1.0, 2.0, 3.0, 1.0]))["ada_r"] == 1
+    assert ada.state["p"] == pytest.approx(0.04)                                    # 4 of 100 pictures
+    for _ in range(40):
+        ada.observe(torch.ones(4))
+    assert ada.state["p"] == 1
+    images = torch.rand(2, 3, 16, 16)
+    assert not torch.equal(ada.augment(images, stream(0)), images)
+    assert torch.equal(M.ADA(0.6, 100).augment(images, stream(0)), images)
+
+
+def test_an_iteration_is_two_steps_of_adam_with_both_penalties():
+    """Against the losses written out, with torch's own Adam, one network at a time."""
+    from baselines.stylegan2 import discriminator_loss, generator_loss, path_lengths, r1_penalty
+    generator, discriminator = networks()
+    ours = copy.deepcopy(generator), copy.deepcopy(discriminator)
+    step(Plain(), *ours)
+    g = stream(0, 0)
+    z, noise = torch.randn(8, 8, generator=g), generator.draw_noise(8, g)
+    real = (torch.rand(8, 3, 16, 16, generator=g) * 2 - 1).requires_grad_()
+    logits = discriminator(real)
+    fake = generator.synthesize(generator.style(z), noise)[0].detach()
+    (discriminator_loss(logits, discriminator(fake)) + 0.05 * r1_penalty(logits, real)).backward()
+    torch.optim.Adam(discriminator.parameters(), 1e-2, (0.0, 0.99)).step()
+    w = generator.style(z)
+    images, _ = generator.synthesize(w, noise)
+    lengths = path_lengths(images, w, g)
+    path = (lengths - 0.01 * lengths.mean().detach()).square().mean()
+    (generator_loss(discriminator(images)) + 0.5 * 4 * path).backward(inputs=list(generator.parameters()))
+    torch.optim.Adam(generator.parameters(), 1e-2, (0.0, 0.99)).step()
+    for model, expected in zip(ours, (generator, discriminator)):
+        for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
