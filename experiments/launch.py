@@ -1,27 +1,52 @@
-"""Runs of train_tan.py that an experiment needs: started, resumed, or left alone if they are as of today."""
+"""Runs of train_tan.py and of the GAN baselines that an experiment needs: started, resumed, or left alone if
+they are as of today."""
 
+import dataclasses
 import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import settings as diffusion
+from baselines import gan_methods, gan_settings
 from checkpoints.load import load_source
 from checkpoints.run_folder import MAY_CHANGE
 from plumbing.options import InputError, flag, flat, replace
-from settings import Options, suited, used_by
 
-TRAIN = Path(__file__).parents[1] / "train_tan.py"
 # Options of which nothing shows in the weights.
 UNSEEN = (MAY_CHANGE - {"iterations", "source", "target"} | {"overwrite", "paper", "classifier_check"}
-          | flat(Options().pictures).keys())
+          | flat(diffusion.Options().pictures).keys())
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program that adapts a source, and what its module of settings knows."""
+    words: tuple[str, ...]
+    options: type
+    suited: Callable[[Any, Any], Any]
+    used_by: Callable[[str], Collection[str]]
+
+
+TRAIN_TAN = (str(Path(__file__).parents[1] / "train_tan.py"),)
+GAN_TRANSFER = ("-m", "baselines.gan_transfer")
+TAN = Program(TRAIN_TAN, diffusion.Options, diffusion.suited, diffusion.used_by)
+GAN = Program(GAN_TRANSFER, gan_settings.Options, gan_settings.suited, gan_settings.used_by)
+
+
+def program_of(method: str) -> Program:
+    """Which program knows this method."""
+    return GAN if method in gan_methods.METHODS else TAN
 
 
 def settings(options: dict[str, Any]) -> dict[str, Any]:
     """Of a run's (flat) options, those that its figures depend on: {name: value as in JSON}."""
-    options = flat(Options()) | options  # an older run does not name what has become an option since
-    found = {name: options[name] for name in flat(Options()) if name in used_by(options["method"]) - UNSEEN}
+    program = program_of(options["method"])
+    usual = flat(program.options())
+    options = usual | options  # an older run does not name what has become an option since
+    found = {name: options[name] for name in usual if name in program.used_by(options["method"]) - UNSEEN}
     if found.get("classifier_targets"):
         found["classifier_targets"] = Path(found["classifier_targets"]).name  # the folder of runs may move
     return json.loads(json.dumps(found))
@@ -31,18 +56,19 @@ known_source = functools.cache(load_source)
 
 
 def settings_today(**flags: Any) -> dict[str, Any]:
-    """`settings` of a run that is started now with these options of train_tan.py."""
-    options = replace(Options(), **flags)
-    return settings(flat(suited(options, known_source(options.source))))
+    """`settings` of a run that is started now with these options of its program."""
+    program = program_of(flags["method"])
+    options = replace(program.options(), **flags)
+    return settings(flat(program.suited(options, known_source(options.source))))
 
 
-def call_train(arguments: list[str], log: Path) -> int:
-    """Exit status of train_tan.py with these arguments, its output added to `log`.
+def call_train(program: Program, arguments: list[str], log: Path) -> int:
+    """Exit status of a program with these arguments, its output added to `log`.
 
     When this program is told to stop, so is that one, which then saves.
     """
     with open(log, "a") as file:
-        process = subprocess.Popen([sys.executable, str(TRAIN), *arguments], stdout=file, stderr=file,
+        process = subprocess.Popen([sys.executable, *program.words, *arguments], stdout=file, stderr=file,
                                    start_new_session=True)
         try:
             return process.wait()
@@ -61,7 +87,7 @@ def check_known(folder: Path, known: dict[str, Any], today: dict[str, Any]) -> N
 
 
 def train(folder: Path, device: str, **flags: Any) -> Path:
-    """A finished run of train_tan.py with these options in `folder`, which is returned.
+    """A finished run with this method and these options in `folder`, which is returned.
 
     What is there is resumed or left alone.  Raises InputError if the run stops, or if the one in the folder
     has other settings.
@@ -79,11 +105,12 @@ def train(folder: Path, device: str, **flags: Any) -> Path:
         for name, value in flags.items():
             arguments += [flag(name), value]
         arguments += ["--samples", 0]
-        arguments += ["--no-classifier-check"] if "classifier_check" in used_by(today["method"]) else []
+        guided = "classifier_check" in program_of(today["method"]).used_by(today["method"])
+        arguments += ["--no-classifier-check"] if guided else []
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "train.log"
     before = log.stat().st_size if log.exists() else 0
-    status = call_train(list(map(str, arguments)), log)
+    status = call_train(program_of(today["method"]), list(map(str, arguments)), log)
     if status or not weights.exists():
         said = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
         reason = f": {said[-1]}" if said else ""

@@ -33,11 +33,13 @@ from PIL import Image
 
 import adaptor
 import domains
+from baselines import gan_methods, gan_settings
 from checkpoints.load import BUILT_IN, load_source
 from checkpoints.run_folder import load_run
 from domains import judge
 from experiments import launch
 from experiments.tables_report import (
+    ALL_METHODS,
     Row,
     ablation_tables,
     classifier_table,
@@ -67,9 +69,10 @@ PARTS = ("tables", "ablation", "passes", "classifier", "iterations", "figures")
 class Options:
     targets: tuple[Literal[tuple(domains.TARGETS)], ...] = tuple(domains.TARGETS)
     """Built-in targets; the first is that of Table 3, Figure 1 and the curves."""
-    methods: Annotated[tuple[Literal[tuple(METHODS)], ...], tyro.conf.arg(
-        help="; ".join(f"{name}: {method.text} ({method.loss})" for name, method in METHODS.items()) + ".",
-    )] = tuple(METHODS)
+    methods: Annotated[tuple[Literal[ALL_METHODS], ...], tyro.conf.arg(
+        help="; ".join(f"{name}: {method.text} ({method.loss})" for name, method in METHODS.items())
+             + "; GANs: " + "; ".join(gan_methods.METHODS.values()) + ".",
+    )] = ALL_METHODS
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of the runs."""
     parts: tuple[Literal[PARTS], ...] = PARTS
@@ -77,7 +80,7 @@ class Options:
     with as many passes as TAN; classifier: Table 3; figures: 3 and 4, first seed; iterations: FID against
     iterations, and Figure 1 of finetune."""
     latent: bool = False
-    """Adapt the latent source of each domain instead of the pixel one."""
+    """Adapt the latent source of each domain instead of the pixel one; GANs have none."""
     n: Annotated[int, short("-n")] = 100
     """Samples scored of each run; toy FID falls with their number, so tables compare at the same one."""
     steps: int = 25
@@ -87,9 +90,21 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
-    def source(self, target: str) -> str:
-        """The source of a target: pixels, or latents with --latent."""
+    def source(self, target: str, method: str = "tan") -> str:
+        """The source of a target: of pixels, with --latent of latents; for a GAN, a GAN."""
+        if method in gan_methods.METHODS:
+            return gan_settings.usual_source(target)
         return domains.TARGETS[target] + ("-latent" if self.latent else "")
+
+    @property
+    def diffusion_methods(self) -> list[str]:
+        """Those of --methods that train_tan.py knows."""
+        return [method for method in self.methods if method in METHODS]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The kinds of sources that --methods adapt, each by one of these methods."""
+        return tuple({self.source("sunglasses", method): method for method in self.methods}.values())
 
     @property
     def results(self) -> Path:
@@ -115,13 +130,14 @@ def run_of(options: Options, target: str, method: str, seed: int, label: str = "
     """
     name = "-".join([method, str(seed), *label.replace("=", "").split()])
     return launch.train(options.place(target) / name, options.device, target=target,
-                        source=options.source(target), method=method, seed=seed, **flags)
+                        source=options.source(target, method), method=method, seed=seed, **flags)
 
 
 def score(options: Options, folder: Path, device: torch.device) -> Row:
     """judge.score_run, with the share of parameters that learnt and the median seconds of an iteration."""
     network, trained = load_run(folder)
-    rate = adaptor.parameter_rate(network.model) if METHODS[trained["method"]].adaptors else 1.0
+    adapts = trained["method"] in METHODS and METHODS[trained["method"]].adaptors
+    rate = adaptor.parameter_rate(network.model) if adapts else 1.0
     seconds = statistics.median(line["seconds"] for line in read_metrics(folder / "metrics.jsonl"))
     more = dict(rate=rate, seconds=seconds, settings=launch.settings(trained))
     return judge.score_run(folder, options.n, options.steps, device) | more
@@ -135,7 +151,7 @@ def measured(options: Options, device: torch.device, target: str, method: str, s
     """
     # The folder of runs may move.
     flags_ = {key: Path(value).name if key == "classifier_targets" else value for key, value in flags.items()}
-    asked = dict(target=target, source=options.source(target), method=method, seed=seed)
+    asked = dict(target=target, source=options.source(target, method), method=method, seed=seed)
     for row in itertools.chain.from_iterable(read(options.results).values()):
         if (asked.items() <= row["run"].items() and row["run"].get("flags", {}) == flags_
                 and current(row, options)):
@@ -163,12 +179,16 @@ def main_runs(options: Options, device: torch.device) -> Iterator[Row]:
     for seed, target, method in bar(jobs, "runs"):
         yield measured(options, device, target, method, seed)
     for target in options.targets:
-        before = judge.source_samples(options.source(target), options.n, options.steps, device)
-        fresh, of_source = (to_tensor(domains.draw(domain, options.n, 77, before.shape[2])[0])
-                            for domain in (target, domains.TARGETS[target]))
+        ends = {}
+        for method in options.sources:
+            name = "source GAN" if method in gan_methods.METHODS else "source model"
+            before = judge.source_samples(options.source(target, method), options.n, options.steps, device)
+            ends[name] = (before, before)
+        ends["fresh pictures"] = tuple(to_tensor(domains.draw(domain, options.n, 77, before.shape[2])[0])
+                                       for domain in (target, domains.TARGETS[target]))
         how = judge.protocol(target, options.n, options.steps)
-        for method, pictures in (("source model", (before, before)), ("fresh pictures", (fresh, of_source))):
-            yield dict(run=dict(method=method, target=target, **how), score=judge.score(*pictures, target))
+        for name, pictures in ends.items():
+            yield dict(run=dict(method=name, target=target, **how), score=judge.score(*pictures, target))
 
 
 def ablation_runs(options: Options, device: torch.device) -> Iterator[Row]:
@@ -182,8 +202,8 @@ def ablation_runs(options: Options, device: torch.device) -> Iterator[Row]:
 
 def passes_runs(options: Options, device: torch.device) -> Iterator[Row]:
     """TAN, and the other methods with as many passes through the network, 1 + J for each of TAN's one."""
-    for seed, target, method in bar(list(itertools.product(options.seeds, options.targets, options.methods)),
-                                    "passes"):
+    jobs = list(itertools.product(options.seeds, options.targets, options.diffusion_methods))
+    for seed, target, method in bar(jobs, "passes"):
         usual = launch.settings_today(target=target, source=options.source(target), method="tan")
         flags = {} if method == "tan" else dict(iterations=usual["iterations"] * (1 + usual["pgd_steps"]))
         yield measured(options, device, target, method, seed, name="passes" if flags else "", **flags)
@@ -200,7 +220,7 @@ def classifier_runs(options: Options, device: torch.device) -> Iterator[Row]:
             Image.fromarray(picture).save(folder / f"{i:03d}.png")
 
     fill(hundred, draw)
-    guided = [method for method in options.methods if METHODS[method].guidance]
+    guided = [method for method in options.diffusion_methods if METHODS[method].guidance]
     for seed, method in bar(list(itertools.product(options.seeds, guided)), "classifiers"):
         more = dict(classifier_targets=str(hundred))
         for label, name, flags in (("10", "", {}), ("100", "hundred", more)):
@@ -215,7 +235,7 @@ def iterations_runs(options: Options, device: torch.device) -> Iterator[Row]:
     target, found = options.targets[0], []
     usual = launch.settings_today(target=target, source=options.source(target), method="tan")["iterations"]
     stages = [round(usual * stage) for stage in STAGES]
-    for seed, method in bar(list(itertools.product(options.seeds, options.methods)), "curves"):
+    for seed, method in bar(list(itertools.product(options.seeds, options.diffusion_methods)), "curves"):
         for n in stages:
             found.append(measured(options, device, target, method, seed, "", f"at-{n}", iterations=n))
             yield found[-1]
@@ -234,10 +254,13 @@ def sample_figures(options: Options, device: torch.device) -> list[Row]:
     """
     for target in bar(options.targets, "pictures"):
         n = min(options.n, judge.PAIRED)
-        before = judge.source_samples(options.source(target), n, options.steps, device)[:SHOWN]
-        columns = len(before)
-        images = [domains.target_images(target, before.shape[2])[:columns], before]
-        labels = ["training", "source"]
+        images, labels = [], ["training"]
+        for method in options.sources:
+            source = options.source(target, method)
+            images.append(judge.source_samples(source, n, options.steps, device)[:SHOWN])
+            labels.append("source GAN" if method in gan_methods.METHODS else "source")
+        columns, size = len(images[0]), images[0].shape[2]
+        images.insert(0, domains.target_images(target, size)[:columns])
         for method in options.methods:
             folder = run_of(options, target, method, options.seeds[0])
             model = load_run(folder)[0].to(device)
@@ -304,6 +327,8 @@ def main() -> None:
     once: dict[str, Any] = {name: tuple(dict.fromkeys(getattr(options, name)))
                             for name in ("targets", "methods", "seeds", "parts")}
     options = replace(options, **once)
+    if options.latent:
+        options = replace(options, methods=tuple(options.diffusion_methods))
     check(options)
     # A closed terminal, too, lets training save.
     for name in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import domains
+from baselines import gan_methods
 from domains import judge
 from plumbing.figures import save_figure
 from plumbing.pictures import to_uint8
@@ -16,12 +17,19 @@ from settings import METHODS
 Row = dict[str, Any]
 """One scored run: "run" (method, target, seed ...), "score" (figures by name), "rate" and "seconds"."""
 
-# What the paper has on photographs, for DDPM-TAN, LMD-TAN (Table 1 only) and DDPM-PA.
-PAPER = (("TAN", "1.3%"), ("LMD-TAN", "1.6%"), ("DDPM-PA", "100%"))  # method, parameter rate
-PAPER_INTRA = {"babies": (0.592, 0.601, 0.599), "sunglasses": (0.613, 0.613, 0.604),
-               "raphael": (0.621, 0.592, 0.581), "haunted-houses": (0.648, 0.653, 0.628),
-               "landscape-drawings": (0.723, 0.738, 0.706)}
-PAPER_FID = {"babies": (46.70, None, 48.92), "sunglasses": (20.06, None, 34.75)}
+ALL_METHODS = (*gan_methods.METHODS, *METHODS)  # GANs first, as in the paper's tables
+# Forward passes through the U-Net or the generator in an iteration; 1 for those not named, 1 + J for tan.
+PASSES = {**dict.fromkeys(gan_methods.METHODS, 2), "cdc": 3, "dcl": 4, "pa": 2}
+# What the paper has on photographs: method and parameter rate, and what it measured in this order.
+PAPER = (("TGAN", "100%"), ("TGAN+ADA", "100%"), ("EWC", "100%"), ("CDC", "100%"), ("DCL", "100%"),
+         ("DDPM-PA", "100%"), ("TAN", "1.3%"), ("LMD-TAN", "1.6%"))
+PAPER_INTRA = {"babies": (0.510, 0.546, 0.560, 0.583, 0.579, 0.599, 0.592, 0.601),
+               "sunglasses": (0.550, 0.571, 0.550, 0.581, 0.574, 0.604, 0.613, 0.613),
+               "raphael": (0.533, 0.546, 0.541, 0.564, 0.558, 0.581, 0.621, 0.592),
+               "haunted-houses": (0.585, 0.615, 0.579, 0.620, 0.616, 0.628, 0.648, 0.653),
+               "landscape-drawings": (0.601, 0.643, 0.596, 0.674, 0.626, 0.706, 0.723, 0.738)}
+PAPER_FID = {"babies": (104.79, 102.58, 87.41, 74.39, 52.56, 48.92, 46.70, None),
+             "sunglasses": (55.61, 53.64, 59.73, 42.13, 38.01, 34.75, 20.06, None)}
 PAPER_CLASSIFIER = {"10": (0.621, 20.06), "100": (0.637, 22.84)}  # Table 3
 
 
@@ -71,13 +79,13 @@ def score_table(found: list[Row], name: str, title: str, paper: dict[str, tuple]
 def shown(found: list[Row]) -> tuple[list[str], list[str]]:
     """The targets and methods of these runs in their usual order, between the two ends of the scale."""
     targets = [target for target in domains.TARGETS if of(found, target=target)]
-    methods = ("source model", *METHODS, "fresh pictures")
+    methods = ("source GAN", "source model", *ALL_METHODS, "fresh pictures")
     return targets, [method for method in methods if of(found, method=method)]
 
 
 def pairs_table(found: list[Row], name: str, title: str, sign: int) -> str:
     """In how many pairs of runs (same target and seed) the row's method has the larger sign * figure."""
-    trained = [method for method in METHODS if of(found, method=method)]
+    trained = [method for method in ALL_METHODS if of(found, method=method)]
     values = {method: {(row["run"]["target"], row["run"]["seed"]): sign * row["score"][name]
                        for row in of(found, method=method)} for method in trained}
 
@@ -91,18 +99,28 @@ def pairs_table(found: list[Row], name: str, title: str, sign: int) -> str:
 
 
 def time_table(found: list[Row]) -> str:
-    """Seconds an iteration, and how many there were."""
+    """Seconds and passes an iteration, and how many iterations there were."""
     targets, _ = shown(found)
     rows = []
-    for method in METHODS:
-        if of(found, method=method):
-            runs = [of(found, method=method, target=target) for target in targets]
-            means = [statistics.mean(row["seconds"] for row in cell) if cell else None for cell in runs]
-            rows.append([method, *("" if mean is None else f"{mean:.2f}" for mean in means)])
-    trained = [row for row in found if "seed" in row["run"]]
-    counts = [sorted({row["run"]["iterations"] for row in of(trained, target=target)}) for target in targets]
-    rows.append(["iterations", *(" / ".join(map(str, of_target)) for of_target in counts)])
-    return markdown("Seconds an iteration (median of a run)", ["method", *targets], rows)
+    for method in ALL_METHODS:
+        mine = of(found, method=method)
+        if not mine:
+            continue
+        passes = {PASSES.get(method, 1)}
+        if method == "tan":
+            passes = {1 + row["settings"]["pgd_steps"] for row in mine}
+        cells = [_pace(of(mine, target=target)) for target in targets]
+        rows.append([method, " / ".join(map(str, sorted(passes))), *cells])
+    return markdown("Seconds an iteration, median of a run (and how many iterations); passes through the "
+                    "U-Net or the generator in each", ["method", "passes", *targets], rows)
+
+
+def _pace(runs: list[Row]) -> str:
+    """Seconds an iteration and the number of these; nothing of nothing."""
+    if not runs:
+        return ""
+    counts = sorted({row["run"]["iterations"] for row in runs})
+    return f"{statistics.mean(row['seconds'] for row in runs):.2f} ({' / '.join(map(str, counts))})"
 
 
 def difference_table(found: list[Row], name: str, title: str, reference: str, sign: int) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 import settings
 import train_tan
+from baselines import gan_settings, gan_transfer
 from checkpoints import run_folder
 from domains import judge
 from experiments import launch, tables, tables_report
@@ -23,13 +24,14 @@ def trained(monkeypatch):
     """tables.py with train_tan.py called in this process, with few iterations and small batches; the calls' folders, in order."""
     folders = []
 
-    def call_train(arguments, log):
+    def call_train(program, arguments, log):
         folders.append(arguments[arguments.index("--output-dir") + 1])
-        call(train_tan.main, *arguments)
+        call((gan_transfer if program is launch.GAN else train_tan).main, *arguments)
         return 0
 
     monkeypatch.setattr(launch, "call_train", call_train)
     monkeypatch.setattr(settings, "SMALL", settings.SMALL | dict(iterations=1, batch_size=4))
+    monkeypatch.setattr(gan_settings, "SMALL", gan_settings.SMALL | dict(iterations=1, batch_size=4))
     monkeypatch.setattr(settings, "SMALL_GUIDED", settings.SMALL_GUIDED | dict(classifier_iterations=2))
     monkeypatch.setattr(settings, "SMALL_ADVERSARIAL", settings.SMALL_ADVERSARIAL | dict(pgd_steps=1))
     monkeypatch.setattr(tables, "STAGES", (1, 2))
@@ -71,6 +73,24 @@ def test_tables(trained, tmp_path, capsys):
     assert len(json.loads((tmp_path / "results.json").read_text())["tables"]) == len(known["tables"]) + 3
 
 
+def test_gans_stand_above_the_diffusion_methods(trained, tmp_path):
+    flags = ["--targets", "sunglasses", "--methods", "adaptor", "cdc", "--seeds", 1, "-n", 12, "--steps", 2, "--output-dir", tmp_path, "--device", "cpu"]
+    call(tables.main, *flags, "--parts", "tables", "figures", "passes")
+    rows = json.loads((tmp_path / "results.json").read_text())["tables"]
+    found = {row["run"]["method"]: row for row in rows}
+    assert found["cdc"]["run"]["source"] == "toyfaces-stylegan2" and found["cdc"]["settings"]["cdc_weight"] > 0
+    assert found["source GAN"]["score"] != found["source model"]["score"]
+    text = (tmp_path / "tables.md").read_text()
+    methods = [line.split(" | ")[0] for line in text.split("Table 2")[1].splitlines()[4:]]
+    assert methods[:5] == ["| source GAN", "| source model", "| cdc", "| adaptor", "| fresh pictures"]
+    assert "| paper, photographs: TGAN+ADA | 100% | 53.64 |" in text and "| cdc | 3 | " in text
+    assert Image.open(tmp_path / "samples-sunglasses.png").height > 5 * 32  # training, two sources, two methods
+    assert {row["run"]["method"] for row in json.loads((tmp_path / "results.json").read_text())["passes"]} == {"adaptor"}
+    call(tables.main, *flags, "--parts", "tables", "--latent", "--methods", "adaptor", "cdc")
+    assert {row["run"]["method"] for row in json.loads((tmp_path / "results-latent.json").read_text())["tables"]} == {
+        "adaptor", "source model", "fresh pictures"}
+
+
 def test_what_results_json_has_is_not_trained_again(trained, tmp_path):
     flags = ["--targets", "sunglasses", "--methods", "adaptor", "--seeds", 1, "-n", 12, "--steps", 2, "--device", "cpu", "--parts", "tables"]
     call(tables.main, *flags, "--output-dir", tmp_path / "a")
@@ -87,10 +107,10 @@ def test_each_run_is_kept_as_it_is_scored(trained, tmp_path, monkeypatch):
     flags = ["--targets", "sunglasses", "--methods", "adaptor", "finetune", "--seeds", 1, "-n", 12, "--steps", 2, "--device", "cpu", "--parts", "tables"]
     whole = launch.call_train
 
-    def call_train(arguments, log):
+    def call_train(program, arguments, log):
         if "finetune" in arguments:
             raise KeyboardInterrupt
-        return whole(arguments, log)
+        return whole(program, arguments, log)
 
     monkeypatch.setattr(launch, "call_train", call_train)
     with pytest.raises(KeyboardInterrupt):
@@ -116,7 +136,8 @@ def test_what_tables_refuses(flags, message, tmp_path):
 def test_pairs_are_of_the_same_target_and_seed():
     fids = {("tan", "babies", 1): 0.3, ("tan", "babies", 2): 0.2, ("tan", "sketches", 1): 0.1, ("adaptor", "babies", 1): 0.4, ("adaptor", "babies", 2): 0.4}
     names = ("toy FID", "toy KID", "toy Intra-LPIPS", "target", "kept", "covered", "memorised")
-    found = [dict(run=dict(method=method, target=target, seed=seed, iterations=80), score=dict.fromkeys(names, fid), rate=1.0, seconds=1.0)
+    found = [dict(run=dict(method=method, target=target, seed=seed, iterations=80), score=dict.fromkeys(names, fid), rate=1.0, seconds=1.0,
+                  settings=dict(pgd_steps=2))
              for (method, target, seed), fid in fids.items()]
     fid, intra = tables_report.main_tables(found)[-3:-1]
     assert fid.splitlines()[4:] == ["| tan |  | 2 of 2 |", "| adaptor | 0 of 2 |  |"] and "lower toy FID" in fid
@@ -143,7 +164,7 @@ def commands(monkeypatch, tmp_path):
     """What launch.train would call train_tan.py with to fill tmp_path, which writes the settings as it would."""
     found = []
 
-    def call_train(arguments, log):
+    def call_train(program, arguments, log):
         log.touch()
         found.append(arguments[arguments.index("--output-dir") + 2:])
         options, typed = parse(Options, "", arguments)
@@ -160,18 +181,18 @@ def commands(monkeypatch, tmp_path):
 
 
 def test_train_starts_resumes_and_leaves_alone(monkeypatch, commands, tmp_path):
-    train = functools.partial(launch.train, tmp_path, "cpu", target="babies", source="toyfaces")
+    train = functools.partial(launch.train, tmp_path, "cpu", target="babies", source="toyfaces", method="tan")
     train(seed=1)
     train(seed=1)
     (tmp_path / "weights.safetensors").unlink()
     train(seed=1)
-    assert commands == [["--device", "cpu", "--target", "babies", "--source", "toyfaces", "--seed", "1", "--samples", "0", "--no-classifier-check"],
+    assert commands == [["--device", "cpu", "--target", "babies", "--source", "toyfaces", "--method", "tan", "--seed", "1", "--samples", "0", "--no-classifier-check"],
                         ["--device", "cpu", "--resume"]]
     (tmp_path / "weights.safetensors").unlink()
-    monkeypatch.setattr(launch, "call_train", lambda arguments, log: log.write_text("50%\nerror: no memory\n") and 1)
+    monkeypatch.setattr(launch, "call_train", lambda program, arguments, log: log.write_text("50%\nerror: no memory\n") and 1)
     with pytest.raises(InputError, match="train.log.: error: no memory; run the same command again"):
         train(seed=1)
-    monkeypatch.setattr(launch, "call_train", lambda arguments, log: 2)
+    monkeypatch.setattr(launch, "call_train", lambda program, arguments, log: 2)
     with pytest.raises(InputError, match=r"train.log\)$"):  # nothing new in the log, and again the same would not help
         train(seed=1)
 
@@ -180,7 +201,8 @@ def test_train_starts_resumes_and_leaves_alone(monkeypatch, commands, tmp_path):
     (dict(seed=2), "--seed 1, wanted is 2"), (dict(seed=1, iterations=40), "--iterations 160, wanted is 40"),
     (dict(seed=1, method="finetune"), "--method tan, wanted is finetune"), (dict(seed=1, gamma=1.0), "--gamma 5.0, wanted is 1.0")])
 def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, message):
-    launch.train(tmp_path, "cpu", target="babies", source="toyfaces", seed=1)
+    flags = dict(method="tan") | flags
+    launch.train(tmp_path, "cpu", target="babies", source="toyfaces", seed=1, method="tan")
     with pytest.raises(InputError, match=f"was trained with {message}; remove the folder"):
         launch.train(tmp_path, "cpu", target="babies", source="toyfaces", **flags)
     assert len(commands) == 1
@@ -218,7 +240,7 @@ def test_interrupted_training_is_waited_for(monkeypatch, tmp_path):
 
     monkeypatch.setattr(launch.subprocess, "Popen", Process)
     with pytest.raises(KeyboardInterrupt):
-        launch.call_train([], tmp_path / "train.log")
+        launch.call_train(launch.TAN, [], tmp_path / "train.log")
     assert len(waits) == 2 and told == [1]
 
 
