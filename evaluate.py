@@ -50,12 +50,12 @@ from plumbing.options import (
     flag,
     flat,
     parse,
-    quoted,
     run,
     short,
 )
 from plumbing.picture_folder import ImageFolder
 from plumbing.progress import bar
+from plumbing.shell import quoted
 
 COLUMNS = ("target", "kept", "covered", "toy FID", "toy KID", "toy Intra-LPIPS", "memorised")
 STAGE_COLUMNS = ("toy FID", "target", "toy Intra-LPIPS", "memorised")

@@ -20,13 +20,13 @@ from plumbing.options import (
     at_least,
     below,
     check_seed,
-    command,
     finite,
     flag,
     flat,
     positive,
     replace,
 )
+from plumbing.shell import command
 
 
 @dataclasses.dataclass(frozen=True)

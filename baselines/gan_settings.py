@@ -16,12 +16,12 @@ from plumbing.options import (
     at_least,
     below,
     check_seed,
-    command,
     flag,
     flat,
     positive,
     replace,
 )
+from plumbing.shell import command
 
 # Which options each method uses, of those that others do not.
 USES = {"ada": ("ada_target", "ada_images"), "freezed": ("freeze_blocks",),

@@ -22,7 +22,8 @@ from checkpoints.network import Network, check_finite, fingerprint, load_strictl
 from checkpoints.weights_file import read_tensors
 from plumbing import distributed
 from plumbing.files import load_checkpoint, remove_unfinished, write_atomic
-from plumbing.options import InputError, check_types, flag, flat, quoted, replace
+from plumbing.options import InputError, check_types, flag, flat, replace
+from plumbing.shell import quoted
 
 T = TypeVar("T")
 FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl",

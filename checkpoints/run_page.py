@@ -11,7 +11,8 @@ from typing import Any
 from checkpoints.load import title_of
 from checkpoints.run_folder import best_stage, stages
 from plumbing.files import read_metrics, write_atomic
-from plumbing.options import flag, quoted
+from plumbing.options import flag
+from plumbing.shell import quoted
 
 TEMPLATE = Path(__file__).with_name("run_page.html")
 # What metrics.jsonl has that is worth a curve, and what it is.

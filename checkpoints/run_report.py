@@ -26,9 +26,9 @@ from plumbing import distributed, progress
 from plumbing.board import Board
 from plumbing.figures import save_curve
 from plumbing.files import read_metrics, write_atomic
-from plumbing.options import quoted
 from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
 from plumbing.seeds import generator
+from plumbing.shell import quoted
 from plumbing.training import EMA
 
 NOISES = 8  # a picture, for the losses of a stage

@@ -23,9 +23,10 @@ from checkpoints.load import ASSETS, load_network, load_source
 from checkpoints.network import Network, fingerprint
 from metrics import IntraLPIPS, frechet_distance, intra_lpips, kernel_distance
 from plumbing.files import write_atomic
-from plumbing.options import InputError, quoted
+from plumbing.options import InputError
 from plumbing.pictures import to_tensor
 from plumbing.progress import bar
+from plumbing.shell import quoted
 
 FRESH = 1000  # newly drawn target pictures to compare with
 VISIBLE = 0.8  # an attribute counts in a target if it is read right there so often; sunglasses hide the eyes

@@ -15,9 +15,8 @@ import dataclasses
 import io
 import math
 import os
-import shlex
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -142,24 +141,6 @@ def finite(options: Any, *names: str) -> None:
 def check_seed(options: Any) -> None:
     """InputError for a --seed that the generators do not take: 0 to 2^63 - 1."""
     _refuse(options, ("seed", "seeds"), lambda number: 0 <= number < 2 ** 63, "from 0 to 2^63 - 1")
-
-
-def command(program: str, options: Any, names: Collection[str]) -> str:
-    """The command that calls a program with these options, quoted for the shell: --target, and of the others
-    that have such names those that are not as usual.
-    """
-    words, usual = ["--target", str(options.target)], flat(type(options)())
-    for name, value in flat(options).items():
-        if name != "target" and name in names and value not in (None, usual[name]):
-            typed = value if isinstance(value, tuple) else (value,)
-            words += [flag(name if value is not False else f"no_{name}")]
-            words += [] if isinstance(value, bool) else map(str, typed)
-    return f"{program} {shlex.join(words)}"
-
-
-def quoted(path: str | Path) -> str:
-    """A path as it can be typed into a shell."""
-    return shlex.quote(str(path))
 
 
 def run(main: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ from checkpoints.__main__ import main
 from checkpoints.load import (
     ASSETS,
     BUILT_IN,
+    BUILT_IN_GANS,
     NOT_SOURCES,
     built_in,
     load_network,
@@ -95,7 +96,7 @@ def test_fingerprint():
 # ---- built-in names are a list -----------------------------------------------------------------------------
 
 def test_every_file_in_assets_has_a_name():
-    assert {built_in(name) for name in BUILT_IN + NOT_SOURCES} == set(ASSETS.glob("*.safetensors"))
+    assert {built_in(name) for name in BUILT_IN + BUILT_IN_GANS + NOT_SOURCES} == set(ASSETS.glob("*.safetensors"))
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_a_classifier_is_not_a_source_nor_a_source_a_classifier(tiny, tmp_path):
     save_network(path, start_classifier("encoder", None, "", source))
     with pytest.raises(InputError, match="c.safetensors: a Classifier, not a diffusion model"):
         load_source(path)
-    with pytest.raises(InputError, match="source.safetensors: a diffusion model, not a classifier"):
+    with pytest.raises(InputError, match="source.safetensors: a UNet, not a classifier"):
         start_classifier(str(tiny.source), None, "", source)
     with pytest.raises(InputError, match="made for 3x16x16, the source's x_0 is 3x32x32"):
         start_classifier(path, None, "", tiny_network(image_size=32))

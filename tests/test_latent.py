@@ -64,7 +64,7 @@ def test_training_sees_scaled_latents_of_the_pictures_and_their_mirror_images(so
     seen = []
     original = train_tan.worst_case_noise
     monkeypatch.setattr(train_tan, "worst_case_noise", lambda model, schedule, x0, *rest, **how: seen.append(x0) or original(model, schedule, x0, *rest, **how))
-    call(train_tan.main, "--source", source, *RUN, *TAN, "--samples", 0, "--batch-size", 8, "--output-dir", tmp_path)
+    call(train_tan.main, "--method", "tan", "--source", source, *RUN, *TAN, "--samples", 0, "--batch-size", 8, "--output-dir", tmp_path)
     targets, network = domains.target_images("sunglasses", 16), load_source(str(source))
     both = network.encode(torch.cat([targets, targets.flip(3)]))
     nearest = torch.cdist(torch.cat(seen).flatten(1), both.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").min(1)
@@ -75,7 +75,7 @@ def test_resume_on_latents_is_exact(source, tmp_path):
     ends = []
     for name, parts in (("whole", [[]]), ("parts", [["--iterations", 2], ["--iterations", 4, "--resume"]])):
         for part in parts:
-            flags = [] if "--resume" in part else ["--source", source, *RUN, *TAN]
+            flags = [] if "--resume" in part else ["--method", "tan", "--source", source, *RUN, *TAN]
             call(train_tan.main, *flags, *part, "--output-dir", tmp_path / name)
         ends.append(read_tensors(tmp_path / name / "weights.safetensors")[0])
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())

@@ -63,7 +63,7 @@ def test_what_suits_the_forms_of_adaptors_on_small_sources(form, rate, width):
 
 
 @pytest.mark.parametrize("target, source, method, expected", [
-    ("sunglasses", None, "tan", "runs/sunglasses"), ("sunglasses", "toyfaces", "tan", "runs/sunglasses"),
+    ("sunglasses", None, None, "runs/sunglasses"), ("sunglasses", "toyfaces", "tan", "runs/sunglasses-tan"),
     ("sunglasses", "toyfaces-latent", "pa", "runs/sunglasses-toyfaces-latent-pa"),
     ("some/photos/", "x.pt", "guided", "runs/photos-guided")])
 def test_where_a_run_goes(target, source, method, expected):
@@ -82,14 +82,14 @@ def test_where_a_run_goes(target, source, method, expected):
     ("--batch-size 0", "--batch-size 0: must be at least 1"), ("--previews 0", "--previews 0: must be at least 1"),
     ("--iterations -1", "--iterations -1: must be at least 0"), ("--warmup -1", "--warmup -1: must be at least 0"),
     ("--samples 1 --sample-steps 1001", "--sample-steps 1001: this model has 1000"),
-    ("--method adaptor --omega 0.1", "--omega: --method adaptor does not use it, only tan; leave it out"),
-    ("--method adaptor --gamma 5", "--gamma: --method adaptor does not use it, only tan, guided"),
+    ("--method adaptor --omega 0.1", "--omega: --method adaptor does not use it; leave it out, or give --method tan"),
+    ("--method adaptor --gamma 5", "--gamma: --method adaptor does not use it; leave it out, or give --method tan or guided"),
     ("--method guided --pgd-steps 3", "--pgd-steps: --method guided does not use it"),
     ("--method finetune --adaptor-width 3", "--adaptor-width: --method finetune does not use it"),
-    ("--method finetune --adaptor low-rank", "--adaptor: --method finetune does not use it, only tan, guided, adaptor"),
+    ("--method finetune --adaptor low-rank", "--adaptor: --method finetune does not use it; leave it out, or give --method tan or guided or adaptor"),
     ("--adaptor scale-shift --adaptor-width 3", "--adaptor-width: --adaptor scale-shift has no width; leave it out"),
     ("--adaptor low-rank --adaptor-width 0", "--adaptor-width 0: must be at least 1"),
-    ("--pairwise-weights 1 1 1", "--pairwise-weights: --method tan does not use it, only pa"),
+    ("--pairwise-weights 1 1 1", "--pairwise-weights: --method tan does not use it; leave it out, or give --method pa"),
     ("--method adaptor --no-classifier-check", "--classifier-check: --method adaptor does not use it"),
     ("--classifier-arch imagenet256-classifier", "--classifier-arch: says what network the file of --classifier holds"),
     ("--classifier scratch --classifier-arch x.json", "--classifier-arch: says what network"),

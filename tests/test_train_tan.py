@@ -55,7 +55,7 @@ def python(*argv, cwd):
 @pytest.mark.parametrize("method", METHODS)
 def test_method(method, tiny, train, tmp_path, monkeypatch):
     used = []
-    monkeypatch.setattr(train_tan, "load_source", lambda *a: used.append(load_source(*a)) or used[-1])
+    monkeypatch.setattr(train_tan, "load_diffusion_model", lambda *a: used.append(load_source(*a)) or used[-1])
     run = train(tmp_path / "run", "--method", method, "--iterations", "3", "--samples", "2")
 
     uses = METHODS[method]
