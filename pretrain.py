@@ -113,7 +113,7 @@ class Adversarial:
     """Numbers in z and w."""
     mapping_layers: int = 4
     """From z to w."""
-    r1: float = 0.05
+    r1: float = 1.0
     """Weight of the R1 penalty on the discriminator (larger pictures need more: 10 at 256 pixels)."""
     r1_every: int = 16
     """Iterations between its computations."""

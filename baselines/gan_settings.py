@@ -29,7 +29,7 @@ USES = {"ada": ("ada_target", "ada_images"), "freezed": ("freeze_blocks",),
         "dcl": ("dcl_weights",)}
 # What suits published networks, and the small ones of assets/ instead; these were chosen on babies.
 PUBLISHED = dict(iterations=5000, batch_size=4, learning_rate=2e-3, r1=10.0)
-SMALL = dict(iterations=300, batch_size=16, learning_rate=2e-3, r1=0.05)
+SMALL = dict(iterations=300, batch_size=16, learning_rate=2e-3, r1=1.0)
 
 
 @dataclasses.dataclass
@@ -59,7 +59,7 @@ class Options:
     learning_rate: Unset[float] = None
     """Of Adam, for both networks (default: 2e-3)."""
     r1: Unset[float] = None
-    """Weight of the R1 penalty (default: 0.05; above 64 pixels 10)."""
+    """Weight of the R1 penalty (default: 1; above 64 pixels 10)."""
     r1_every: int = 16
     """Iterations between its computations."""
     path_length: float = 0.0
