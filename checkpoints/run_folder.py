@@ -144,7 +144,8 @@ def read_options(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file}: damaged; if its source is known, the run can be made anew with "
                          "--overwrite") from None
     texts = ("source", "target", "method")
-    if not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in texts):
+    if (not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in texts)
+            or options.get("precision", "fp32") not in ("fp32", "bf16")):
         raise InputError(f"{file}: not the options of a run, or damaged")
     return options
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -28,6 +29,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from checkpoints import gan
 from checkpoints.network import build, save_network
 from checkpoints.published import LINEAR
 from plumbing.options import parse, run
@@ -36,11 +38,14 @@ from plumbing.options import parse, run
 TRAIN, PRETRAIN, SAMPLE, EVALUATE = (
     functools.partial(runpy.run_path, str(Path(__file__).parents[1] / f"{name}.py"), run_name="__main__")
     for name in ("train_tan", "pretrain", "sample", "evaluate"))
-CHECKPOINTS, EXPORT = (functools.partial(runpy.run_module, name, run_name="__main__")
-                       for name in ("checkpoints", "checkpoints.export"))
+CHECKPOINTS, EXPORT, TRANSFER = (
+    functools.partial(runpy.run_module, name, run_name="__main__")
+    for name in ("checkpoints", "checkpoints.export", "baselines.gan_transfer"))
 TINY = dict(image_size=16, in_channels=3, model_channels=16, out_channels=3, num_res_blocks=1,
             channel_mult=[1, 2], attention_resolutions=[2], num_head_channels=16, use_scale_shift_norm=True,
             norm_groups=8)
+CHANNELS = dict(size=16, channel_base=64, channel_max=16)
+RIVALS = dict(generator=dict(CHANNELS, style_dim=8, n_mlp=1), discriminator=CHANNELS)
 SHORT = ("--method", "adaptor", "--iterations", "1", "--batch-size", "2", "--adaptor-width", "4",
          "--samples", "0", "--previews", "1", "--device", "cpu")
 SOURCE = ("--size", "16", "--channels", "8", "--channel-mult", "1", "--head-channels", "8",
@@ -74,6 +79,9 @@ def sound(place: Path) -> None:
     network = build(dict(network="UNet", config=TINY, schedule=LINEAR), "tiny")
     save_network(place / "source.safetensors", network)
     torch.save(network.model.state_dict(), place / "published.pt")
+    rivals = gan.build(dict(network=gan.NAME, config=RIVALS), "tiny")
+    save_network(place / "gan.safetensors", rivals)
+    torch.save(dict(g_ema=rivals.model.state_dict(), d=rivals.discriminator.state_dict()), place / "gan.pt")
     (place / "photos").mkdir()
     for i in range(4):
         pixels = torch.randint(256, (24, 24, 3), dtype=torch.uint8).numpy()
@@ -192,6 +200,28 @@ def cases(place: Path, random_: random.Random) -> Iterator[Case]:
         yield Case(what, TRAIN, [*words, *SHORT, "--output-dir", str(place / "out")])
 
 
+def gan_cases(place: Path, random_: random.Random) -> Iterator[Case]:
+    """The same for the GAN baselines."""
+    short = ["--target", str(place / "photos"), "--iterations", "1", "--batch-size", "2", "--samples", "0",
+             "--device", "cpu", "--output-dir", str(place / "out")]
+    for original in (place / "gan.safetensors", place / "gan.pt"):
+        for what, content in damaged(original.read_bytes(), random_):
+            bad = place / "bad" / original.name
+            bad.write_bytes(content)
+            yield Case(f"{original.name}, {what}: transfer", TRANSFER, ["--source", str(bad), *short],
+                       "flipped" in what)
+    tensors = load_file(place / "gan.safetensors")
+    for part in RIVALS:
+        for value in JSON_VALUES:
+            bad = place / "bad" / "description.safetensors"
+            description = dict(network=gan.NAME, config=RIVALS | {part: value})
+            save_file(tensors, bad, {"description": json.dumps(description)})
+            yield Case(f"GAN, {part} {value!r}", TRANSFER, ["--source", str(bad), *short])
+    yield Case("a diffusion model as GAN", TRANSFER, ["--source", str(place / "source.safetensors"), *short])
+    yield Case("a GAN as diffusion model", TRAIN,
+               ["--source", str(place / "gan.pt"), "--target", str(place / "photos"), *SHORT])
+
+
 def tree(folder: Path) -> dict[str, str]:
     """A hash of every file below a folder."""
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -229,7 +259,8 @@ def main() -> None:
         (place / "bad").mkdir()
         os.environ["HF_HUB_OFFLINE"] = "1"  # whatever name looks like one of the Hub is not asked for
         sound(place)
-        for case in cases(place, random.Random(options.seed)):
+        random_ = random.Random(options.seed)
+        for case in itertools.chain(cases(place, random_), gan_cases(place, random_)):
             fault, answer = fault_of(case, place)
             counts[fault or "right"] = counts.get(fault or "right", 0) + 1
             if fault or options.show:
