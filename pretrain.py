@@ -35,6 +35,7 @@ from baselines.gan_training import Plain, Players, play
 from checkpoints import gan
 from checkpoints.load import load_network
 from checkpoints.network import FIRST_STAGES, Network, build, save_network
+from checkpoints.perceptual import load_lpips
 from ddpm import Schedule, predict_eps
 from plumbing import distributed, progress
 from plumbing.figures import save_curve
@@ -103,6 +104,12 @@ class Latent:
     """Entries in the codebook of a vq."""
     kl_weight: float = 1e-6
     """Of the loss of a kl."""
+    perceptual: Literal["none", "squeeze", "alex", "vgg"] = "none"
+    """Add LPIPS over this network to the loss of a first stage."""
+    perceptual_weight: float = 1.0
+    """Of LPIPS, beside the mean absolute error."""
+    lpips_backbone: Unset[str] = None
+    """File of torchvision's weights for --perceptual (default: that of torch hub's cache)."""
 
 
 @dataclasses.dataclass
@@ -177,7 +184,7 @@ def check(options: Options, typed: frozenset[str]) -> None:
     """InputError for numbers that make no sense and for flags that the network does not use."""
     judged = len(domains.family(options.source)) if options.network == "judge" else 1
     at_least(options, size=8, images=judged, channels=1, channel_mult=1, res_blocks=1, head_channels=1,
-             norm_groups=1, latent_channels=1, codes=1, kl_weight=0, iterations=1,
+             norm_groups=1, latent_channels=1, codes=1, kl_weight=0, perceptual_weight=0, iterations=1,
              batch_size=distributed.world(), warmup=0, ema=0, threads=1, save_every=1, style_dim=1,
              mapping_layers=1, r1=0, r1_every=1, path_length=0)
     below(options, ema=1)
@@ -195,7 +202,9 @@ def check(options: Options, typed: frozenset[str]) -> None:
     users = {**dict.fromkeys(flat(options.adversarial), ("stylegan2",)),
              **dict.fromkeys(("res_blocks", "norm_groups", "precision"), layered),
              **dict.fromkeys(("attention", "head_channels"), ("unet", *CLASSIFIERS)),
-             "latent_channels": ("kl", "vq"), "codes": ("vq",), "kl_weight": ("kl",)}
+             **dict.fromkeys(("latent_channels", "perceptual", "perceptual_weight", "lpips_backbone"),
+                             ("kl", "vq")),
+             "codes": ("vq",), "kl_weight": ("kl",)}
     for name, networks in users.items():
         if name in typed and options.network not in networks:
             raise InputError(f"{flag(name)}: --network {options.network} does not use it; leave it out")
@@ -323,15 +332,24 @@ def attribute_loss(logits: Tensor, labels: Tensor, attributes: dict[str, list[st
     return torch.stack(losses).mean(0)
 
 
+def first_stage_objective(latent: Latent, device: torch.device) -> Callable[..., tuple[Tensor, dict]]:
+    """`first_stage_loss` as --kl-weight and --perceptual want it.  InputError as load_lpips raises it."""
+    distance = None
+    if latent.perceptual != "none":
+        distance = load_lpips(latent.perceptual, latent.lpips_backbone).to(device)
+    weights = dict(LOSS_WEIGHTS, kl=latent.kl_weight, perceptual=latent.perceptual_weight)
+    return functools.partial(first_stage_loss, weights=weights, perceptual=distance)
+
+
 def losses_of(network: Network, x0: Tensor, labels: Tensor | None, t: Tensor, eps: Tensor,
-              kl_weight: float) -> Tensor:
+              of_first_stage: Callable[..., tuple[Tensor, dict]]) -> Tensor:
     """What is descended, for each picture.
 
     x_0 (B, ...), labels (B, attributes), t (B,), eps like x_0 or the latents -> (B,)
     """
     model = network.model
     if network.description["network"] in FIRST_STAGES:
-        loss, _ = first_stage_loss(model, x0, eps, dict(LOSS_WEIGHTS, kl=kl_weight))
+        loss, _ = of_first_stage(model, x0, eps)
         return loss.expand(len(x0))
     xt = network.schedule.add_noise(x0, t, eps)
     if "attributes" in network.description:
@@ -430,7 +448,7 @@ def main() -> None:
     if training.threads:
         torch.set_num_threads(training.threads)
     state = resumed(out, options) if options.resume else None
-    network = untrained(options)
+    network, of_first_stage = untrained(options), first_stage_objective(options.latent, device)
     batch_of, n, read_ahead = load_pictures(options)
     shown = batch_of(torch.arange(min(16, n)))[0]
     network.to(device)
@@ -480,7 +498,7 @@ def main() -> None:
         labels = None if labels is None else labels.to(device)
 
         with distributed.autocast(device, training.precision):
-            loss = losses_of(network, x0, labels, t, eps, options.latent.kl_weight).sum() / b
+            loss = losses_of(network, x0, labels, t, eps, of_first_stage).sum() / b
         loss.backward()
         distributed.sum_gradients(parameters)
         total = distributed.sum_over_ranks(loss.detach().clone()).item()

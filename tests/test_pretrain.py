@@ -151,3 +151,18 @@ def test_sample_pictures_are_drawn_with_the_average(tmp_path, monkeypatch):
     call(pretrain.main, "toyfaces", *TINY, "--iterations", 2, "--output-dir", tmp_path)
     average = load_checkpoint(tmp_path / "checkpoint.pt")["ema"]["average"]
     assert all(torch.equal(a, b) for a, b in zip(drawn, average, strict=True))
+
+
+def test_a_first_stage_learns_with_lpips(tmp_path, monkeypatch):
+    """--perceptual adds the distance of load_lpips, with its weight, to what a first stage descends."""
+    asked, flags = [], ["toyfaces", "--network", "kl", "--size", 16, "--channels", 8, "--norm-groups", 4, "--images", 8, "--batch-size", 4,
+                        "--iterations", 1, "--device", "cpu"]
+    distance = torch.nn.Module()
+    distance.forward = lambda a, b: torch.full((len(a), 1, 1, 1), 3.0)
+    monkeypatch.setattr(pretrain, "load_lpips", lambda *given: asked.append(given) or distance)
+    call(pretrain.main, *flags, "--output-dir", tmp_path / "without")
+    call(pretrain.main, *flags, "--output-dir", tmp_path / "with", "--perceptual", "squeeze", "--perceptual-weight", 0.5, "--lpips-backbone", "f.pth")
+    without, with_ = (read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("without", "with"))
+    assert asked == [("squeeze", "f.pth")] and with_ == pytest.approx(without + 0.5 * 3.0, rel=1e-5)
+    with pytest.raises(InputError, match="--perceptual: --network unet does not use it"):
+        call(pretrain.main, "toyfaces", "--perceptual", "vgg", "--output-dir", tmp_path / "unet")
