@@ -25,7 +25,7 @@ from plumbing.seeds import generator as stream
 
 
 @dataclasses.dataclass
-class Wanted:
+class Numbers:
     """Numbers of the methods."""
 
     ada_target: float = 0.6
@@ -218,29 +218,29 @@ def contrast_to_real(fake: Tensor, of_source: Tensor, real: Tensor) -> Tensor:
 
 
 METHODS = {
-    "tgan": "TGAN: generator and discriminator go on from the source's",
-    "ada": "TGAN+ADA: augmentations before the discriminator",
-    "freezed": "FreezeD: the discriminator's first layers do not learn",
-    "ewc": "EWC: a penalty on changing weights that matter to the source",
-    "cdc": "CDC: pictures as alike as the source's; patches",
-    "dcl": "DCL: contrastive losses",
+    "tgan": "generator and discriminator go on from the source's (Wang et al. 2018)",
+    "ada": "TGAN with augmentations before the discriminator (Karras et al. 2020a)",
+    "freezed": "the discriminator's first layers do not learn (Mo et al. 2020)",
+    "ewc": "a penalty on changing weights that matter to the source (Li et al. 2020)",
+    "cdc": "pictures as alike as the source's; patches (Ojha et al. 2021)",
+    "dcl": "contrastive losses (Zhao et al. 2022)",
 }
 
 
-def make(name: str, generator: Generator, discriminator: Discriminator, targets: int, wanted: Wanted,
+def make(name: str, generator: Generator, discriminator: Discriminator, targets: int, numbers: Numbers,
          seed: int) -> Plain:
     """A method, before the source's networks have learnt anything else.
 
     targets   number of training pictures
     """
     if name == "ada":
-        return ADA(wanted.ada_target, wanted.ada_images)
+        return ADA(numbers.ada_target, numbers.ada_images)
     if name == "freezed":
-        return FreezeD(wanted.freeze_blocks)
+        return FreezeD(numbers.freeze_blocks)
     if name == "ewc":
-        return EWC(generator, discriminator, wanted.ewc_weight, wanted.fisher_samples, seed)
+        return EWC(generator, discriminator, numbers.ewc_weight, numbers.fisher_samples, seed)
     source = copy.deepcopy(generator).requires_grad_(False)
     if name == "cdc":
-        return CDC(source, discriminator, targets, wanted.cdc_weight, wanted.anchor_spread,
-                   wanted.patch_block, seed)
-    return DCL(source, wanted.dcl_weights) if name == "dcl" else Plain()
+        return CDC(source, discriminator, targets, numbers.cdc_weight, numbers.anchor_spread,
+                   numbers.patch_block, seed)
+    return DCL(source, numbers.dcl_weights) if name == "dcl" else Plain()

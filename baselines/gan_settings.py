@@ -78,7 +78,7 @@ class Options:
     """Seed of everything random."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    wanted: gan_methods.Wanted = dataclasses.field(default_factory=gan_methods.Wanted)
+    numbers: gan_methods.Numbers = dataclasses.field(default_factory=gan_methods.Numbers)
 
 
 def folder_of(options: Options) -> Path:
@@ -117,7 +117,7 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
           freeze_blocks=len(source.discriminator.convs) + 1)
     positive(options, "learning_rate")
     check_seed(options)
-    if len(options.wanted.dcl_weights) != 2:
+    if len(options.numbers.dcl_weights) != 2:
         raise InputError("--dcl-weights: give two numbers of at least 0")
     drawn_by, drawn_for = domains.drawn_by(options.source), domains.TARGETS.get(options.target)
     if drawn_by and drawn_for and drawn_for != drawn_by:

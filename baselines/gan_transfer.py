@@ -49,7 +49,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     source.to(device)
     method = gan_methods.make(options.method, source.model, source.discriminator, len(targets),
-                              options.wanted, options.seed)
+                              options.numbers, options.seed)
     players = Players(source.model, source.discriminator, method, options.learning_rate, options.r1,
                       options.r1_every, options.path_length)
     ema = EMA(players.drawing, options.ema)
