@@ -125,7 +125,7 @@ class Adversarial:
     r1_every: int = 16
     """Iterations between its computations."""
     path_length: float = 0.0
-    """Weight of the path length penalty on the generator (2 in Karras et al. 2020b; 0: none)."""
+    """Weight of the path length penalty on the generator; 0: none."""
 
 
 @dataclasses.dataclass
@@ -137,7 +137,7 @@ class Training:
     batch_size: int = 40
     """Pictures a step, over all processes."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW, decayed to 0 by half a cosine."""
+    """Peak learning rate of AdamW (of a stylegan2: Adam), decayed to 0 by half a cosine."""
     warmup: int = 200
     """Iterations of linear warm-up."""
     ema: float = 0.999
@@ -408,25 +408,25 @@ def train_gan(out: Path, options: Options, network: gan.GAN, batch_of: Batch, n:
               state: dict[str, Any] | None, device: torch.device) -> None:
     """The iterations of a StyleGAN2 on n pictures."""
     training, wanted = options.training, options.adversarial
-    players = Players(network.model.train(), network.discriminator.train(), Plain(), training.learning_rate,
-                      wanted.r1, wanted.r1_every, wanted.path_length)
+    b, players = training.batch_size, Players(
+        network.model.train(), network.discriminator.train(), Plain(), training.batch_size,
+        training.learning_rate, wanted.r1, wanted.r1_every, wanted.path_length)
     ema = EMA(players.drawing, training.ema)
-    if state:
-        players.load(state["gan"])
 
     def after(done: int, saved: bool) -> None:
         if saved or done == training.iterations:
             show(out, network, ema, torch.empty(0))
 
     def real_pictures(g: torch.Generator) -> Tensor:
-        mine = torch.randint(n, (training.batch_size,), generator=g)[distributed.share(training.batch_size)]
-        images, mirrored = batch_of(mine)[0], torch.rand(len(mine), 1, 1, 1, generator=g) < 0.5
+        indices = torch.randint(n, (b,), generator=g)[players.mine]
+        mirrored = torch.rand(b, 1, 1, 1, generator=g)[players.mine] < 0.5
+        images = batch_of(indices)[0]
         return torch.where(mirrored & options.data.flip, images.flip(3), images)
 
-    loop = Loop(out, options.network, training.iterations, training.save_every, training.batch_size,
+    loop = Loop(out, options.network, training.iterations, training.save_every, b,
                 players.parameters, players.optimizer, ema, functools.partial(learning_rate, training),
-                device, state, dict(options=flat(options), gan=players.state), after)
-    play(loop, players, ema, real_pictures, training.batch_size, training.seed, device)
+                device, state, dict(options=flat(options), gan=players.state), after, also=players.load)
+    play(loop, players, ema, real_pictures, training.seed)
     distributed.cleanup()
 
 

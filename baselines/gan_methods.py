@@ -1,4 +1,5 @@
-"""What each of the paper's GAN baselines adds to the loop of gan_training.py, with its paper's equation.
+"""What each GAN baseline adds to the loop of gan_training.py, with its paper's equation: the five that the
+paper compares with, and FreezeD, which it cites.
 
     TGAN      Wang et al. 2018      nothing: `Plain`
     TGAN+ADA  Karras et al. 2020a   augmentations before the discriminator
@@ -12,6 +13,8 @@ Where a paper leaves something open, docs/reading-notes.md says what is done her
 
 import copy
 import dataclasses
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ from baselines.augment import augment
 from baselines.gan_training import Plain
 from baselines.pairwise import divergence
 from baselines.stylegan2 import Discriminator, EqualConv2d, Generator, generator_loss
+from plumbing.progress import bar
 from plumbing.seeds import generator as stream
 
 
@@ -29,8 +33,7 @@ class Numbers:
     """Numbers of the methods."""
 
     ada_target: float = 0.6
-    """ada: the share r_t of training pictures taken to be real, less those taken to be fake, that is aimed
-    at."""
+    """ada: what r_t, the mean sign of the logits of training pictures, is to be."""
     ada_images: int = 20_000
     """ada: pictures over which the probability may rise from 0 to 1 (500,000 in its paper's long runs)."""
     freeze_blocks: int = 2
@@ -90,7 +93,8 @@ class EWC(Plain):
         super().__init__()
         self.weight = weight
         self.source = [p.detach().clone() for p in generator.parameters()]
-        self.fisher = fisher_information(generator, discriminator, samples, seed)
+        self.fisher = fisher_information(generator, discriminator, samples, seed,
+                                         functools.partial(bar, text="Fisher information"))
 
     def generator_term(self, generator: Generator, features: list[Tensor], z: Tensor,
                        noise: list[Tensor]) -> Tensor:
@@ -99,8 +103,8 @@ class EWC(Plain):
         return self.weight * torch.stack(terms).sum()
 
 
-def fisher_information(generator: Generator, discriminator: Discriminator, samples: int,
-                       seed: int) -> list[Tensor]:
+def fisher_information(generator: Generator, discriminator: Discriminator, samples: int, seed: int,
+                       progress: Callable[[Iterable], Iterable] = iter) -> list[Tensor]:
     """E[(d log L / d theta_i)^2] over pictures that the source draws, for each of its weights.
 
     log L is what stands for the log-likelihood of a picture: log sigmoid of the discriminator's logit.
@@ -108,7 +112,7 @@ def fisher_information(generator: Generator, discriminator: Discriminator, sampl
     parameters, g = list(generator.requires_grad_(True).parameters()), stream(seed, 1)
     discriminator.requires_grad_(False)
     fisher = [torch.zeros_like(p) for p in parameters]
-    for _ in range(samples):
+    for _ in progress(range(samples)):
         z = torch.randn(1, generator.style_dim, generator=g).to(parameters[0].device)
         noise = [n.to(z.device) for n in generator.draw_noise(1, g)]
         logits = discriminator(generator.synthesize(generator.style(z), noise)[0])
@@ -122,7 +126,7 @@ class CDC(Plain):
     """Pictures are to be as alike as the source's of the same latents, in every layer l of the generator:
 
         y_i = softmax over j != i of cos(G^l(z_i), G^l(z_j))
-        weight * sum over l of mean over i of KL(y_i adapted || y_i source)
+        weight * mean over l and i of KL(y_i adapted || y_i source)
 
     And there are only enough training pictures for a few latents: around as many anchors the discriminator
     judges whole pictures, elsewhere patches alone.
@@ -134,15 +138,14 @@ class CDC(Plain):
         g = stream(seed, 2)
         self.source, self.weight, self.spread, self.block = source, weight, spread, patch_block
         self.anchors = torch.randn(anchors, source.style_dim, generator=g)
-        channels = discriminator.features(torch.zeros(1, 3, discriminator.size, discriminator.size))
-        self.patch = EqualConv2d(channels[patch_block].shape[1], 1, 1)
+        self.patch = EqualConv2d(discriminator.widths[patch_block], 1, 1)
         with torch.no_grad():
             self.patch.weight.copy_(torch.randn(self.patch.weight.shape, generator=g))
         self.patch.to(next(discriminator.parameters()).device)
         self.parameters = list(self.patch.parameters())
 
     def latents(self, n: int, style_dim: int, g: torch.Generator) -> Tensor:
-        """A quarter of them around anchors; these come first."""
+        """The first, as many as are judged `whole`, around anchors."""
         z = super().latents(n, style_dim, g)
         k = whole(n)
         near = self.anchors[torch.randint(len(self.anchors), (k,), generator=g)]
@@ -150,20 +153,20 @@ class CDC(Plain):
         return z
 
     def judge(self, discriminator: Discriminator, images: Tensor, fake: bool) -> list[Tensor]:
-        features = discriminator.features(images)
-        k = whole(len(images)) if fake else 0
-        return [discriminator.decide(features[-1][:k or None]), self.patch(features[self.block][k:])]
+        features, k = discriminator.features(images), whole(len(images))
+        first = k if fake else 0  # what lies around anchors is not judged in patches
+        return [discriminator.decide(features[-1][:k]), self.patch(features[self.block][first:])]
 
     def generator_term(self, generator: Generator, features: list[Tensor], z: Tensor,
                        noise: list[Tensor]) -> Tensor:
         before = source_features(self.source, z, noise)[1]
         terms = [divergence(ours, theirs).mean() for ours, theirs in zip(features, before, strict=True)]
-        return self.weight * torch.stack(terms).sum()
+        return self.weight * torch.stack(terms).mean()
 
 
 def whole(n: int) -> int:
-    """How many of n drawn pictures CDC judges whole."""
-    return max(1, n // 4)
+    """How many of n pictures, real or drawn, CDC judges whole: a quarter, at least two to compare."""
+    return min(n, max(2, n // 4))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import tyro
 
 import domains
 from baselines import gan_methods
+from baselines.stylegan2 import group_size
 from checkpoints.gan import GAN
 from checkpoints.load import title_of
 from plumbing.options import (
@@ -63,7 +64,7 @@ class Options:
     r1_every: int = 16
     """Iterations between its computations."""
     path_length: float = 0.0
-    """Weight of the path length penalty (2 in Karras et al. 2020b; 0: none)."""
+    """Weight of the path length penalty; 0: none."""
     ema: float = 0.99
     """Decay of the running average of the generator's weights, which is what is kept."""
     flip: bool = True
@@ -112,11 +113,14 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
                                  "leave it out")
     at_least(options, iterations=0, batch_size=2, r1=0, r1_every=1, path_length=0, ema=0, samples=0,
              previews=1, save_every=1, ada_images=1, freeze_blocks=0, ewc_weight=0, fisher_samples=1,
-             cdc_weight=0, anchor_spread=0, patch_block=0, dcl_weights=0)
-    below(options, ema=1, patch_block=len(source.discriminator.convs),
+             cdc_weight=0, anchor_spread=0, patch_block=0, dcl_weights=0, ada_target=-1)
+    below(options, ema=1, ada_target=1, patch_block=len(source.discriminator.convs),
           freeze_blocks=len(source.discriminator.convs) + 1)
     positive(options, "learning_rate")
     check_seed(options)
+    if group_size(options.batch_size) == 1:
+        raise InputError(f"--batch-size {options.batch_size}: the discriminator compares pictures in groups "
+                         "of 4, 3 or 2; choose a multiple of one of them")
     if len(options.numbers.dcl_weights) != 2:
         raise InputError("--dcl-weights: give two numbers of at least 0")
     drawn_by, drawn_for = domains.drawn_by(options.source), domains.TARGETS.get(options.target)

@@ -4,6 +4,7 @@ What a method of transfer adds, and where, is a class with the same functions as
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Plain:
 
     def __init__(self) -> None:
         self.parameters: list[nn.Parameter] = []
-        """What learns with the discriminator, beside its own."""
+        """What learns with the discriminator, beside its own, and is kept with it."""
         self.state: dict[str, Tensor] = {}
         """What a checkpoint keeps."""
 
@@ -68,33 +69,43 @@ class Plain:
 class Players:
     """Generator and discriminator, which learn in turn with one optimiser.
 
+    batch_size    pictures an iteration, over all ranks; each has its share
     r1            weight of the R1 penalty, which is computed every `r1_every` iterations, so many times as
                   large
     path_length   weight of the path length penalty, computed every PATH_EVERY iterations likewise; 0: none
     """
 
-    def __init__(self, generator: Generator, discriminator: Discriminator, method: Plain,
+    def __init__(self, generator: Generator, discriminator: Discriminator, method: Plain, batch_size: int,
                  learning_rate: float, r1: float, r1_every: int, path_length: float):
         self.generator, self.discriminator, self.method = generator, discriminator, method
         self.r1, self.r1_every, self.path_length = r1, r1_every, path_length
+        self.batch_size, self.mine = batch_size, distributed.share(batch_size)
+        self.part = (self.mine.stop - self.mine.start) / batch_size
+        self.device = next(generator.parameters()).device
         self.drawing = list(generator.parameters())
         self.judging = method.learning(discriminator.requires_grad_(False)) + method.parameters
         self.parameters = self.drawing + self.judging
         # Adam passes by what has no gradient: the one whose turn it is not.
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.0, 0.99))
-        self.state = dict(method.state, path_length=torch.zeros(()))
+        self.state = dict(method.state, path_length=torch.zeros((), device=self.device))
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from the `state` that a checkpoint kept."""
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the `state` that a checkpoint kept as gan."""
         for name, value in self.state.items():
-            value.copy_(state[name])
+            value.copy_(checkpoint["gan"][name])
 
-    def discriminator_step(self, real: Tensor, z: Tensor, noise: list[Tensor], part: float, iteration: int,
+    def draw(self, g: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+        """Latents (B, style_dim) and noise of each layer, of this rank's pictures."""
+        z = self.method.latents(self.batch_size, self.generator.style_dim, g)
+        noise = self.generator.draw_noise(self.batch_size, g)
+        return z[self.mine].to(self.device), [values[self.mine].to(self.device) for values in noise]
+
+    def discriminator_turn(self, real: Tensor, z: Tensor, noise: list[Tensor], iteration: int,
                            g: torch.Generator) -> dict[str, float]:
-        """Descend the discriminator's loss of real pictures (B, 3, H, W) and of those drawn from z (B, S).
-
-        part    this rank's part of the batch
+        """Leaves the gradient of the discriminator's loss of real pictures (B, 3, H, W) and of those drawn
+        from z (B, style_dim); returns what to watch, the loss among it.
         """
+        self.optimizer.zero_grad()
         for p in self.judging:
             p.requires_grad_(True)
         with torch.no_grad():
@@ -107,54 +118,49 @@ class Players:
         loss = loss + method.discriminator_term(self.discriminator, real, fake, z, noise)
         if penalised:
             loss = loss + self.r1 / 2 * self.r1_every * r1_penalty(of_real[0], seen)
-        (loss * part).backward()
+        (loss * self.part).backward()
         distributed.sum_gradients(self.judging)
-        self.optimizer.step()
         for p in self.judging:
             p.requires_grad_(False)
-        self.optimizer.zero_grad()
-        return dict(discriminator_loss=loss.item(), real=of_real[0].mean().item(),
-                    fake=of_fake[0].mean().item(), **method.observe(of_real[0].detach()))
+        figures = torch.stack([loss.detach(), of_real[0].detach().mean(), of_fake[0].detach().mean()])
+        figures = distributed.sum_over_ranks(figures * self.part).tolist()
+        line = dict(zip(("discriminator_loss", "real", "fake"), figures, strict=True))
+        return line | method.observe(of_real[0].detach())
 
-    def generator_loss(self, z: Tensor, noise: list[Tensor], part: float, iteration: int,
-                       g: torch.Generator) -> Tensor:
-        """Leaves the gradient of the generator's loss of pictures drawn from z (B, S); returns the loss."""
+    def generator_turn(self, z: Tensor, noise: list[Tensor], iteration: int, g: torch.Generator) -> float:
+        """Leaves the gradient of the generator's loss of pictures drawn from z (B, style_dim); returns the
+        loss.
+        """
+        self.optimizer.zero_grad()
         w = self.generator.style(z)
         images, features = self.generator.synthesize(w, noise)
         judged = self.method.judge(self.discriminator, self.method.augment(images, g), fake=True)
         loss = sum(generator_loss(logits) for logits in judged)
         loss = loss + self.method.generator_term(self.generator, features, z, noise)
         if self.path_length and iteration % PATH_EVERY == 0:
-            lengths = path_lengths(images, w, g)
-            mean = self.state["path_length"]
-            mean.lerp_(distributed.sum_over_ranks(lengths.detach().mean() * part), PATH_DECAY)
+            y = torch.randn(self.batch_size, *images.shape[1:], generator=g)[self.mine].to(self.device)
+            lengths, mean = path_lengths(images, w, y), self.state["path_length"]
+            mean.lerp_(distributed.sum_over_ranks(lengths.detach().mean() * self.part), PATH_DECAY)
             loss = loss + self.path_length * PATH_EVERY * (lengths - mean).square().mean()
-        (loss * part).backward()
+        (loss * self.part).backward()
         distributed.sum_gradients(self.drawing)
-        return loss.detach()
+        return distributed.sum_over_ranks(loss.detach() * self.part).item()
 
 
 def play(loop: Loop, players: Players, ema: EMA, real_pictures: Callable[[torch.Generator], Tensor],
-         batch_size: int, seed: int, device: torch.device) -> None:
+         seed: int) -> None:
     """The iterations of a GAN.  Every rank draws the whole batch and keeps its share.
 
     real_pictures   this rank's share, on the CPU, by these random numbers
     """
-    mine = distributed.share(batch_size)
-    part = (mine.stop - mine.start) / batch_size
-
-    def draw(g: torch.Generator) -> tuple[Tensor, list[Tensor]]:
-        z = players.method.latents(batch_size, players.generator.style_dim, g)
-        noise = players.generator.draw_noise(batch_size, g)
-        return z[mine].to(device), [values[mine].to(device) for values in noise]
-
     for iteration in loop:
         g = stream(seed, 0, iteration)
-        real = real_pictures(g).to(device)
-        measured = players.discriminator_step(real, *draw(g), part, iteration, g)
-        loss = players.generator_loss(*draw(g), part, iteration, g)
-        total = distributed.sum_over_ranks(loss * part).item()
-        gradient_norm = loop.check(total + measured["discriminator_loss"], REMEDY)
-        loop.optimizer.step()
+        real = real_pictures(g).to(players.device)
+        measured = players.discriminator_turn(real, *players.draw(g), iteration, g)
+        loop.check(measured["discriminator_loss"], REMEDY, save=False)  # a state between the turns is none
+        players.optimizer.step()
+        loss = players.generator_turn(*players.draw(g), iteration, g)
+        gradient_norm = loop.check(loss, REMEDY, save=False)
+        players.optimizer.step()
         ema.update()
-        loop.record(loss=total, gradient_norm=gradient_norm, **measured)
+        loop.record(loss=loss, gradient_norm=gradient_norm, **measured)

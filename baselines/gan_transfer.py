@@ -1,4 +1,4 @@
-"""The paper's GAN baselines: adapt a pre-trained StyleGAN2 to a new domain from ten pictures.
+"""The paper's GAN baselines, and FreezeD: adapt a pre-trained StyleGAN2 to a new domain from ten pictures.
 
   python -m baselines.gan_transfer --method cdc --target sunglasses       built-in faces; minutes on a laptop
   python -m baselines.gan_transfer --method cdc --source source_ffhq.pt --target photos/ --batch-size 4
@@ -48,17 +48,16 @@ def main() -> None:
     # Who learns, and what the method adds
     torch.manual_seed(options.seed)
     source.to(device)
+    print(f"source {options.source}: {source.image_size}x{source.image_size}; {options.method} on "
+          f"{len(targets)} pictures of {options.target}; {device}", flush=True)
     method = gan_methods.make(options.method, source.model, source.discriminator, len(targets),
                               options.numbers, options.seed)
-    players = Players(source.model, source.discriminator, method, options.learning_rate, options.r1,
-                      options.r1_every, options.path_length)
+    players = Players(source.model, source.discriminator, method, options.batch_size, options.learning_rate,
+                      options.r1, options.r1_every, options.path_length)
     ema = EMA(players.drawing, options.ema)
-    if state:
-        players.load(state["gan"])
     learning, theirs = (sum(p.numel() for p in group) for group in (players.drawing, players.judging))
-    print(f"source {options.source}: {source.image_size}x{source.image_size}; training the generator "
-          f"({learning / 1e6:.2f} M parameters) and {theirs / 1e6:.2f} M of the discriminator with "
-          f"{options.method} on {len(targets)} pictures of {options.target}; {device}", flush=True)
+    print(f"training the generator, {learning / 1e6:.2f} M parameters, and {theirs / 1e6:.2f} M of the "
+          "discriminator", flush=True)
 
     def real_pictures(g: torch.Generator) -> Tensor:
         chosen = targets[torch.randint(len(targets), (options.batch_size,), generator=g)]
@@ -69,8 +68,8 @@ def main() -> None:
                     gan_settings.command_of(options))
     loop = Loop(out, options.method, options.iterations, options.save_every, options.batch_size,
                 players.parameters, players.optimizer, ema, lambda iteration: options.learning_rate, device,
-                state, dict(identity, gan=players.state), report.preview)
-    play(loop, players, ema, real_pictures, options.batch_size, options.seed, device)
+                state, dict(identity, gan=players.state), report.preview, also=players.load)
+    play(loop, players, ema, real_pictures, options.seed)
     report.finish("of the generator")
 
 

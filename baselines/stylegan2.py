@@ -278,13 +278,18 @@ class ResBlock(nn.Module):
         return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)                   # (B, C', H/2, W/2)
 
 
-def with_deviation(x: Tensor, most: int = 4) -> Tensor:
+def group_size(batch: int) -> int:
+    """How many pictures a discriminator compares with each other: 4, or the most that divide the batch."""
+    return next(n for n in (4, 3, 2, 1) if batch % n == 0)
+
+
+def with_deviation(x: Tensor) -> Tensor:
     """One more channel: how much the pictures of a group differ, on average over all features.
 
-    (B, C, H, W) -> (B, C + 1, H, W).  A group has at most `most` pictures, as many as divide B.
+    (B, C, H, W) -> (B, C + 1, H, W).  A group has `group_size` pictures.
     """
     b, c, h, w = x.shape
-    n = next(n for n in range(most, 0, -1) if b % n == 0)
+    n = group_size(b)
     deviation = (x.view(n, -1, c, h, w).var(0, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))  # (B / n,)
     return torch.cat([x, deviation.repeat(n).view(b, 1, 1, 1).expand(b, 1, h, w)], 1)
 
@@ -297,6 +302,8 @@ class Discriminator(nn.Module):
         self.size = size
         self.config = dict(size=size, channel_base=channel_base, channel_max=channel_max)
         widths = [width(resolution, channel_base, channel_max) for resolution in reversed(resolutions(size))]
+        self.widths = widths
+        """Channels of each of `features`."""
         blocks = [ResBlock(before, after) for before, after in zip(widths, widths[1:])]
         self.convs = nn.Sequential(conv_layer(3, widths[0], 1), *blocks)
         last = widths[-1]
@@ -340,12 +347,12 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     return gradient.square().flatten(1).sum(1).mean()
 
 
-def path_lengths(images: Tensor, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """|J^T y| for normal y / sqrt(pixels), J = d picture / d w (Karras et al. 2020b, section 3.2).
+def path_lengths(images: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """|J^T y| / sqrt(pixels) for normal y, J = d picture / d w (Karras et al. 2020b, section 3.2).
 
-    images (B, 3, H, W) made of w (B, style_dim) -> (B,); what is descended is their squared distance to a
-    running mean
+    images, y (B, 3, H, W), the images made of w (B, style_dim) -> (B,); what is descended is their squared
+    distance to a running mean
     """
-    y = torch.randn(images.shape, generator=generator).to(images) / math.sqrt(images[0, 0].numel())
+    y = y / math.sqrt(images[0, 0].numel())
     gradient, = torch.autograd.grad((images * y).sum(), w, create_graph=True)
     return gradient.square().sum(1).sqrt()

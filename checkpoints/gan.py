@@ -71,6 +71,8 @@ def build(description: dict[str, Any], where: str) -> GAN:
     try:
         config = description["config"]
         judge = Discriminator(**config["discriminator"]).eval() if config["discriminator"] else None
+        if judge and judge.size != config["generator"]["size"]:
+            raise ValueError(f"one draws at {config['generator']['size']}, the other judges at {judge.size}")
         return GAN(Generator(**config["generator"]).eval(), judge, description)
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{where}: does not describe a StyleGAN2 this program can build "

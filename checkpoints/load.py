@@ -49,7 +49,8 @@ def locate(name: str) -> Path:
         return hub.fetch(name)
     near = difflib.get_close_matches(path.name, BUILT_IN + BUILT_IN_GANS, 1)
     meant = f" (did you mean {near[0]}?)" if near else ""
-    raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}; of the "
+    raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}, of GANs "
+                     f"{', '.join(BUILT_IN_GANS)}; of the "
                      "Hugging Face Hub give owner/name")
 
 

@@ -203,7 +203,7 @@ def load_run(folder: Path, at: int | None = None,
                          f"{quoted(folder)} --resume")
     tensors, description = read_tensors(path)
     if description is None or not isinstance(description.get("source"), str):
-        raise InputError(f"{path}: not the weights of a run of train_tan.py")
+        raise InputError(f"{path}: not the weights of a run")
     try:
         network = load_source(source or options["source"], options.get("arch"))
     except InputError as error:

@@ -19,7 +19,8 @@ from plumbing.options import InputError
 # What an entry of a training state is called: averaged weights, which are better, and the others.
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "ema_shadow", "params_ema",
             "g_ema", "averaged_model")
-PLAIN = ("state_dict", "model_state_dict", "model", "module", "network", "net", "unet", "params", "weights")
+PLAIN = ("state_dict", "model_state_dict", "model", "module", "network", "net", "unet", "params", "weights",
+         "g")
 WRAPPERS = ("module.", "_orig_mod.", "ema_model.")  # DataParallel, torch.compile, a module that averages
 # Modules whose mention in a file of weights is no bookkeeping but an attack.
 HOSTILE = {"os", "posix", "nt", "sys", "subprocess", "shutil", "builtins", "importlib", "runpy", "pty",

@@ -159,6 +159,7 @@ class Loop:
     state            of a checkpoint to go on from
     keep             what else a checkpoint holds
     board            where metrics go as well
+    also             called with a checkpoint that is gone on from: `keep` may hold more that learns
     after            called before the first iteration and after each with the number done and whether it
                      was saved
     """
@@ -166,11 +167,12 @@ class Loop:
     def __init__(self, out: Path, text: str, iterations: int, save_every: int, batch_size: int,
                  parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA,
                  learning_rate: Callable[[int], float], device: torch.device, state: dict[str, Any] | None,
-                 keep: dict[str, Any], after: Callable[[int, bool], None], board: Board | None = None):
+                 keep: dict[str, Any], after: Callable[[int, bool], None], board: Board | None = None,
+                 also: Callable[[dict[str, Any]], None] | None = None):
         self.out, self.iterations, self.save_every, self.batch_size = out, iterations, save_every, batch_size
         self.parameters, self.optimizer, self.ema = parameters, optimizer, ema
         self.learning_rate, self.device, self.keep, self.after = learning_rate, device, keep, after
-        self.board = board
+        self.board, self.also = board, also
         self.start = self.restore(state) if state else 0
         if distributed.rank() == 0:
             trim_metrics(out / "metrics.jsonl", self.start)
@@ -185,6 +187,8 @@ class Loop:
                     p.copy_(saved)
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema.load_state_dict(state["ema"])
+            if self.also:
+                self.also(state)
         except (LookupError, RuntimeError, TypeError, ValueError):
             raise InputError(f"{self.out}/checkpoint.pt: is of another network than the options describe; "
                              "start anew with --overwrite") from None
@@ -217,17 +221,19 @@ class Loop:
                     sys.exit(130)
                 self.after(done, saving)
 
-    def check(self, loss: float, remedy: str) -> float:
-        """The norm of all gradients; InputError if it or the loss is not finite.
+    def check(self, loss: float, remedy: str, save: bool = True) -> float:
+        """The norm of all gradients that there are; InputError if it or the loss is not finite.
 
-        The state before the step is saved first.
+        save    the state before the step first
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).item()
         if not math.isfinite(loss + norm):
-            self.save(self.iteration)
+            if save:
+                self.save(self.iteration)
             self.bar.close()
-            raise InputError(f"loss {loss}, gradient {norm} at iteration {self.iteration}; the state before "
-                             f"it is in {self.out}/checkpoint.pt; {remedy}")
+            state = "the state before it" if save else "the last one that was saved"
+            raise InputError(f"loss {loss}, gradient {norm} at iteration {self.iteration}; {state} is in "
+                             f"{self.out}/checkpoint.pt; {remedy}")
         return norm
 
     def record(self, **line: Any) -> None:

@@ -23,11 +23,11 @@ def networks(seed=0):
 def step(method, generator, discriminator, iteration=0):
     """One iteration with this method; which parameters moved, by name, of both."""
     before = [{name: p.detach().clone() for name, p in model.named_parameters()} for model in (generator, discriminator)]
-    players = Players(generator, discriminator, method, 1e-2, 0.1, 1, 0.5)
-    g, batch = stream(0, iteration), 8
-    z, noise = method.latents(batch, 8, g), generator.draw_noise(batch, g)
-    measured = players.discriminator_step(torch.rand(batch, 3, 16, 16, generator=g) * 2 - 1, z, noise, 1.0, iteration, g)
-    players.generator_loss(z, noise, 1.0, iteration, g)
+    players, g = Players(generator, discriminator, method, 8, 1e-2, 0.1, 1, 0.5), stream(0, iteration)
+    z, noise = players.draw(g)
+    measured = players.discriminator_turn(torch.rand(8, 3, 16, 16, generator=g) * 2 - 1, z, noise, iteration, g)
+    players.optimizer.step()
+    players.generator_turn(z, noise, iteration, g)
     players.optimizer.step()
     moved = [{name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
              for model, old in zip((generator, discriminator), before)]
@@ -104,7 +104,7 @@ def test_cdc_is_0_for_the_source_and_equals_a_double_loop():
             others = [j for j in range(6) if j != i]
             p, q = (torch.stack([F.cosine_similarity(x[i].flatten(), x[j].flatten(), 0) for j in others]).softmax(0)
                     for x in (a, b))
-            total += 5.0 / 6 * (p * (p / q).log()).sum()
+            total += 5.0 / 6 / len(ours) * (p * (p / q).log()).sum()
     torch.testing.assert_close(cdc.generator_term(generator, ours, z, noise), total, rtol=1e-3, atol=1e-5)
 
 
@@ -116,7 +116,8 @@ def test_cdc_judges_anchors_whole_and_the_rest_in_patches():
     torch.testing.assert_close(whole, discriminator(images[:2]))
     assert patches.shape == (6, 1, 8, 8)
     whole, patches = cdc.judge(discriminator, images, fake=False)
-    assert whole.shape == (8, 1) and patches.shape == (8, 1, 8, 8)
+    torch.testing.assert_close(whole, discriminator(images[:2]))  # in as large a group as the others
+    assert patches.shape == (8, 1, 8, 8) and [M.whole(n) for n in (2, 4, 8, 16)] == [2, 2, 2, 4]
     z = cdc.latents(4000, 8, stream(1))
     nearest = torch.cdist(z, cdc.anchors).min(1).values
     assert nearest[:1000].max() < 0.5 and (nearest[1000:] > 0.5).float().mean() > 0.9
@@ -162,7 +163,7 @@ def test_an_iteration_is_two_steps_of_adam_with_both_penalties():
     torch.optim.Adam(discriminator.parameters(), 1e-2, (0.0, 0.99)).step()
     w = generator.style(z)
     images, _ = generator.synthesize(w, noise)
-    lengths = path_lengths(images, w, g)
+    lengths = path_lengths(images, w, torch.randn(images.shape, generator=g))
     path = (lengths - 0.01 * lengths.mean().detach()).square().mean()
     (generator_loss(discriminator(images)) + 0.5 * 4 * path).backward(inputs=list(generator.parameters()))
     torch.optim.Adam(generator.parameters(), 1e-2, (0.0, 0.99)).step()

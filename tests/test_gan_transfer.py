@@ -99,9 +99,9 @@ def test_a_run_leaves_what_a_run_leaves(files, tmp_path, method, capsys):
     assert "python -m baselines.gan_transfer" in (out / "report.html").read_text()
 
 
-@pytest.mark.parametrize("method", ["ada", "cdc"])  # one keeps a number, one learns weights of its own
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_goes_on_bit_for_bit(files, tmp_path, method):
-    flags = ["--method", method, "--path-length", 2]
+    flags = ["--method", method, "--path-length", 2, *(["--fisher-samples", 2, "--ewc-weight", 1] if method == "ewc" else [])]
     whole = transfer(files, tmp_path / "whole", *flags)
     first = transfer(files, tmp_path / "parts", *flags, "--iterations", 2)
     call(gan_transfer.main, "--output-dir", first, "--resume", "--iterations", 4, "--device", "cpu")
@@ -162,6 +162,38 @@ def test_spoilt_files_are_refused(files, tmp_path, change, says):
         load_gan(str(spoilt(files, tmp_path, change)))
 
 
+def test_a_state_without_average_gives_its_generator(files, tmp_path):
+    network = load_gan(str(spoilt(files, tmp_path, lambda s: s.pop("g_ema"))))
+    assert torch.equal(network.sample([1]), untrained(1).sample([1]))
+
+
+def test_networks_of_two_sizes_are_refused(tmp_path):
+    config = dict(generator=dict(CHANNELS, style_dim=8, n_mlp=2), discriminator=dict(CHANNELS, size=32))
+    with pytest.raises(InputError, match="one draws at 16, the other judges at 32"):
+        gan.build(dict(network="StyleGAN2", config=config), "file")
+
+
+@pytest.mark.parametrize("spoil", [lambda s: s.pop("gan"), lambda s: s["gan"].pop("path_length"), lambda s: s["gan"].update(path_length="x")])
+def test_a_damaged_state_is_refused(files, tmp_path, spoil):
+    out = transfer(files, tmp_path / "run", "--method", "tgan", "--samples", 0)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    spoil(state)
+    torch.save(state, out / "checkpoint.pt")
+    with pytest.raises(InputError, match="checkpoint.pt: is of another network"):
+        call(gan_transfer.main, "--output-dir", out, "--resume", "--iterations", 5)
+
+
+def test_a_run_that_diverges_keeps_its_last_state(files, tmp_path):
+    """A state between the turns of discriminator and generator would be none."""
+    flags = ["--method", "tgan", "--samples", 0, "--save-every", 1, "--learning-rate", 1e30]
+    with pytest.raises(InputError, match="the last one that was saved is in .*checkpoint.pt; start again with --overwrite"):
+        transfer(files, tmp_path / "run", *flags)
+    out = tmp_path / "run"
+    if (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        assert state["iteration"] >= 1
+
+
 def test_a_generator_alone_draws(files, tmp_path):
     path = spoilt(files, tmp_path, lambda s: s.pop("d"))
     assert torch.equal(load_source(str(path)).sample([1]), load_gan(str(files / "source.pt")).sample([1]))
@@ -187,6 +219,8 @@ def test_nothing_in_a_file_is_run(files, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, says", [
     (["--method", "tgan", "--cdc-weight", 3], "--cdc-weight: --method tgan does not use it, only cdc; leave it out"),
     (["--batch-size", 1], "--batch-size 1: must be at least 2"),
+    (["--batch-size", 7], "--batch-size 7: the discriminator compares pictures in groups"),
+    (["--method", "ada", "--ada-target", "nan"], "--ada-target nan: must be at least -1"),
     (["--patch-block", 3], "--patch-block 3: must be below 3"),
     (["--dcl-weights", 1, "--method", "dcl"], "--dcl-weights: give two numbers"),
     (["--target", "nowhere"], "nowhere: neither a folder nor a built-in target"),
