@@ -24,6 +24,7 @@ from baselines.augment import augment
 from baselines.gan_training import Plain
 from baselines.pairwise import divergence
 from baselines.stylegan2 import Discriminator, EqualConv2d, Generator, generator_loss
+from plumbing.options import Unset
 from plumbing.progress import bar
 from plumbing.seeds import generator as stream
 
@@ -38,8 +39,8 @@ class Numbers:
     """ada: pictures over which the probability may rise from 0 to 1 (500,000 in its paper's long runs)."""
     freeze_blocks: int = 2
     """freezed: blocks of the discriminator that do not learn, from the picture on."""
-    ewc_weight: float = 5e8
-    """ewc: lambda."""
+    ewc_weight: Unset[float] = None
+    """ewc: lambda (default: 300; above 64 pixels 5e8)."""
     fisher_samples: int = 256
     """ewc: pictures of the source from which the Fisher information is measured."""
     cdc_weight: float = 1000.0

@@ -29,8 +29,8 @@ USES = {"ada": ("ada_target", "ada_images"), "freezed": ("freeze_blocks",),
         "ewc": ("ewc_weight", "fisher_samples"), "cdc": ("cdc_weight", "anchor_spread", "patch_block"),
         "dcl": ("dcl_weights",)}
 # What suits published networks, and the small ones of assets/ instead; these were chosen on babies.
-PUBLISHED = dict(iterations=5000, batch_size=4, learning_rate=2e-3, r1=10.0)
-SMALL = dict(iterations=300, batch_size=16, learning_rate=2e-3, r1=1.0)
+PUBLISHED = dict(iterations=5000, batch_size=4, learning_rate=2e-3, r1=10.0, ewc_weight=5e8)
+SMALL = dict(iterations=450, batch_size=16, learning_rate=2e-3, r1=1.0, ewc_weight=300.0)
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class Options:
     overwrite: bool = False
     """Replace the run in --output-dir."""
     iterations: Unset[int] = None
-    """Steps of discriminator and generator (default: 300; above 64 pixels 5000)."""
+    """Steps of discriminator and generator (default: 450; above 64 pixels 5000)."""
     batch_size: Unset[int] = None
     """Pictures a step (default: 16; above 64 pixels 4)."""
     learning_rate: Unset[float] = None
