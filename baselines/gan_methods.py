@@ -43,8 +43,8 @@ class Numbers:
     """ewc: lambda (default: 300; above 64 pixels 5e8)."""
     fisher_samples: int = 256
     """ewc: pictures of the source from which the Fisher information is measured."""
-    cdc_weight: float = 1000.0
-    """cdc: of the distance consistency."""
+    cdc_weight: Unset[float] = None
+    """cdc: of the distance consistency (default: 10; above 64 pixels 1000)."""
     anchor_spread: float = 0.05
     """cdc: standard deviation of the noise around an anchor."""
     patch_block: int = 1

@@ -29,8 +29,9 @@ USES = {"ada": ("ada_target", "ada_images"), "freezed": ("freeze_blocks",),
         "ewc": ("ewc_weight", "fisher_samples"), "cdc": ("cdc_weight", "anchor_spread", "patch_block"),
         "dcl": ("dcl_weights",)}
 # What suits published networks, and the small ones of assets/ instead; these were chosen on babies.
-PUBLISHED = dict(iterations=5000, batch_size=4, learning_rate=2e-3, r1=10.0, ewc_weight=5e8)
-SMALL = dict(iterations=450, batch_size=16, learning_rate=2e-3, r1=1.0, ewc_weight=300.0)
+PUBLISHED = dict(iterations=5000, batch_size=4, learning_rate=2e-3, r1=10.0, ewc_weight=5e8,
+                 cdc_weight=1000.0)
+SMALL = dict(iterations=450, batch_size=16, learning_rate=2e-3, r1=1.0, ewc_weight=300.0, cdc_weight=10.0)
 
 
 @dataclasses.dataclass

@@ -37,7 +37,7 @@ def step(method, generator, discriminator, iteration=0):
 @pytest.mark.parametrize("name", M.METHODS)
 def test_which_weights_learn(name):
     generator, discriminator = networks()
-    method = M.make(name, generator, discriminator, 10, M.Numbers(fisher_samples=2, ewc_weight=1.0), 0)
+    method = M.make(name, generator, discriminator, 10, M.Numbers(fisher_samples=2, ewc_weight=1.0, cdc_weight=1.0), 0)
     source = copy.deepcopy(generator.state_dict())
     drawn, judged, measured = step(method, generator, discriminator)
     names = {name for name, _ in discriminator.named_parameters()}
