@@ -37,7 +37,7 @@ class Numbers:
     """ada: what r_t, the mean sign of the logits of training pictures, is to be."""
     ada_images: int = 20_000
     """ada: pictures over which the probability may rise from 0 to 1 (500,000 in its paper's long runs)."""
-    freeze_blocks: int = 2
+    freeze_blocks: int = 1
     """freezed: blocks of the discriminator that do not learn, from the picture on."""
     ewc_weight: Unset[float] = None
     """ewc: lambda (default: 300; above 64 pixels 5e8)."""
