@@ -312,11 +312,7 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
         source.check_steps(options.pictures.sample_steps, "--sample-steps")
     if METHODS[options.method].pairwise_losses:
         _refuse_lone_pictures(options)
-    drawn_by, drawn_for = domains.drawn_by(options.source), domains.TARGETS.get(options.target)
-    if drawn_by and drawn_for and drawn_for != drawn_by:
-        fitting = ", ".join(domains.family(drawn_by)[1:])
-        raise InputError(f"--target {options.target}: a target of {drawn_for}, not of {drawn_by}; leave "
-                         f"--source out, or choose among {fitting}")
+    domains.check_pair(options.source, options.target)
     out = folder_of(options)
     for folder in (options.target, options.guidance.source_images, options.guidance.classifier_targets):
         if folder and Path(folder).is_dir() and Path(folder).resolve() == out.resolve():

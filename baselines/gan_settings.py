@@ -107,11 +107,10 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
     """InputError for numbers that make no sense, for flags that the method does not use, and for a target of
     another source.
     """
-    for method, names in USES.items():
-        for name in sorted(typed & set(names)):
-            if method != options.method:
-                raise InputError(f"{flag(name)}: --method {options.method} does not use it, only {method}; "
-                                 "leave it out")
+    for name in sorted(typed - used_by(options.method)):
+        user = next(method for method, names in USES.items() if name in names)
+        raise InputError(f"{flag(name)}: --method {options.method} does not use it, only {user}; leave it "
+                         "out")
     at_least(options, iterations=0, batch_size=2, r1=0, r1_every=1, path_length=0, ema=0, samples=0,
              previews=1, save_every=1, ada_images=1, freeze_blocks=0, ewc_weight=0, fisher_samples=1,
              cdc_weight=0, anchor_spread=0, patch_block=0, dcl_weights=0, ada_target=-1)
@@ -124,10 +123,7 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
                          "of 4, 3 or 2; choose a multiple of one of them")
     if len(options.numbers.dcl_weights) != 2:
         raise InputError("--dcl-weights: give two numbers of at least 0")
-    drawn_by, drawn_for = domains.drawn_by(options.source), domains.TARGETS.get(options.target)
-    if drawn_by and drawn_for and drawn_for != drawn_by:
-        raise InputError(f"--target {options.target}: a target of {drawn_for}, not of {drawn_by}; leave "
-                         f"--source out, or choose among {', '.join(domains.family(drawn_by)[1:])}")
+    domains.check_pair(options.source, options.target)
 
 
 def suited(options: Options, source: GAN) -> Options:

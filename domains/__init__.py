@@ -108,6 +108,14 @@ def drawn_by(source: str) -> str | None:
     return domain if domain in SOURCES else None
 
 
+def check_pair(source: str, target: str) -> None:
+    """InputError if a built-in target is one of another built-in source."""
+    drawn, wanted = drawn_by(source), TARGETS.get(target)
+    if drawn and wanted and wanted != drawn:
+        raise InputError(f"--target {target}: a target of {wanted}, not of {drawn}; leave --source out, or "
+                         f"choose among {', '.join(family(drawn)[1:])}")
+
+
 def target_images(name_or_folder: str | Path, size: int, recursive: bool = False) -> torch.Tensor:
     """The pictures to adapt to: the ten of a built-in target, all of a folder -> float32 (N, 3, size, size).
 
