@@ -1,8 +1,11 @@
 """A tiny world for the programs: an untrained source at 16x16, folders of pictures, a way to run train_tan.py."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: pytest -n 2 has two processes at work
 
 import numpy as np
 import pytest
