@@ -1,6 +1,7 @@
 """Residual adaptors, the psi of Eq. 9: one psi^l beside every residual block of a frozen U-Net.
 
     x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})               section 4.3; the hook is in unet.ResBlock
+                                                          (both also see the time embedding)
 
     psi:  average-pool -> norm -> 3x3 conv to d channels -> + time -> attention -> MLP -> upsample
           -> norm -> 3x3 conv (zero at the start)
@@ -68,8 +69,8 @@ class Adaptor(nn.Module):
         self.up = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        # Half the size of x, but 8 to 16 tokens a side.  Each attends to 8x8 averages of them at most:
-        # attention costs the product of both numbers.
+        # Half the size of x, at most 16 tokens a side and, where x has them, at least 8.  Each attends to 8x8
+        # averages of them at most: attention costs the product of both numbers.
         g = min(16, max(8, max(x.shape[2:]) // 2))
         h = self.down(F.silu(self.norm_in(pool(x, g))))                         # (B, C, H, W) -> (B, d, g, g)
         h = h + self.time(F.silu(emb))[:, :, None, None]
@@ -123,9 +124,8 @@ class LowRank(nn.Module):
 
 
 def default_width(unet: UNet) -> int:
-    """The d at which psi has 1.4 % of theta's parameters, between the paper's 1.3 % (DDPM) and 1.6 % (LDM).
-
-    At least 4; a multiple of 8 from there on, which is what GPUs multiply fast.
+    """The multiple of 8, which GPUs multiply fast, nearest to the d at which psi has 1.4 % of theta's
+    parameters; at least 4.  On the published networks that gives 1.2 to 1.9 % (the paper: 1.3 and 1.6).
     """
     # The two 3x3 convolutions and the time layer; the rest of psi^l is small beside them.
     per_channel = sum(9 * (b.channels + b.out_channels) + b.emb_channels for b in blocks(unet).values())

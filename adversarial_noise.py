@@ -3,8 +3,8 @@
     eps^{j+1} = Norm( eps^j + omega grad_{eps^j} || eps^j - eps_theta(x_t^j, t) ||^2 ),
     x_t^j     = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps^j
 
-x_0 and t stay fixed through all J steps, and the gradient goes through the network.  As in the paper the
-guidance of Eq. 7 is left out: it hardly changes along the way.
+x_0 and t stay fixed through all J steps, and the gradient goes through the network.  The guidance of Eq. 7 is
+left out as in the paper, which finds it hard to differentiate and almost unchanged along the way.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,10 +51,20 @@ def frozen(model: Callable) -> Iterator[None]:
             m.training = True
 
 
-def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, steps: int = 10,
+def denoising_loss(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """|| eps - eps_theta(x_t, t) ||^2, what Eqs. 7 and 8 ascend, summed over each image.
+
+    x0, eps (B, ...), t (B,) -> (B,)
+    """
+    xt = schedule.add_noise(x0, t, eps)
+    return (eps - predict_eps(model, xt, t, schedule)).square().flatten(1).sum(1)
+
+
+def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, J: int = 10,
                      omega: float = 0.02, dims: tuple[int, ...] = (1, 2, 3),
                      own: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """eps^* of Eq. 10 for `model`, by J steps of projected gradient ascent at rate omega from eps^0 = eps.
+    """eps^* of Eq. 10 for `model`, from eps^0 = eps by J steps of projected gradient ascent (PGD) at
+    rate omega.
 
     x0, eps (B, ...), t (B,) -> eps^J (B, ...), without a graph, and the losses (B,) at eps^0, ..., eps^{J-1}.
     The loss is summed over each image and never averaged over the batch: omega means the same at every batch
@@ -65,10 +75,9 @@ def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor,
     """
     losses, like = [], eps if own else None
     with frozen(model), torch.enable_grad():
-        for _ in range(steps):
+        for _ in range(J):
             eps = eps.detach().requires_grad_()
-            xt = schedule.add_noise(x0, t, eps)
-            loss = (eps - predict_eps(model, xt, t, schedule)).square().flatten(1).sum(1)  # -> (B,)
+            loss = denoising_loss(model, schedule, x0, t, eps)                       # (B,)
             grad, = torch.autograd.grad(loss.sum(), eps)
             eps = norm(eps + omega * grad, dims, like)                               # Eq. 8
             losses.append(loss.detach())

@@ -165,6 +165,7 @@ class Autoencoder(nn.Module):
         self.config = dict(ddconfig=dict(ddconfig), embed_dim=embed_dim)
         self.arch = arch = Architecture(**ddconfig)
         self.embed_dim, self.factor = embed_dim, 2 ** (len(arch.ch_mult) - 1)
+        self.image_size, self.in_channels = arch.resolution, arch.in_channels
         self.encoder, self.decoder = Encoder(arch), Decoder(arch)
         double = 2 if arch.double_z else 1
         self.quant_conv = nn.Conv2d(double * arch.z_channels, double * embed_dim, 1)

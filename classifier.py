@@ -1,5 +1,7 @@
 """Similarity-guided training (Eqs. 5, 6): the classifier p_phi(y | x_t), its guidance, the guided loss.
 
+Of Eq. 5's two gradients only the target's is used, as section 4.1 says; Eq. 6 puts it into the loss.
+
 The network is guided-diffusion's ADM encoder with attention pooling, under its parameter names: the
 published ImageNet classifier loads, its 1000-way head is replaced by a 2-way one, and ten target pictures
 against source pictures fine-tune it.

@@ -1,4 +1,6 @@
-"""Denoising diffusion (Eqs. 1-3): noise schedules, forward process, reverse step for any eta, sampling.
+"""Denoising diffusion (section 3): noise schedules, forward process, reverse step for any eta, sampling.
+
+The loss, Eq. 1, is classifier.guided_loss without guidance.
 
 Timesteps count from 0 (t = 0..T-1 is the paper's 1..T); alpha_bar at index -1 is 1.  Nothing here knows what
 the model is: any callable model(x_t, t) will do whose first C output channels are eps (or v, or x_0:
@@ -74,9 +76,11 @@ class Schedule:
         return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
     def to_eps(self, out: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """eps from what the network gives at x_t: itself, v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t)
-        x_0
-        (Salimans & Ho 2022), or x_0.  Shapes (B, ...), (B, ...), (B,) -> (B, ...).
+        """eps from what the network gives at x_t: eps itself, x_0, or v (Salimans & Ho 2022),
+
+            v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+
+        Shapes (B, ...), (B, ...), (B,) -> (B, ...).
         """
         if self.prediction == "eps":
             return out
@@ -109,6 +113,8 @@ class Schedule:
     def reverse_step(self, xt: Tensor, t: Tensor, s: Tensor, eps: Tensor, noise: Tensor | None = None,
                      eta: float | str = 0.0, clip: bool = False, gradient: Tensor | None = None) -> Tensor:
         """x_s from x_t (Song et al. 2020), s < t, s = -1 for the last step.
+
+        With s = t - 1, eta = 1 and no clip its mean is mu_theta of Eq. 3, with 1 / sqrt(alpha_t).
 
         eta         0: DDIM, 1: DDPM, "large": the paper's third choice, DDPM with variance beta_t
         noise       N(0, I); may be None where eta = 0
@@ -157,7 +163,8 @@ def sample(model: Model, schedule: Schedule, shape: Sequence[int], seeds: Sequen
     """Images (N, *shape) on the CPU, one for each seed; each depends on its own seed alone.
 
     noise      x_T (N, *shape); drawn from the seeds if not given
-    gradient   grad_{x_t} log p(y|x_t) as a function of (x_t, t): classifier guidance of strength gamma, Eq. 2
+    gradient   grad_{x_t} log p(y|x_t) as a function of (x_t, t): classifier guidance of strength gamma, as
+               `reverse_step` has it in place of Eq. 2
     progress   wraps the list of steps of each batch, e.g. tqdm
     on_step    called with (timestep reached, x) after each step
     Raises ValueError for a number of steps outside 1..T.

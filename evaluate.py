@@ -173,8 +173,8 @@ def score_stages(folder: Path, options: Options, device: torch.device) -> None:
     if at != "all":
         run_folder.find_stage(folder, int(at))
         records = [record for record in records if record["iteration"] == int(at)]
-    elif not records:
-        raise InputError(f"{folder}: has no stages")
+    if not records:
+        raise InputError(f"{folder}: has no stages that can be read")
     score = stage_scorer(folder, options, device)
     for record in records:
         figures = score(record["iteration"])
@@ -302,11 +302,10 @@ def unused(options: Options) -> tuple[dict[str, Any], str]:
     """The options that have nothing to say about what is scored, and why."""
     if not options.runs:
         return flat(options.sampling), "is for runs; --samples are scored as they are"
-    if not options.sampling.at:
-        return flat(options.folders), "is for folders of pictures; --samples is not given"
-    if all(judge.knows(run_folder.read_options(folder)) for folder in options.runs):
-        return flat(options.folders), "is for pictures that the judge does not know; it knows these"
-    return {}, ""
+    if options.sampling.at and not all(judge.knows(run_folder.read_options(run)) for run in options.runs):
+        return {}, ""
+    return flat(options.folders) | dict(source=None), ("is for folders of pictures (--samples DIR), and for "
+                                                       "stages of runs that the judge does not know")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ The first gradient by the output layer's bias is -2 mean(eps - eps_theta - guida
  1. Without guidance it points along mean(x_0) - mu_S - sqrt(a / (1-a)) mean(eps).  Ten shots, repeated a
     thousand times, leave the error of their mean: an angle of standard deviation sqrt(1/10) / |mu_T - mu_S|
     = 6.4 degrees, 5.1 on average.
- 2. Guidance adds sigma_hat^2 gamma mean(grad log p).  The Bayes classifier's gradient lies on mu_T - mu_S
+ 2. Guidance adds 2 sigma_hat^2 gamma mean(grad log p).  The Bayes classifier's gradient lies on mu_T - mu_S
     exactly: the sum turns towards it and gets longer, a larger step as well as a better one.  A classifier
     that knows only the ten shots can at best point where they do.
  3. Eq. 8 adds a multiple of the residual to eps, and Norm takes the mean away again: noise of mean 0 gives
@@ -175,23 +175,23 @@ def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor
 
 
 def adapt(model: MLP, shots: Tensor, g: torch.Generator, classifier: Model | None, gamma: float, omega: float,
-          steps: int, learning_rate: float, iterations: int, progress: Progress = iter, fading: int = 0,
+          J: int, learning_rate: float, iterations: int, progress: Progress = iter, fading: int = 0,
           own: bool = False) -> Iterator[MLP]:
     """Algorithm 1: fine-tune a copy of `model` for each draw of shots (10, E, 2), 40 points an iteration as
-    in the paper; yields the networks after each.  Without classifier and with steps (J) 0 it is the baseline.
+    in the paper; yields the networks after each.  Without classifier and with J = 0 it is the baseline.
 
     fading    iterations over which gamma falls to 0; 0: it stays, as printed
     """
     experiments = shots.shape[1]
     model = model.select([0] * experiments).requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    x0 = shots.repeat(4, 1, 1)                                                              # line 2
+    x0 = shots.repeat(4, 1, 1)  # in place of line 2's draw: every shot four times, in each iteration
     for i in progress(range(iterations)):                                                   # line 1
         t = torch.randint(SCHEDULE.timesteps, (len(x0),), generator=g)                      # line 3
         eps = torch.randn(x0.shape, generator=g)                                            # line 4
-        eps, _ = worst_case_noise(model, SCHEDULE, x0, t, eps, steps, omega, (0,), own)     # lines 5-7, Eq. 8
+        eps, _ = worst_case_noise(model, SCHEDULE, x0, t, eps, J, omega, (0,), own)         # lines 5-7, Eq. 8
         xt = SCHEDULE.add_noise(x0, t, eps)
-        guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma * fade(i, fading))  # Eq. 5
+        guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma * fade(i, fading))  # Eq. 6
         losses = guided_loss(eps, predict_eps(model, xt, t, SCHEDULE), guidance)            # line 8, Eq. 9
         optimizer.zero_grad()
         (experiments * losses.mean()).backward()

@@ -1,4 +1,6 @@
-"""The measurements of section 5.2: Intra-LPIPS, FID, KID, as distances between sets of features (N, D).
+"""The measurements of section 5.2, Intra-LPIPS and FID, and KID, which few samples do not bias as they do FID.
+
+All are distances between sets of features (N, D).
 
 Where the features come from is the caller's choice: the networks that the field compares by are in
 checkpoints/perceptual.py, and the built-in domains have their own (domains/judge.py).

@@ -1,6 +1,7 @@
 """Pre-train a source: a DDPM on a built-in domain or your own pictures, or a built-in domain's classifiers.
 
-  python pretrain.py toyfaces                          the model of --source toyfaces (an hour on 2 CPU cores)
+  python pretrain.py toyfaces                          a model like that of --source toyfaces; how each file
+                                                       of assets/ was made: docs/built-in-weights.md
   python pretrain.py photos/ --size 64 --channels 64   a DDPM of your own pictures
   python pretrain.py toyfaces --network classifier     learns the attributes of noised source pictures: the
                                                        built-in analogue of the ImageNet classifier that
@@ -26,17 +27,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import domains
 from autoencoder import LOSS_WEIGHTS, first_stage_loss
-from baselines.gan_training import Plain, Players, play
+from baselines.gan_training import Plain, Players, check_groups, play
 from checkpoints import gan
-from checkpoints.load import load_network
-from checkpoints.network import FIRST_STAGES, Network, build, save_network
+from checkpoints.network import FIRST_STAGES, Network, save_network
 from checkpoints.perceptual import load_lpips
-from ddpm import Schedule, predict_eps
+from checkpoints.untrained import Adversarial, Latent, Shape, new_network
+from classifier import guided_loss
+from ddpm import predict_eps
+from domains.judge import attribute_loss
 from plumbing import distributed, progress
 from plumbing.figures import save_curve
 from plumbing.files import load_checkpoint, read_metrics, remove_unfinished
@@ -53,7 +55,7 @@ from plumbing.options import (
     positive,
     run,
 )
-from plumbing.picture_folder import ImageFolder
+from plumbing.picture_folder import ImageFolder, keep_apart
 from plumbing.pictures import save_grid, to_tensor
 from plumbing.seeds import generator
 from plumbing.training import EMA, Loop, cosine_decay, warmup
@@ -72,60 +74,6 @@ class Data:
     """How many pictures of a built-in domain to draw."""
     flip: bool = False
     """Mirror half of the pictures."""
-
-
-@dataclasses.dataclass
-class Shape:
-    """The network."""
-
-    channels: int = 32
-    """Channels of the first level."""
-    channel_mult: tuple[int, ...] = (1, 2, 3)
-    """Channels of each level, in multiples of the first."""
-    res_blocks: int = 1
-    """Residual blocks a level."""
-    attention: tuple[int, ...] = (4,)
-    """Downsampling factors at which there is attention."""
-    head_channels: int = 32
-    """Width of an attention head."""
-    norm_groups: int = 8
-    """Groups of each group norm (32 in published networks)."""
-
-
-@dataclasses.dataclass
-class Latent:
-    """Latent diffusion."""
-
-    first_stage: Unset[str] = None
-    """Train the U-Net on the latents of this file."""
-    latent_channels: int = 4
-    """Of a first stage."""
-    codes: int = 512
-    """Entries in the codebook of a vq."""
-    kl_weight: float = 1e-6
-    """Of the loss of a kl."""
-    perceptual: Literal["none", "squeeze", "alex", "vgg"] = "none"
-    """Add LPIPS over this network to the loss of a first stage."""
-    perceptual_weight: float = 1.0
-    """Of LPIPS, beside the mean absolute error."""
-    lpips_backbone: Unset[str] = None
-    """File of torchvision's weights for --perceptual (default: that of torch hub's cache)."""
-
-
-@dataclasses.dataclass
-class Adversarial:
-    """A StyleGAN2; its channels double level by level, up to the largest of --channel-mult."""
-
-    style_dim: int = 64
-    """Numbers in z and w."""
-    mapping_layers: int = 4
-    """From z to w."""
-    r1: float = 1.0
-    """Weight of the R1 penalty on the discriminator (larger pictures need more: 10 at 256 pixels)."""
-    r1_every: int = 16
-    """Iterations between its computations."""
-    path_length: float = 0.0
-    """Weight of the path length penalty on the generator; 0: none."""
 
 
 @dataclasses.dataclass
@@ -208,82 +156,42 @@ def check(options: Options, typed: frozenset[str]) -> None:
     for name, networks in users.items():
         if name in typed and options.network not in networks:
             raise InputError(f"{flag(name)}: --network {options.network} does not use it; leave it out")
+    for name in ("perceptual_weight", "lpips_backbone"):
+        if name in typed and options.latent.perceptual == "none":
+            raise InputError(f"{flag(name)}: is for --perceptual; give that, too")
+    if "images" in typed and options.source not in domains.SOURCES:
+        raise InputError("--images: is how many to draw of a built-in domain; of a folder all are taken")
+    if options.network == "stylegan2":
+        check_groups(options.training.batch_size)
 
 
 def resumed(out: Path, options: Options) -> dict[str, Any]:
     """The state to go on from; InputError for a flag that is not as it was when the run in `out` began."""
     state = load_checkpoint(out / "checkpoint.pt")
-    if "model" in state:  # as it was saved once
-        state["parameters"] = list(state.pop("model").values())
     known = state.get("options", {})
     for name, wanted in flat(options).items():
         if name in known and name not in MAY_CHANGE and wanted != known[name]:
             given = "source" if name == "source" else flag(name)
             raise InputError(f"{given} {wanted}: the run in {out} has {known[name]}; --resume takes the same "
                              "flags")
+    if state["iteration"] > options.training.iterations:
+        raise InputError(f"--iterations {options.training.iterations}: the run in {out} has done "
+                         f"{state['iteration']} already")
     return state
 
 
-def describe(options: Options, stage: Network | None) -> dict[str, Any]:
-    """The network of the options, as checkpoints.network.build reads it.
-
-    stage    first stage of a latent model
-    """
-    shape, network = options.shape, options.network
-    made_by = shlex.join(["python", "pretrain.py", *(word for word in sys.argv[1:] if word != "--resume")])
-    if network == "stylegan2":
-        channels = dict(size=options.data.size, channel_base=shape.channels * options.data.size,
-                        channel_max=shape.channels * max(shape.channel_mult))
-        mapping = dict(style_dim=options.adversarial.style_dim, n_mlp=options.adversarial.mapping_layers)
-        return dict(network=gan.NAME, config=dict(generator=channels | mapping, discriminator=channels),
-                    made_by=made_by)
-    if network.upper() in FIRST_STAGES:
-        ddconfig = dict(z_channels=options.latent.latent_channels, double_z=network == "kl",
-                        resolution=options.data.size, ch=shape.channels, ch_mult=shape.channel_mult,
-                        num_res_blocks=shape.res_blocks, norm_groups=shape.norm_groups)
-        codebook = dict(n_embed=options.latent.codes) if network == "vq" else {}
-        config = dict(ddconfig=ddconfig, embed_dim=options.latent.latent_channels, **codebook)
-        return dict(network=network.upper(), config=config, made_by=made_by)
-    attributes = {name: list(values) for name, values in domains.ATTRIBUTES.get(options.source, {}).items()}
-    if network == "judge":
-        attributes["domain"] = domains.family(options.source)
-    size, channels = options.data.size, 3
-    if stage:
-        size, channels = size // stage.model.factor, stage.model.embed_dim
-    config = dict(image_size=size, in_channels=channels, model_channels=shape.channels,
-                  out_channels=channels if network == "unet" else sum(map(len, attributes.values())),
-                  num_res_blocks=shape.res_blocks, attention_resolutions=shape.attention,
-                  channel_mult=shape.channel_mult, num_head_channels=shape.head_channels,
-                  use_scale_shift_norm=True, norm_groups=shape.norm_groups)
-    description = dict(network="UNet" if network == "unet" else "Classifier", config=config,
-                       schedule=Schedule().config, made_by=made_by)
-    if stage:
-        first_stage = {key: stage.description[key] for key in ("network", "config", "made_by")}
-        description["first_stage"] = first_stage
-    if network in CLASSIFIERS:
-        description["attributes"] = attributes
-    return description
+def attributes_of(source: str, network: str) -> dict[str, list[str]]:
+    """What there is to tell of a built-in source: attributes and their values; of the rest nothing."""
+    found = {name: list(values) for name, values in domains.ATTRIBUTES.get(source, {}).items()}
+    return found | (dict(domain=domains.family(source)) if network == "judge" else {})
 
 
 def untrained(options: Options) -> Network | gan.GAN:
-    """The network to train, on the first stage of --first-stage if given; InputError if none can be."""
+    """The network to train; InputError if the flags describe none."""
     torch.manual_seed(options.training.seed)
-    file, size = options.latent.first_stage, options.data.size
-    stage = load_network(Path(file)) if file else None
-    if stage and (options.network != "unet" or stage.description["network"] not in FIRST_STAGES
-                  or size % stage.model.factor):
-        raise InputError(f"--first-stage {file}: only for --network unet, and must be a kl or vq whose "
-                         "factor divides --size")
-    if options.network == "stylegan2":
-        return gan.build(describe(options, None), "the network flags")
-    network = build(describe(options, stage), "the network flags")
-    sees = size if options.network.upper() in FIRST_STAGES else network.model.image_size
-    if sees % network.model.factor:
-        raise InputError(f"--size {size}: the sides of what the network sees must be divisible by "
-                         f"{network.model.factor} (--channel-mult)")
-    if stage:
-        network.first_stage.load_state_dict(stage.model.state_dict())
-    return network
+    command = shlex.join(["python", "pretrain.py", *(word for word in sys.argv[1:] if word != "--resume")])
+    return new_network(options.network, options.data.size, options.shape, options.latent, options.adversarial,
+                       attributes_of(options.source, options.network), command)
 
 
 def load_pictures(options: Options) -> tuple[Batch, int, Callable[[Iterable[list[int]]], None] | None]:
@@ -322,16 +230,6 @@ def encode_all(batch_of: Batch, n: int, network: Network, flip: bool, device: to
     return unscaled * network.scale_factor
 
 
-def attribute_loss(logits: Tensor, labels: Tensor, attributes: dict[str, list[str]]) -> Tensor:
-    """Mean over attributes of the cross-entropy, for each picture.
-
-    logits (B, all values side by side), labels (B, attributes) -> (B,)
-    """
-    groups = logits.split([len(values) for values in attributes.values()], dim=1)
-    losses = [F.cross_entropy(group, truth, reduction="none") for group, truth in zip(groups, labels.T)]
-    return torch.stack(losses).mean(0)
-
-
 def first_stage_objective(latent: Latent, device: torch.device) -> Callable[..., tuple[Tensor, dict]]:
     """`first_stage_loss` as --kl-weight and --perceptual want it.  InputError as load_lpips raises it."""
     distance = None
@@ -354,7 +252,7 @@ def losses_of(network: Network, x0: Tensor, labels: Tensor | None, t: Tensor, ep
     xt = network.schedule.add_noise(x0, t, eps)
     if "attributes" in network.description:
         return attribute_loss(model(xt, t).float(), labels, network.description["attributes"])
-    return (eps - predict_eps(model, xt, t, network.schedule)).square().flatten(1).mean(1)          # Eq. 1
+    return guided_loss(eps, predict_eps(model, xt, t, network.schedule), guidance=0.0)              # Eq. 1
 
 
 def latent_shape(network: Network, x0: Tensor) -> tuple[int, ...]:
@@ -444,6 +342,7 @@ def main() -> None:
     if any(file.exists() for file in files) and not (options.resume or options.overwrite):
         raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with "
                          "--overwrite, or choose --output-dir")
+    keep_apart(out, options.source)
     check(options, typed)
     if training.threads:
         torch.set_num_threads(training.threads)

@@ -62,7 +62,8 @@ class Options:
     seed: int = 0
     """Seed of the first picture."""
     guidance: float = 0.0
-    """Gamma of classifier guidance with the run's own classifier (Eq. 2; at eta 0 through eps)."""
+    """Gamma of classifier guidance with the run's own classifier (Dhariwal & Nichol 2021,
+    Algorithm 2, in place of Eq. 2: for any eta)."""
     batch_size: int = 64
     """Pictures at once on a device."""
     output_dir: Unset[str] = None

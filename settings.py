@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -26,6 +26,7 @@ from plumbing.options import (
     positive,
     replace,
 )
+from plumbing.picture_folder import keep_apart
 from plumbing.shell import command
 
 
@@ -149,16 +150,17 @@ class Options:
              + " (default: tan; adaptor for a small source, where it is measured to be better).",
     )] = None
     paper: bool = False
-    """All numbers that the paper states, whatever the source: Algorithm 1 as printed."""
+    """All numbers that the paper states, whatever the source; what it leaves open stays as it is here."""
     output_dir: Unset[str] = None
     """Where the run goes (default: runs/TARGET).
-    Added to it are -SOURCE for a built-in target from another source, and -METHOD where that is given."""
+    Added to it are -SOURCE for a source that is not the target's usual one, and -METHOD where that is given.
+    """
     resume: bool = False
     """Continue the run in --output-dir (or of this target and method); its own options hold."""
     overwrite: bool = False
     """Replace the run in --output-dir."""
     iterations: Unset[int] = None
-    """Updates of psi (default: 300; 80 for a small source, 320 for the targets of toychurches)."""
+    """Updates of psi (default: 300; 160 for a small source, 320 for the targets of toychurches)."""
     batch_size: Unset[int] = None
     """Pictures an iteration, over all processes (default: 40; 16 for a small source)."""
     micro_batch_size: Unset[int] = None
@@ -176,8 +178,8 @@ class Options:
     """Mirror half of the pictures."""
     adaptor: Literal[tuple(FORMS)] = "bottleneck"
     """What psi is.  bottleneck: a small network beside each residual block; scale-shift: a change of the
-    norms, per channel; low-rank: a change of the convolutions (LoRA).  The changes cost nothing in sampling.
-    """
+    norms, per channel; low-rank: a change of the convolutions (LoRA).  The last two become part of theta in
+    the end, and cost nothing in sampling."""
     adaptor_width: Unset[int] = None
     """Channels d of the bottlenecks (default: near the paper's parameter rate; 8 for a small source), or the
     rank of low-rank (default: 4)."""
@@ -225,7 +227,7 @@ CHURCHES = dict(iterations=320)
 def instead_of_paper(options: Options, source: Network) -> dict:
     """What suits this source, target and method where the paper's numbers do not: {option: value}."""
     method = METHODS[options.method]
-    if options.paper or source.image_size > 64:
+    if options.paper or not source.small:
         return LATENT if source.first_stage else {}
     return {**SMALL, **(SMALL_ADAPTORS[options.adaptor] if method.adaptors else SMALL_FINETUNE),
             **(SMALL_GUIDED if method.guidance else {}),
@@ -240,8 +242,7 @@ def suited(options: Options, source: Network) -> Options:
     Raises InputError for a run that is resumed and has none: it began with one.
     """
     if options.method is None:
-        small = source.image_size <= 64 and not options.paper
-        options = replace(options, method="adaptor" if small else "tan")
+        options = replace(options, method="adaptor" if source.small and not options.paper else "tan")
     asked = flat(options)
     suits = {**PAPER, **instead_of_paper(options, source)}
     filled = {name: value for name, value in suits.items() if asked[name] is None}
@@ -260,9 +261,14 @@ def used_by(method: str) -> frozenset[str]:
     return frozenset(flat(options).keys() - unused.keys())
 
 
+def used(options: Options) -> dict[str, Any]:
+    """The options that the method uses, by name."""
+    return {name: value for name, value in flat(options).items() if name in used_by(options.method)}
+
+
 def command_of(options: Options) -> str:
     """The command that makes this run again, its settings spelt out; quoted for the shell."""
-    names = used_by(options.method) - {"resume", "overwrite", "paper"}
+    names = used(options).keys() - {"resume", "overwrite", "paper"}
     return command("python train_tan.py", options, names)
 
 
@@ -270,9 +276,9 @@ def folder_of(options: Options) -> Path:
     """--output-dir, or by default runs/TARGET, with -SOURCE and -METHOD where these are unusual."""
     if options.output_dir:
         return Path(options.output_dir)
-    usual = domains.TARGETS.get(options.target)
+    usual = domains.TARGETS.get(options.target, "toyfaces")
     name = os.fsencode(Path(options.target).resolve().name).decode("utf-8", "replace")
-    if usual and options.source not in (None, usual):
+    if options.source not in (None, usual):
         name += f"-{title_of(options.source)}"
     if options.method:
         name += f"-{options.method}"
@@ -285,8 +291,9 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     """
     for name in sorted(typed - used_by(options.method)):
         others = [method for method in METHODS if name in used_by(method)]
-        raise InputError(f"{flag(name)}: --method {options.method} does not use it; leave it out, or give "
-                         f"--method {' or '.join(others)}")
+        chosen = "" if "method" in typed else ", the default here,"
+        raise InputError(f"{flag(name)}: --method {options.method}{chosen} does not use it; leave it out, or "
+                         f"give --method {' or '.join(others)}")
     if "classifier_arch" in typed and options.guidance.classifier in (None, "encoder", "scratch"):
         raise InputError("--classifier-arch: says what network the file of --classifier holds; give that, "
                          "too")
@@ -313,10 +320,8 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     if METHODS[options.method].pairwise_losses:
         _refuse_lone_pictures(options)
     domains.check_pair(options.source, options.target)
-    out = folder_of(options)
-    for folder in (options.target, options.guidance.source_images, options.guidance.classifier_targets):
-        if folder and Path(folder).is_dir() and Path(folder).resolve() == out.resolve():
-            raise InputError(f"--output-dir {out}: is the folder of the pictures; choose another one")
+    keep_apart(folder_of(options), options.target, options.guidance.source_images,
+               options.guidance.classifier_targets)
 
 
 def compared(options: Options) -> str | None:

@@ -1,6 +1,6 @@
 """TAN in two dimensions (section 5.1, Figure 2): what the paper claims, measured where the truth is known.
 
-  python toy2d.py             Figure 2 and a table of the claims, in a minute
+  python toy2d.py             Figure 2 and a table of the claims, in two minutes
   python toy2d.py --quick     the same from fewer repetitions, in ten seconds
 
 Writes figure2.png and results.json to runs/toy2d/.  gaussians.py has Algorithm 1 on two Gaussians and says
@@ -36,7 +36,7 @@ COLOURS = {"reference": "cyan", "baseline": "darkblue", "guided": "sienna", "TAN
            "fading": "green"}
 COLUMNS = (*SHOWN, "fading, ten")
 FEW = 3                                                            # iterations before Figures 2(b) and 2(c)
-STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # and the last: where Figure 2(d) looks
+STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # and the last: where panel (d) looks
 bar = functools.partial(tqdm, leave=False, mininterval=0.5, disable=None)  # no bar in a log file
 
 
@@ -61,7 +61,8 @@ class Options:
     iterations: int = 256
     """Updates when adapting."""
     learning_rate: float = 0.02
-    """Of plain gradient descent when adapting (Algorithm 1, line 9)."""
+    """Of plain gradient descent when adapting; the loss is a mean over two coordinates, so it is twice the
+    eta of Algorithm 1, line 9."""
     seed: int = 0
     """Seed of everything random."""
     quick: bool = False
@@ -123,7 +124,7 @@ def draw_trajectories(axes: Axes, title: str, original: Tensor, adapted: Tensor)
 
 
 def draw_distances(axes: Axes, options: Options, model: MLP, ten: MLP, shots: Tensor) -> dict[str, list]:
-    """Figure 2(d): distance to the target; {method: [iteration and the quartiles over the draws, ...]}."""
+    """Our panel (d): distance to the target; {method: [iteration and the quartiles over the draws, ...]}."""
     g, curves, quarters = generator(options.seed, 6), {}, torch.tensor([0.25, 0.5, 0.75])
     noise = norm(torch.randn(250, options.draws, 2, generator=g), dims=(0,))  # less sampling error
     for method in METHODS:
@@ -168,7 +169,7 @@ def main() -> None:
     torch.manual_seed(seed + 1)
     ten = gaussians.train_classifier(shots, 1000, generator(seed, 2), functools.partial(bar, desc="p_phi"))
 
-    # What the paper shows: (a) to (c) of the first draw, (d) of all
+    # (a) to (c) of the paper, of the first draw; (d) is ours, of all
     figure = Figure(figsize=(10, 7.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     (a, d), (b, c) = top.subplots(1, 2), bottom.subplots(1, 2)

@@ -44,7 +44,16 @@ from plumbing import distributed, progress
 from plumbing.board import Board
 from plumbing.options import flag, flat, parse, replace, run
 from plumbing.seeds import generator
-from plumbing.training import EMA, Loop, MicroBatches, Stats, cosine_decay, hold_frozen_in_bf16, warmup
+from plumbing.training import (
+    EMA,
+    Loop,
+    MicroBatches,
+    Stats,
+    cosine_decay,
+    fitting,
+    hold_frozen_in_bf16,
+    warmup,
+)
 from settings import METHODS, Options
 from unet import UNet
 
@@ -78,9 +87,13 @@ def source_pictures(source: Network, options: Options) -> Tensor:
                     "(--source-images FOLDER would save this)")
     # psi, which is attached already, is still zero: the network draws what the source model draws.
     seeds = range(10**6, 10**6 + count)
-    mine = source.sample(seeds[distributed.share(count)], 25, batch_size=options.micro_batch_size or 64,
-                         progress=functools.partial(progress.bar, text="source pictures"))
-    return distributed.gather(mine, count, next(source.model.parameters()).device)
+
+    def draw(at_once: int) -> Tensor:
+        return source.sample(seeds[distributed.share(count)], 25, batch_size=at_once,
+                             progress=functools.partial(progress.bar, text="source pictures"))
+
+    drawn = fitting(draw, options.micro_batch_size or 64)
+    return distributed.gather(drawn, count, next(source.model.parameters()).device)
 
 
 def classifier_inputs(source: Network, targets: Tensor, options: Options) -> tuple[Tensor, Network | None]:
@@ -111,16 +124,21 @@ def obtain_classifier(source: Network, targets: Tensor, begins: Network, options
         model.forward = distributed.autocast(device, options.precision)(model.forward)
         return model
 
-    if distributed.any_rank(not path.exists(), device):
-        pictures = source_pictures(source, options).to(device)
-        kinds = wanted.augment or domains.AUGMENT.get(options.target, ("flip", "shift"))
-        model, accuracy = make_classifier(
-            start, source.schedule, pictures, targets.to(device), kinds=kinds,
+    def make(pictures: Tensor, at_once: int | None) -> tuple[Classifier, list[float] | None]:
+        return make_classifier(
+            start, source.schedule, pictures, targets.to(device),
+            kinds=wanted.augment or domains.AUGMENT.get(options.target, ("flip", "shift")),
             iterations=wanted.classifier_iterations, batch_size=wanted.classifier_batch_size,
             learning_rate=wanted.classifier_learning_rate, stream=functools.partial(generator, options.seed),
             encode=source.encode if source.first_stage else None, check=wanted.classifier_check,
-            micro_batch_size=options.micro_batch_size, progress=progress.bar,
+            micro_batch_size=at_once, progress=progress.bar,
             share=distributed.share, sum_gradients=distributed.sum_gradients)
+
+    if distributed.any_rank(not path.exists(), device):
+        work = functools.partial(make, source_pictures(source, options).to(device))
+        at_once = options.micro_batch_size or wanted.classifier_batch_size
+        # Of several processes one cannot begin anew: the others wait for its gradients.
+        model, accuracy = fitting(work, at_once) if distributed.world() == 1 else work(at_once)
         description = dict(begins.description, held_out_accuracy=accuracy)
         if distributed.rank() == 0:
             save_network(path, Network(model, source.schedule, description))
@@ -147,9 +165,9 @@ def describe(source: Network, psi: list[torch.nn.Parameter], targets: Tensor, as
         f"{distributed.world()} process(es)")
     before, after = flat(asked), flat(options)
     instead = settings.instead_of_paper(options, source)
-    filled = [name for name in ("method", *instead) if instead and before[name] is None]
-    if filled:
-        distributed.say(f"settings for a {'small' if size <= 64 else 'latent'} source: "
+    filled = [name for name in ("method", *instead) if before[name] is None]
+    if filled and source.small and not options.paper:
+        distributed.say("settings for a small source: "
                         + ", ".join(f"{flag(name)} {after[name]}" for name in filled))
 
 
@@ -182,7 +200,7 @@ def losses_of(model: UNet, ascended: UNet, classifier: Classifier | None, pairwi
     eps_theta = predict_eps(model, xt, t, schedule)
     residual = eps - eps_theta.detach()
     guidance = similarity_guidance(classifier, schedule, xt, t, gamma, guide.guidance_power,
-                                   guide.guidance_below)
+                                   guide.guidance_below)                   # Eq. 6
     guidance = limited(guidance, residual, guide.guidance_limit)
     losses = guided_loss(eps, eps_theta, guidance)                         # line 8, Eq. 9
     if pairwise:
@@ -240,7 +258,7 @@ def main() -> None:
     pairwise = pairwise_losses(source, x0s[:len(targets)], options)
     wanted = options.tensorboard and distributed.rank() == 0
     board = Board(out / "tensorboard", state["iteration"] if state else 0) if wanted else None
-    report = Report(out, flat(options), source, identity["source"], targets, held_out, ema, device,
+    report = Report(out, settings.used(options), source, identity["source"], targets, held_out, ema, device,
                     settings.command_of(options), board)
     b = options.batch_size
     micro_batches = MicroBatches(options.micro_batch_size or b, fixed=method.pairwise_losses)
@@ -249,7 +267,7 @@ def main() -> None:
                 board=board, learning_rate=functools.partial(learning_rate, options))
     for iteration in loop:                                                 # Algorithm 1, lines 1 and 10
         g = generator(options.seed, 0, iteration)                          # every rank draws the global batch
-        chosen = torch.randint(len(targets), (b,), generator=g)
+        chosen = torch.randint(len(targets), (b,), generator=g)            # line 2: which pictures
         t = torch.randint(schedule.timesteps, (b,), generator=g)           # line 3
         eps = torch.randn(b, *source.shape, generator=g)                   # line 4
         mirrored = torch.rand(b, generator=g) < (0.5 if options.flip else 0)
@@ -257,6 +275,7 @@ def main() -> None:
         x0, t, eps = (values[distributed.share(b)].to(device) for values in (x0, t, eps))  # this rank's
         gamma = guide.gamma * fade(iteration / options.iterations, guide.guidance_fade)
 
+        # Once; again from here with half as many pictures at a time where memory runs out.
         for parts in micro_batches(x0, t, eps):
             stats = Stats(schedule.timesteps, device)
             optimizer.zero_grad()

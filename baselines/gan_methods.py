@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.augment import augment
-from baselines.gan_training import Plain
+from baselines.gan_training import Plain, generator_loss
 from baselines.pairwise import divergence
-from baselines.stylegan2 import Discriminator, EqualConv2d, Generator, generator_loss
+from baselines.stylegan2 import Discriminator, EqualConv2d, Generator
 from plumbing.options import Unset
 from plumbing.progress import bar
 from plumbing.seeds import generator as stream
@@ -37,8 +37,9 @@ class Numbers:
     """ada: what r_t, the mean sign of the logits of training pictures, is to be."""
     ada_images: int = 20_000
     """ada: pictures over which the probability may rise from 0 to 1 (500,000 in its paper's long runs)."""
-    freeze_blocks: int = 1
-    """freezed: blocks of the discriminator that do not learn, from the picture on."""
+    freeze_blocks: Unset[int] = None
+    """freezed: blocks of the discriminator that do not learn, beside the layer that sees the picture
+    (default: 1; above 64 pixels 3, which leaves three at 256)."""
     ewc_weight: Unset[float] = None
     """ewc: lambda (default: 300; above 64 pixels 5e8)."""
     fisher_samples: int = 256
@@ -75,14 +76,16 @@ class ADA(Plain):
 
 
 class FreezeD(Plain):
-    """The discriminator's first blocks, which see edges and textures, stay the source's."""
+    """The discriminator's first layers, which see edges and textures, stay the source's: the one that takes
+    colours to features, and so many blocks after it.
+    """
 
     def __init__(self, blocks: int):
         super().__init__()
         self.blocks = blocks
 
     def learning(self, discriminator: Discriminator) -> list[nn.Parameter]:
-        frozen = {id(p) for p in discriminator.convs[:self.blocks].parameters()}
+        frozen = {id(p) for p in discriminator.convs[:1 + self.blocks].parameters()}
         return [p for p in discriminator.parameters() if id(p) not in frozen]
 
 

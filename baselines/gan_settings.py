@@ -2,13 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 import domains
 from baselines import gan_methods
-from baselines.stylegan2 import group_size
+from baselines.gan_training import check_groups
 from checkpoints.gan import GAN
 from checkpoints.load import title_of
 from plumbing.options import (
@@ -22,6 +22,7 @@ from plumbing.options import (
     positive,
     replace,
 )
+from plumbing.picture_folder import keep_apart
 from plumbing.shell import command
 
 # Which options each method uses, of those that others do not.
@@ -29,9 +30,10 @@ USES = {"ada": ("ada_target", "ada_images"), "freezed": ("freeze_blocks",),
         "ewc": ("ewc_weight", "fisher_samples"), "cdc": ("cdc_weight", "anchor_spread", "patch_block"),
         "dcl": ("dcl_weights",)}
 # What suits published networks, and the small ones of assets/ instead; these were chosen on babies.
-PUBLISHED = dict(iterations=5000, batch_size=4, learning_rate=2e-3, r1=10.0, ewc_weight=5e8,
+PUBLISHED = dict(iterations=5000, batch_size=4, learning_rate=2e-3, r1=10.0, freeze_blocks=3, ewc_weight=5e8,
                  cdc_weight=1000.0)
-SMALL = dict(iterations=450, batch_size=16, learning_rate=2e-3, r1=1.0, ewc_weight=300.0, cdc_weight=10.0)
+SMALL = dict(iterations=450, batch_size=16, learning_rate=2e-3, r1=1.0, freeze_blocks=1, ewc_weight=300.0,
+             cdc_weight=10.0)
 
 
 @dataclasses.dataclass
@@ -115,24 +117,28 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
              previews=1, save_every=1, ada_images=1, freeze_blocks=0, ewc_weight=0, fisher_samples=1,
              cdc_weight=0, anchor_spread=0, patch_block=0, dcl_weights=0, ada_target=-1)
     below(options, ema=1, ada_target=1, patch_block=len(source.discriminator.convs),
-          freeze_blocks=len(source.discriminator.convs) + 1)
+          freeze_blocks=len(source.discriminator.convs))
     positive(options, "learning_rate")
     check_seed(options)
-    if group_size(options.batch_size) == 1:
-        raise InputError(f"--batch-size {options.batch_size}: the discriminator compares pictures in groups "
-                         "of 4, 3 or 2; choose a multiple of one of them")
+    check_groups(options.batch_size)
     if len(options.numbers.dcl_weights) != 2:
         raise InputError("--dcl-weights: give two numbers of at least 0")
     domains.check_pair(options.source, options.target)
+    keep_apart(folder_of(options), options.target)
 
 
 def suited(options: Options, source: GAN) -> Options:
     """The options with a number for each that is None."""
-    suits = SMALL if source.image_size <= 64 else PUBLISHED
+    suits = SMALL if source.small else PUBLISHED
     return replace(options, **{name: value for name, value in suits.items() if flat(options)[name] is None})
+
+
+def used(options: Options) -> dict[str, Any]:
+    """The options that the method uses, by name."""
+    return {name: value for name, value in flat(options).items() if name in used_by(options.method)}
 
 
 def command_of(options: Options) -> str:
     """The command that makes this run again, quoted for the shell."""
-    names = used_by(options.method) - {"resume", "overwrite"}
+    names = used(options).keys() - {"resume", "overwrite"}
     return command("python -m baselines.gan_transfer", options, names)

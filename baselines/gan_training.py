@@ -3,27 +3,65 @@
 What a method of transfer adds, and where, is a class with the same functions as `Plain`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.stylegan2 import (
-    Discriminator,
-    Generator,
-    discriminator_loss,
-    generator_loss,
-    path_lengths,
-    r1_penalty,
-)
+from baselines.stylegan2 import Discriminator, Generator, group_size
 from plumbing import distributed
+from plumbing.options import InputError
 from plumbing.seeds import generator as stream
 from plumbing.training import EMA, Loop
 
 PATH_EVERY = 4  # iterations, of the path length penalty
 PATH_DECAY = 0.01  # of the running mean of path lengths
 REMEDY = "start again with --overwrite and a lower --learning-rate, or a higher --r1"
+
+
+# ---- losses ------------------------------------------------------------------------------------------------
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Logistic loss of logits of any shape: -log sigmoid(real) - log(1 - sigmoid(fake)), averaged."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """Non-saturating (Goodfellow et al. 2014): -log sigmoid(fake), averaged."""
+    return F.softplus(-fake).mean()
+
+
+def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
+    """|d logit / d picture|^2 of real pictures, averaged over them (Mescheder et al. 2018); times gamma / 2.
+
+    logits (B, ...) of the first B of these images (N, 3, H, W), which require a gradient -> scalar that can
+    be descended
+    """
+    gradient, = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return gradient.square().sum() / len(logits)
+
+
+def path_lengths(images: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """|J^T y| / sqrt(pixels) for normal y, J = d picture / d w (Karras et al. 2020b, section 3.2).
+
+    images, y (B, 3, H, W), the images made of w (B, style_dim) -> (B,); what is descended is their squared
+    distance to a running mean
+    """
+    y = y / math.sqrt(images[0, 0].numel())
+    gradient, = torch.autograd.grad((images * y).sum(), w, create_graph=True)
+    return gradient.square().sum(1).sqrt()
+
+
+# ---- the two turns -----------------------------------------------------------------------------------------
+
+def check_groups(batch_size: int) -> None:
+    """InputError for a batch whose pictures the discriminator cannot compare with each other."""
+    if group_size(batch_size) == 1:
+        raise InputError(f"--batch-size {batch_size}: the discriminator compares pictures in groups of 4, 3 "
+                         "or 2; choose a multiple of one of them")
 
 
 class Plain:

@@ -64,8 +64,8 @@ def main() -> None:
         mirrored = torch.rand(options.batch_size, 1, 1, 1, generator=g) < (0.5 if options.flip else 0)
         return torch.where(mirrored, chosen.flip(3), chosen)
 
-    report = Report(out, flat(options), source, identity["source"], targets, targets[:0], ema, device,
-                    gan_settings.command_of(options))
+    report = Report(out, gan_settings.used(options), source, identity["source"], targets, targets[:0], ema,
+                    device, gan_settings.command_of(options))
     loop = Loop(out, options.method, options.iterations, options.save_every, options.batch_size,
                 players.parameters, players.optimizer, ema, lambda iteration: options.learning_rate, device,
                 state, dict(identity, gan=players.state), report.preview, also=players.load)

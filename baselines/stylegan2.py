@@ -323,36 +323,3 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decide(self.features(images)[-1])
-
-
-# ---- losses ------------------------------------------------------------------------------------------------
-
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Non-saturating logistic loss (Goodfellow et al. 2014) of logits of any shape: -log sigmoid(real)
-    - log(1 - sigmoid(fake)), averaged."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
-
-
-def generator_loss(fake: Tensor) -> Tensor:
-    """-log sigmoid(fake), averaged."""
-    return F.softplus(-fake).mean()
-
-
-def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
-    """|d logit / d picture|^2 of real pictures, averaged over them (Mescheder et al. 2018); times gamma / 2.
-
-    logits (B, ...) of these images (B, 3, H, W), which require a gradient -> scalar that can be descended
-    """
-    gradient, = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient.square().flatten(1).sum(1).mean()
-
-
-def path_lengths(images: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """|J^T y| / sqrt(pixels) for normal y, J = d picture / d w (Karras et al. 2020b, section 3.2).
-
-    images, y (B, 3, H, W), the images made of w (B, style_dim) -> (B,); what is descended is their squared
-    distance to a running mean
-    """
-    y = y / math.sqrt(images[0, 0].numel())
-    gradient, = torch.autograd.grad((images * y).sum(), w, create_graph=True)
-    return gradient.square().sum(1).sqrt()

@@ -16,7 +16,7 @@ from checkpoints import hub
 from checkpoints.diffusers_folder import files_in
 from checkpoints.gan import GAN
 from checkpoints.load import load_network, locate
-from checkpoints.network import Network, save_network
+from checkpoints.network import FIRST_STAGES, Network, save_network
 from checkpoints.published import ARCHITECTURES
 from plumbing.options import InputError, Positional, Unset, parse, run
 
@@ -47,11 +47,13 @@ def report(network: Network | GAN, path: Path) -> str:
 
 
 def of_diffusion_model(network: Network) -> dict[str, str]:
-    """Lines of the report that a network with a schedule has."""
+    """Lines of the report that a U-Net, a classifier or a first stage has."""
     description, schedule = network.description, network.schedule.config
     noise = f"{schedule['name']}, {schedule['timesteps']} steps"
     if schedule["name"] != "cosine":
         noise += f", beta {schedule['beta_start']:g} to {schedule['beta_end']:g}"
+    if description["network"] in FIRST_STAGES:
+        noise = "none, a first stage: pretrain.py --first-stage trains a U-Net on its latents"
     pictures = f"{network.image_size}x{network.image_size}"
     if network.first_stage:
         latents = "x".join(map(str, network.shape))

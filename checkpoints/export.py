@@ -198,13 +198,14 @@ def model_card(network: Network, name: str, run_options: dict[str, Any] | None, 
 
 def main() -> None:
     options, _ = parse(Options, __doc__)
-    out, pairs = Path(options.folder).resolve(), Path(options.model) / "samples.png"
+    out = Path(options.folder).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{options.folder}: is there already; choose a folder that does not exist yet")
     network, run_options = run_folder.load_model(options.model, options.arch, source=options.source)
     network = need_diffusion_model(network, options.model)
-    reason = why_code(network)
-    card = model_card(network, options.model, run_options, pairs.exists(), out.name, bool(reason))
+    reason, pairs = why_code(network), Path(options.model) / "samples.png"
+    has_pairs = run_options is not None and pairs.exists()
+    card = model_card(network, options.model, run_options, has_pairs, out.name, bool(reason))
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         unfinished.mkdir(parents=True)
@@ -212,7 +213,7 @@ def main() -> None:
         raise InputError(f"{options.folder}: cannot be made ({error.strerror})") from None
     try:
         (write_with_code if reason else write_plain)(unfinished, network, options.model)
-        if pairs.exists():
+        if has_pairs:
             shutil.copyfile(pairs, unfinished / "samples.png")
         write_text(unfinished / "README.md", card)
         if out.exists():

@@ -101,5 +101,6 @@ def _inside(folder: Path, file: str | None) -> Path:
 
 def pinned(name: str, path: Path) -> str:
     """The name with the commit that its files in the cache are of."""
-    commit = path.parts[path.parts.index("snapshots") + 1]
+    after = path.as_posix().rpartition("/snapshots/")[2]  # a folder above may be called so, too
+    commit = after.partition("/")[0]
     return f"{name.partition('@')[0]}@{commit}"

@@ -19,6 +19,7 @@ from plumbing.files import write_atomic
 from plumbing.options import InputError
 from unet import UNet
 
+SMALL = 64  # pixels
 FIRST_STAGES = {"VQ": autoencoder.VQ, "KL": autoencoder.KL}
 NETWORKS = {"UNet": UNet, "Classifier": Classifier, **FIRST_STAGES}
 
@@ -50,6 +51,11 @@ class Network:
     def image_size(self) -> int:
         """Pixels per side of the pictures."""
         return self.model.image_size * (self.first_stage.factor if self.first_stage else 1)
+
+    @property
+    def small(self) -> bool:
+        """Whether other settings than a paper's for 256x256 suit it."""
+        return self.image_size <= SMALL
 
     def to(self, device: torch.device | str) -> "Network":
         """Moves the network, first stage and all, and lays it out as convolutions are fastest."""

@@ -29,7 +29,7 @@ from plumbing.files import read_metrics, write_atomic
 from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
 from plumbing.seeds import generator
 from plumbing.shell import quoted
-from plumbing.training import EMA
+from plumbing.training import EMA, fitting
 
 NOISES = 8  # a picture, for the losses of a stage
 STAGE_NOISE = 5  # stream of random numbers
@@ -38,7 +38,7 @@ STAGE_NOISE = 5  # stream of random numbers
 class Report:
     """The stages of a run, its final weights and its pictures; rank 0 writes, the others do nothing.
 
-    options   flat, as options.json has them
+    options   flat, as options.json has them; those that the method uses
     source    the network that is adapted, a diffusion model or a GAN
     theta     its fingerprint from before
     targets   the training pictures (K, 3, H, W)
@@ -64,7 +64,11 @@ class Report:
     def draw(self, network: Network | GAN, n: int, steps: int) -> Tensor:
         """Pictures (n, 3, H, W) of the seeds 0 to n - 1."""
         network.to(self.device).model.eval()
-        return network.sample(range(n), steps, batch_size=self.options.get("micro_batch_size") or 64)
+
+        def work(at_once: int) -> Tensor:
+            return network.sample(range(n), steps, batch_size=at_once)
+
+        return fitting(work, self.options.get("micro_batch_size") or 64)
 
     @torch.no_grad()
     def loss(self, pictures: Tensor) -> float:

@@ -56,10 +56,25 @@ def _clean(images: Tensor) -> Tensor:
 @torch.no_grad()
 def attributes(judge: Network, images: Tensor) -> dict[str, Tensor]:
     """(N, 3, H, W) -> {attribute: index of its most likely value (N,)}, "domain" among them."""
-    known = judge.description["attributes"]
     logits = torch.cat([judge.model(x, _clean(x)) for x in fit(judge, images).split(128)])
-    groups = logits.split([len(values) for values in known.values()], dim=1)
-    return {name: group.argmax(1) for name, group in zip(known, groups)}
+    groups = by_attribute(logits, judge.description["attributes"])
+    return {name: group.argmax(1) for name, group in groups.items()}
+
+
+def by_attribute(logits: Tensor, known: dict[str, list[str]]) -> dict[str, Tensor]:
+    """Logits of all values side by side (N, V) -> {attribute: those of its values}."""
+    return dict(zip(known, logits.split([len(values) for values in known.values()], dim=1), strict=True))
+
+
+def attribute_loss(logits: Tensor, labels: Tensor, known: dict[str, list[str]]) -> Tensor:
+    """Mean over attributes of the cross-entropy, for each picture: what a judge or a classifier of attributes
+    learns by.
+
+    logits (N, all values side by side), labels (N, attributes) -> (N,)
+    """
+    groups = by_attribute(logits, known).values()
+    losses = [F.cross_entropy(group, truth, reduction="none") for group, truth in zip(groups, labels.T)]
+    return torch.stack(losses).mean(0)
 
 
 @torch.no_grad()
@@ -200,13 +215,15 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
     finished run from a built-in source to one of its targets, for more steps than the model has, and as
     `score` does.
     """
-    network, options = run_folder.load_run(folder, at)
+    options = run_folder.read_options(folder)
     source, target = options["source"], options["target"]
     if not knows(options):
         raise InputError(
-            f"{folder}: from {source} to {target}; the judge knows built-in sources and their targets "
-            f"only. For other pictures: python sample.py {quoted(folder)} -n 1000, then "
-            f"evaluate.py --samples {folder}/drawn --target DIR --size {network.image_size}")
+            f"{folder}: from {source} to {target}; the judge knows built-in sources and their targets only. "
+            f"For other pictures: python sample.py {quoted(folder)} -n 1000, then python evaluate.py "
+            f"--samples {quoted(Path(folder) / 'drawn')} --target {quoted(target)} --download (--size, for a "
+            "small source the size of its pictures)")
+    network, _ = run_folder.load_run(folder, at)
     network.check_steps(steps)
     run = {name: options[name] for name in ("source", "target", "method", "seed", "iterations")}
     run |= protocol(target, n, steps) | dict(weights=fingerprint(network))

@@ -26,16 +26,17 @@ from torch import Tensor
 
 import domains
 import settings
-from adversarial_noise import norm, worst_case_noise
+from adversarial_noise import denoising_loss, norm, worst_case_noise
 from checkpoints import run_folder
 from checkpoints.load import need_diffusion_model
 from checkpoints.network import Network
-from ddpm import Model, Schedule, predict_eps
-from experiments.tables_report import markdown
+from ddpm import Model, Schedule
 from plumbing import distributed
+from plumbing.markdown import markdown
 from plumbing.options import InputError, Positional, Unset, at_least, check_seed, parse, positive, run
 from plumbing.progress import bar
 from plumbing.seeds import generator
+from settings import METHODS
 
 CLOSE = 0.98     # the cosine from which two perturbations count as the same
 MATTERS = 0.005  # the share of the noise's length below which a perturbation does not count
@@ -78,12 +79,6 @@ class Row:
     moves: float
     loss: float
     rise: float
-
-
-def denoising_loss(model: Model, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """|| eps - eps_theta(x_t, t) ||^2, what Eq. 8 ascends: (B, ...), (B,), (B, ...) -> (B,)."""
-    eps_theta = predict_eps(model, schedule.add_noise(x0, t, eps), t, schedule)
-    return (eps - eps_theta).square().flatten(1).sum(1)
 
 
 def ascend(model: Model, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, steps: list[int],
@@ -198,8 +193,9 @@ def main() -> None:
     network = need_diffusion_model(network, options.model)
     target = target_of(options, of_run)
     pictures = domains.target_images(target, network.image_size)
-    chosen = options.norm or (of_run or {}).get("norm") or settings.suited(
-        settings.Options(target=target, method="tan"), network).adversarial_noise.norm
+    ascended = of_run and METHODS[of_run["method"]].adversarial_noise
+    chosen = options.norm or (of_run["norm"] if ascended else settings.suited(
+        settings.Options(target=target, method="tan"), network).adversarial_noise.norm)
     network.to(device).model.requires_grad_(False)
     rows = measure(network, pictures, options, chosen == "own", device)
     title = (f"{options.model} on {len(pictures)} pictures of {target}: J omega = {options.reach:g}, "

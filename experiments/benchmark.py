@@ -31,15 +31,15 @@ from torch import Tensor, nn
 
 import adaptor
 import settings
-from adversarial_noise import norm, worst_case_noise
+from adversarial_noise import denoising_loss, norm, worst_case_noise
 from checkpoints.load import load_diffusion_model
 from checkpoints.network import Network, build
 from checkpoints.published import ARCHITECTURES
 from classifier import Classifier, from_unet, guided_loss, similarity_guidance
 from ddpm import Schedule, predict_eps
 from experiments.measuring import convolutions, device_name, floor, flops, peak_memory, seconds
-from experiments.tables_report import markdown
 from plumbing import distributed
+from plumbing.markdown import markdown
 from plumbing.options import InputError, Unset, at_least, parse, run
 from plumbing.progress import bar, say
 from plumbing.seeds import generator
@@ -118,7 +118,7 @@ def prepare(network: Network, options: Options, device: torch.device) -> Work:
     if options.precision == "bf16":
         hold_frozen_in_bf16(model)
     b = options.batch_size or usual.batch_size
-    micro = options.micro_batch_size or (b if model.image_size <= 64 else 8)
+    micro = options.micro_batch_size or (b if network.small else 8)
     g = generator(0)
     x0 = (torch.rand(b, *network.shape, generator=g) * 2 - 1).to(device)
     t = torch.randint(schedule.timesteps, (b,), generator=g).to(device)
@@ -162,8 +162,7 @@ def plain_ascent(model: nn.Module, schedule: Schedule, x0: Tensor, t: Tensor, ep
     losses = []
     for _ in range(steps):
         eps = eps.detach().requires_grad_()
-        xt = schedule.add_noise(x0, t, eps)
-        loss = (eps - predict_eps(model, xt, t, schedule)).square().flatten(1).sum(1)
+        loss = denoising_loss(model, schedule, x0, t, eps)
         loss.sum().backward()
         eps = norm(eps + omega * eps.grad)
         losses.append(loss.detach())

@@ -34,9 +34,9 @@ from plumbing.progress import bar
 
 TRAIN = Path(__file__).parents[1] / "train_tan.py"
 # A run of a minute at most, with all that a run does: classifier, stages, pictures.
-SHORT = ("--target", "sunglasses", "--iterations", "10", "--batch-size", "4", "--save-every", "2",
-         "--samples", "4", "--sample-steps", "2", "--previews", "2", "--classifier-iterations", "3",
-         "--source-count", "16", "--no-classifier-check", "--device", "cpu")
+SHORT = ("--target", "sunglasses", "--method", "tan", "--iterations", "10", "--batch-size", "4",
+         "--save-every", "2", "--samples", "4", "--sample-steps", "2", "--previews", "2",
+         "--classifier-iterations", "3", "--source-count", "16", "--no-classifier-check", "--device", "cpu")
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@
   python -m experiments.tables ...          the same command again goes on where it stopped; two at once may
                                             share --output-dir, but not runs
 
-In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs of train_tan.py with their score.json;
+In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs with their score.json;
 results.json has every run that was ever scored here, and what it has is not trained again, except for
 pictures, which need the runs themselves; tables.md has the tables, to which a command with other targets,
 methods or seeds adds; samples-TARGET.png (Figures 3 and 4: every method from the same noises, toy FID beside
@@ -40,6 +40,7 @@ from domains import judge
 from experiments import launch
 from experiments.tables_report import (
     ALL_METHODS,
+    PASSES,
     Row,
     ablation_tables,
     classifier_table,
@@ -205,7 +206,8 @@ def passes_runs(options: Options, device: torch.device) -> Iterator[Row]:
     jobs = list(itertools.product(options.seeds, options.targets, options.diffusion_methods))
     for seed, target, method in bar(jobs, "passes"):
         usual = launch.settings_today(target=target, source=options.source(target), method="tan")
-        flags = {} if method == "tan" else dict(iterations=usual["iterations"] * (1 + usual["pgd_steps"]))
+        passes = usual["iterations"] * (1 + usual["pgd_steps"]) // PASSES.get(method, 1)
+        flags = {} if method == "tan" else dict(iterations=passes)
         yield measured(options, device, target, method, seed, name="passes" if flags else "", **flags)
 
 
@@ -314,6 +316,9 @@ def check(options: Options) -> None:
     """InputError for numbers that make no sense and for targets that have no such source."""
     at_least(options, n=2, steps=1)
     check_seed(options)
+    for name in ("targets", "methods", "seeds", "parts"):
+        if not getattr(options, name):
+            raise InputError(f"--{name}: give at least one (GANs have no latent source)")
     for target in options.targets:
         if options.source(target) not in BUILT_IN:
             raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
@@ -347,9 +352,8 @@ def main() -> None:
     for part, make in TABLES.items():
         if alike := [row for row in read(file).get(part, []) if current(row, options)]:
             texts += make(alike)
-    texts.append(f"{options.n} samples of each run, DDIM in {options.steps} steps; mean ± standard deviation "
-                 "over seeds (their number; one where none is given); where nothing else is said as many "
-                 "iterations for every method, of which one of tan costs three passes, of the others one.")
+    texts.append(f"{options.n} samples of each run, of diffusion models DDIM in {options.steps} steps; mean "
+                 "± standard deviation over seeds (their number; one where none is given).")
     text = "\n\n".join(texts)
     tables = file.with_name(file.name.replace("results", "tables")).with_suffix(".md")
     write_atomic(tables, lambda temporary: temporary.write_text(text + "\n"))

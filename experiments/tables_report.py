@@ -11,6 +11,7 @@ import domains
 from baselines import gan_methods
 from domains import judge
 from plumbing.figures import save_figure
+from plumbing.markdown import markdown
 from plumbing.pictures import to_uint8
 from settings import METHODS
 
@@ -39,12 +40,6 @@ def mean_std(values: list[float]) -> str:
         return ""
     text = f"{statistics.mean(values):.3f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.3f} ({len(values)})"
-
-
-def markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
-    """A table under its title."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([title, "", lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def of(found: list[Row], **what: Any) -> list[Row]:

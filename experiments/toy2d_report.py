@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from plumbing.figures import save_figure
+from plumbing.markdown import markdown
 
 COLOURS = {"baseline": "darkblue", "faster baseline": "tab:green", "adversarial": "tab:gray",
            "guided": "sienna", "TAN": "orange"}  # Figure 2's caption
@@ -51,12 +52,6 @@ def summarise(angles: list[dict], noise: list[dict], adaptation: list[dict]) -> 
                     gradient_quartiles=quartiles(row["away"])) for row in noise],
         adaptation=[dict(method=row["method"], iteration=row["iteration"], mean_error=quartiles(row["error"]),
                          w2=quartiles(row["w2"])) for row in adaptation])
-
-
-def markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
-    """A table under its title."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([title, "", lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def angles_table(rows: list[dict], batch: str, title: str) -> str:

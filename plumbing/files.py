@@ -83,11 +83,14 @@ def add_metrics(path: Path, **line: Any) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a metrics.jsonl up to the first that is damaged, such as one cut short by a kill."""
     lines = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for text in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or "iteration" not in line:
+            break
+        lines.append(line)
     return lines

@@ -21,6 +21,13 @@ AHEAD = 4  # batches
 JUNK = {"thumbs.db", "desktop.ini", "__macosx"}  # of file managers; hidden files are not named either
 
 
+def keep_apart(out: Path, *inputs: str | None) -> None:
+    """InputError if a program would write its pictures into a folder that it reads pictures from."""
+    for folder in filter(None, inputs):
+        if Path(folder).is_dir() and Path(folder).resolve() == Path(out).resolve():
+            raise InputError(f"--output-dir {out}: is the folder of the pictures; choose another one")
+
+
 def files_below(folder: Path) -> Iterator[Path]:
     """All files in a folder and its subfolders, hidden ones and junk left out."""
     for place, folders, names in os.walk(folder):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from plumbing import distributed, progress
 from plumbing.board import Board
 from plumbing.files import add_metrics, save_checkpoint, trim_metrics
 from plumbing.options import InputError
+
+T = TypeVar("T")
 
 
 class EMA:
@@ -77,6 +79,29 @@ def hold_frozen_in_bf16(model: torch.nn.Module) -> None:
             p.data = p.data.bfloat16()
 
 
+def fitting(work: Callable[[int], T], size: int) -> T:
+    """work(size), the pictures that go through the network together; from the start with half as many, and
+    so on, where the device runs out of memory.  Raises InputError where even one does not fit.
+    """
+    while True:
+        try:
+            return work(size)
+        except torch.OutOfMemoryError:
+            pass  # what the error holds on to is free after this line
+        size = _half(size)
+
+
+def _half(size: int) -> int:
+    """Half as many pictures, said so; InputError if it was one."""
+    if size == 1:
+        raise InputError("out of memory with 1 picture at once; --checkpoint-blocks and --precision bf16 "
+                         "need less")
+    torch.cuda.empty_cache()
+    print(f"out of memory with {size} pictures at once: going on with {size // 2} (--micro-batch-size "
+          f"{size // 2} saves the failed attempts)", file=sys.stderr, flush=True)
+    return size // 2
+
+
 class MicroBatches:
     """The parts of a batch that go through the network together; halved where the device runs out of memory.
 
@@ -105,12 +130,10 @@ class MicroBatches:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, torch.OutOfMemoryError):
             return False
-        if self.fixed or self.size == 1:
-            raise InputError(f"out of memory with {self.size} picture(s) at once; --checkpoint-blocks and "
-                             "--precision bf16 need less") from None
-        self.size, self.complete = self.size // 2, False
-        torch.cuda.empty_cache()
-        print(f"out of memory: going on with --micro-batch-size {self.size}", file=sys.stderr, flush=True)
+        if self.fixed:
+            raise InputError(f"out of memory with {self.size} pictures at once; --checkpoint-blocks, "
+                             "--precision bf16 and a smaller --micro-batch-size need less") from None
+        self.size, self.complete = _half(self.size), False
         return True
 
 
@@ -231,9 +254,10 @@ class Loop:
             if save:
                 self.save(self.iteration)
             self.bar.close()
-            state = "the state before it" if save else "the last one that was saved"
-            raise InputError(f"loss {loss}, gradient {norm} at iteration {self.iteration}; {state} is in "
-                             f"{self.out}/checkpoint.pt; {remedy}")
+            file, state = self.out / "checkpoint.pt", ""
+            if file.exists():
+                state = f"; the {'state before it' if save else 'last one that was saved'} is in {file}"
+            raise InputError(f"loss {loss}, gradient {norm} at iteration {self.iteration}{state}; {remedy}")
         return norm
 
     def record(self, **line: Any) -> None:

@@ -53,7 +53,7 @@ def without_norm(monkeypatch):
 
 
 def pgd_gradient(model, x0, t, eps):
-    return worst_case_noise(model, SCHEDULE, x0, t, eps, steps=1, omega=1.0)[0] - eps
+    return worst_case_noise(model, SCHEDULE, x0, t, eps, J=1, omega=1.0)[0] - eps
 
 
 # ---- the step, Eq. 8 -------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_gradient_is_the_finite_difference_of_the_loss(without_norm):
         step[:, i] = h
         slope = (loss(eps + step.view_as(eps)) - loss(eps - step.view_as(eps))) / (2 * h)
         torch.testing.assert_close(gradient.flatten(1)[:, i], slope, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(worst_case_noise(model, SCHEDULE, x0, T, eps, steps=1)[1][0], loss(eps))
+    torch.testing.assert_close(worst_case_noise(model, SCHEDULE, x0, T, eps, J=1)[1][0], loss(eps))
 
 
 def test_gradient_goes_through_the_network(without_norm):
@@ -83,7 +83,7 @@ def test_one_step_on_the_gaussian_oracle_is_the_closed_form():
     x0, eps = x0_and_eps(torch.float64)
     a = a_bar(T)
     k = (1 - a).sqrt() / (a * s ** 2 + 1 - a)
-    ours, losses = worst_case_noise(lambda x, t: k * (x - a.sqrt() * mu), SCHEDULE, x0, T, eps, steps=1, omega=omega)
+    ours, losses = worst_case_noise(lambda x, t: k * (x - a.sqrt() * mu), SCHEDULE, x0, T, eps, J=1, omega=omega)
     r = eps - k * (a.sqrt() * (x0 - mu) + (1 - a).sqrt() * eps)
     ascended = eps + omega * 2 * (1 - k * (1 - a).sqrt()) * r
     rows = ascended.flatten(1)
@@ -116,7 +116,7 @@ def test_what_the_mean_of_xt_tells_of_x0(own):
     n, size, t = 2000, 8, torch.tensor([900])
     brightness = 0.3 * randn(n, 1, 1, 1)
     x0, eps = brightness + 0.1 * randn(n, 3, size, size, seed=1), randn(n, 3, size, size, seed=2)
-    worst, _ = worst_case_noise(Net(), SCHEDULE, x0, t.expand(n), eps, steps=2, omega=0.05, own=own)
+    worst, _ = worst_case_noise(Net(), SCHEDULE, x0, t.expand(n), eps, J=2, omega=0.05, own=own)
     assert (worst - norm(eps)).abs().mean() > 0.01  # there was an ascent
     means = [x.mean((1, 2, 3)) for x in (x0, SCHEDULE.add_noise(x0, t.expand(n), worst))]
     told = torch.corrcoef(torch.stack(means))[0, 1].item() ** 2
@@ -127,7 +127,7 @@ def test_what_the_mean_of_xt_tells_of_x0(own):
 
 def test_ascent_keeps_each_noises_own_moments():
     x0, eps = x0_and_eps(size=8)
-    worst, losses = worst_case_noise(Net(), SCHEDULE, x0, T, eps, steps=3, omega=0.05, own=True)
+    worst, losses = worst_case_noise(Net(), SCHEDULE, x0, T, eps, J=3, omega=0.05, own=True)
     torch.testing.assert_close(worst.mean((1, 2, 3)), eps.mean((1, 2, 3)))
     torch.testing.assert_close(worst.std((1, 2, 3)), eps.std((1, 2, 3)))
     assert (losses[-1] > losses[0]).all()
@@ -138,7 +138,7 @@ def test_ascent_keeps_each_noises_own_moments():
 @pytest.mark.parametrize("model", [Net(), tiny_unet()], ids=["conv", "unet"])
 def test_each_step_makes_the_noise_worse_and_it_stays_normal(model):
     x0, eps = x0_and_eps(size=8)
-    eps, losses = worst_case_noise(model, SCHEDULE, x0, T, eps, steps=10, omega=0.005)
+    eps, losses = worst_case_noise(model, SCHEDULE, x0, T, eps, J=10, omega=0.005)
     means = [loss.mean().item() for loss in losses]
     assert len(means) == 10 and means == sorted(means) and means[-1] > 1.02 * means[0]
     torch.testing.assert_close(eps.mean((1, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
@@ -148,18 +148,18 @@ def test_each_step_makes_the_noise_worse_and_it_stays_normal(model):
 
 def test_batch_can_be_split_anywhere():
     model, (x0, eps) = tiny_unet(), x0_and_eps(size=8)
-    whole = worst_case_noise(model, SCHEDULE, x0, T, eps, steps=3)[0]
-    parts = [worst_case_noise(model, SCHEDULE, x0[i], T[i], eps[i], steps=3)[0] for i in (slice(0, 1), slice(1, 3))]
+    whole = worst_case_noise(model, SCHEDULE, x0, T, eps, J=3)[0]
+    parts = [worst_case_noise(model, SCHEDULE, x0[i], T[i], eps[i], J=3)[0] for i in (slice(0, 1), slice(1, 3))]
     torch.testing.assert_close(whole, torch.cat(parts))
 
 
 def test_model_is_called_J_times_with_the_same_x0_and_t():
     model, (x0, eps), calls = Net(), x0_and_eps(), []
     model.register_forward_pre_hook(lambda module, inputs: calls.append([i.detach().clone() for i in inputs]))
-    worst_case_noise(model, SCHEDULE, x0, T, eps, steps=4)
+    worst_case_noise(model, SCHEDULE, x0, T, eps, J=4)
     assert len(calls) == 4
     for j, (xt, t) in enumerate(list(calls)):
-        eps_j = worst_case_noise(model, SCHEDULE, x0, T, eps, steps=j)[0]
+        eps_j = worst_case_noise(model, SCHEDULE, x0, T, eps, J=j)[0]
         assert t.equal(T)
         torch.testing.assert_close(xt, a_bar(T, x0.dtype).sqrt() * x0 + (1 - a_bar(T, x0.dtype)).sqrt() * eps_j)
 
@@ -168,7 +168,7 @@ def test_arguments_are_left_as_they_were():
     (x0, eps), model = x0_and_eps(), Net()
     copies = x0.clone(), eps.clone()
     with torch.no_grad():  # and the caller's no_grad does not matter
-        worst_case_noise(model, SCHEDULE, x0, T, eps, steps=2)
+        worst_case_noise(model, SCHEDULE, x0, T, eps, J=2)
     assert x0.equal(copies[0]) and eps.equal(copies[1]) and not eps.requires_grad and not x0.requires_grad
 
 
@@ -188,7 +188,7 @@ def flags(model):
 
 def test_model_comes_back_unchanged_and_without_gradients():
     model, before, (x0, eps) = marked(), flags(marked()), x0_and_eps()
-    worst_case_noise(model, SCHEDULE, x0, T, eps, steps=2)
+    worst_case_noise(model, SCHEDULE, x0, T, eps, J=2)
     assert flags(model) == before
     assert all(p.grad is None for p in model.parameters())
 
@@ -196,7 +196,7 @@ def test_model_comes_back_unchanged_and_without_gradients():
 def test_no_parameter_needs_a_gradient_inside():
     model, seen, (x0, eps) = marked(), [], x0_and_eps()
     model.register_forward_hook(lambda module, *_: seen.append(flags(module)))
-    worst_case_noise(model, SCHEDULE, x0, T, eps, steps=1)
+    worst_case_noise(model, SCHEDULE, x0, T, eps, J=1)
     assert not any(seen[0][0]) and not any(seen[0][1])
 
 
@@ -210,15 +210,15 @@ def test_model_comes_back_unchanged_after_an_exception():
 
 def test_dropout_is_off():
     model, (x0, eps) = Net(dropout=0.5).train(), x0_and_eps()
-    expected = worst_case_noise(Net().eval(), SCHEDULE, x0, T, eps, steps=2)[0]
-    torch.testing.assert_close(worst_case_noise(model, SCHEDULE, x0, T, eps, steps=2)[0], expected)
+    expected = worst_case_noise(Net().eval(), SCHEDULE, x0, T, eps, J=2)[0]
+    torch.testing.assert_close(worst_case_noise(model, SCHEDULE, x0, T, eps, J=2)[0], expected)
 
 
 def test_bfloat16_autocast():
     model, (x0, eps) = tiny_unet(), x0_and_eps(size=8)
-    exact = worst_case_noise(model, SCHEDULE, x0, T, eps, steps=3)[0]
+    exact = worst_case_noise(model, SCHEDULE, x0, T, eps, J=3)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        ours, losses = worst_case_noise(model, SCHEDULE, x0, T, eps, steps=3)
+        ours, losses = worst_case_noise(model, SCHEDULE, x0, T, eps, J=3)
     assert ours.dtype == losses[0].dtype == torch.float32 and ours.isfinite().all()
     torch.testing.assert_close(ours.mean((1, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
     assert 0 < (ours - exact).abs().max() < 0.05  # bfloat16 was used, and was good enough

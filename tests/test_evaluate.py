@@ -84,7 +84,7 @@ SAMPLES, TARGET = ["--samples", "docs/images"], ["--target", "docs/images"]
     (["runs/x", "--target", "y"], "what to score"),
     (["x", "-n", "1"], "-n 1"),
     (["x", "--steps", "0"], "--steps 0: must be at least 1"),
-    (["x", "--size", "64"], "--size: is for folders of pictures; --samples is not given"),
+    (["x", "--size", "64"], "--size: is for folders of pictures \\(--samples DIR\\), and for stages"),
     (["x", "--seed", "0"], "--seed: is for folders of pictures"),
     (["--samples", "x", "--target", "y", "-n", "10"], "-n: is for runs; --samples are scored as they are"),
     (["--samples", "x", "--target", "y", "--steps=10"], "--steps: is for runs"),
@@ -181,7 +181,7 @@ def test_the_stages_of_a_built_in_run(train, tmp_path, monkeypatch, capsys):
         call(evaluate.main, *how, "--at", 7)
     with pytest.raises(InputError, match="--at last: give all, or the iterations of a stage"):
         call(evaluate.main, *how, "--at", "last")
-    with pytest.raises(InputError, match="--lpips-net: is for pictures that the judge does not know"):
+    with pytest.raises(InputError, match="--lpips-net: is for folders of pictures"):
         call(evaluate.main, *how, "--at", "all", "--lpips-net", "alex")
 
 

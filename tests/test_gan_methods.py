@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import gan_methods as M
+from baselines import gan_training
 from baselines.gan_training import Plain, Players
 from baselines.stylegan2 import Discriminator, Generator
 from plumbing.seeds import generator as stream
@@ -37,11 +38,11 @@ def step(method, generator, discriminator, iteration=0):
 @pytest.mark.parametrize("name", M.METHODS)
 def test_which_weights_learn(name):
     generator, discriminator = networks()
-    method = M.make(name, generator, discriminator, 10, M.Numbers(fisher_samples=2, ewc_weight=1.0, cdc_weight=1.0), 0)
+    method = M.make(name, generator, discriminator, 10, M.Numbers(fisher_samples=2, ewc_weight=1.0, cdc_weight=1.0, freeze_blocks=1), 0)
     source = copy.deepcopy(generator.state_dict())
     drawn, judged, measured = step(method, generator, discriminator)
     names = {name for name, _ in discriminator.named_parameters()}
-    frozen = {name for name in names if name.startswith("convs.0.")} if name == "freezed" else set()
+    frozen = {name for name in names if name.startswith(("convs.0.", "convs.1."))} if name == "freezed" else set()
     assert judged == names - frozen
     assert drawn >= {name for name, _ in generator.named_parameters() if "noise" not in name}
     assert math.isfinite(measured["discriminator_loss"])
@@ -148,9 +149,21 @@ def test_ada_follows_the_sign_of_the_logits():
     assert torch.equal(M.ADA(0.6, 100).augment(images, stream(0)), images)
 
 
+def test_r1_is_the_mean_over_the_pictures_that_are_judged_whole():
+    """CDC judges a quarter whole: the penalty is that of these alone, whatever else is in the batch."""
+    _, discriminator = networks()
+    real = torch.rand(8, 3, 16, 16)
+    penalties = []
+    for images, logits in ((real, lambda x: discriminator.decide(discriminator.features(x)[-1][:4])), (real[:4], discriminator)):
+        seen = images.clone().requires_grad_()
+        penalties.append(gan_training.r1_penalty(logits(seen), seen))
+    torch.testing.assert_close(*penalties)
+
+
 def test_an_iteration_is_two_steps_of_adam_with_both_penalties():
     """Against the losses written out, with torch's own Adam, one network at a time."""
-    from baselines.stylegan2 import discriminator_loss, generator_loss, path_lengths, r1_penalty
+    discriminator_loss, generator_loss, r1_penalty = (
+        getattr(gan_training, name) for name in ("discriminator_loss", "generator_loss", "r1_penalty"))
     generator, discriminator = networks()
     ours = copy.deepcopy(generator), copy.deepcopy(discriminator)
     step(Plain(), *ours)
@@ -163,7 +176,7 @@ def test_an_iteration_is_two_steps_of_adam_with_both_penalties():
     torch.optim.Adam(discriminator.parameters(), 1e-2, (0.0, 0.99)).step()
     w = generator.style(z)
     images, _ = generator.synthesize(w, noise)
-    lengths = path_lengths(images, w, torch.randn(images.shape, generator=g))
+    lengths = gan_training.path_lengths(images, w, torch.randn(images.shape, generator=g))
     path = (lengths - 0.01 * lengths.mean().detach()).square().mean()
     (generator_loss(discriminator(images)) + 0.5 * 4 * path).backward(inputs=list(generator.parameters()))
     torch.optim.Adam(generator.parameters(), 1e-2, (0.0, 0.99)).step()

@@ -23,7 +23,7 @@ from gaussians import (
 from plumbing.seeds import generator
 
 MU_S, MU_T = MEANS.double()
-NUMBERS = dict(gamma=5.0, omega=0.02, steps=10, learning_rate=0.02)
+NUMBERS = dict(gamma=5.0, omega=0.02, J=10, learning_rate=0.02)
 
 
 def randn(*shape, seed=0):
@@ -153,7 +153,7 @@ def test_adapt_is_algorithm_1(classifier, steps, fading):
     """Two iterations by hand, from 40 points; the baseline is plain denoising."""
     torch.manual_seed(0)
     model, shots = MLP(1), draw_points(TARGET, 10, 1, generator(1))
-    numbers = NUMBERS | dict(steps=steps)
+    numbers = NUMBERS | dict(J=steps)
     *_, adapted = gaussians.adapt(model, shots, generator(0, 3), classifier, **numbers, iterations=2, fading=fading)
     g, x0 = generator(0, 3), shots.repeat(4, 1, 1)
     for gamma in (5.0, 5.0 * 3 / 4 if fading else 5.0):

@@ -14,7 +14,7 @@ FINETUNE = settings.SMALL | settings.SMALL_FINETUNE
 
 
 def source_of(size, latent=False):
-    return SimpleNamespace(image_size=size, first_stage=object() if latent else None)
+    return SimpleNamespace(image_size=size, small=size <= 64, first_stage=object() if latent else None)
 
 
 @pytest.mark.parametrize("target, method, size, latent, expected", [
@@ -65,7 +65,7 @@ def test_what_suits_the_forms_of_adaptors_on_small_sources(form, rate, width):
 @pytest.mark.parametrize("target, source, method, expected", [
     ("sunglasses", None, None, "runs/sunglasses"), ("sunglasses", "toyfaces", "tan", "runs/sunglasses-tan"),
     ("sunglasses", "toyfaces-latent", "pa", "runs/sunglasses-toyfaces-latent-pa"),
-    ("some/photos/", "x.pt", "guided", "runs/photos-guided")])
+    ("some/photos/", "x.pt", "guided", "runs/photos-x-guided"), ("some/photos/", "toyfaces", None, "runs/photos")])
 def test_where_a_run_goes(target, source, method, expected):
     assert str(settings.folder_of(Options(target=target, source=source, method=method))) == expected
     assert str(settings.folder_of(Options(target=target, output_dir="there"))) == "there"

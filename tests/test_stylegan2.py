@@ -10,18 +10,8 @@ import scipy.signal
 import torch
 import torch.nn.functional as F
 
-from baselines.stylegan2 import (
-    Blur,
-    Discriminator,
-    Generator,
-    ModulatedConv2d,
-    Upsample,
-    discriminator_loss,
-    generator_loss,
-    path_lengths,
-    r1_penalty,
-    with_deviation,
-)
+from baselines.gan_training import discriminator_loss, generator_loss, path_lengths, r1_penalty
+from baselines.stylegan2 import Blur, Discriminator, Generator, ModulatedConv2d, Upsample, with_deviation
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import classifier
+import ddpm
 import train_tan
 import unet
-from checkpoints import run_folder, run_report
+from checkpoints import network, run_folder, run_report
 from checkpoints.load import load_network, load_source
 from checkpoints.network import save_network
 from classifier import guided_loss
@@ -244,7 +245,8 @@ def test_what_a_rank_sends(tiny, tmp_path):
 
 # ---- what the loop feeds the loss ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags", [(), ("--guidance-power", "1"), ("--guidance-below", "500"), ("--pgd-network", "source")])
+@pytest.mark.parametrize("flags", [(), ("--guidance-power", "1"), ("--guidance-below", "500"), ("--pgd-network", "source"),
+                                   ("--norm", "paper"), ("--guidance-limit", "1e-4")])
 def test_an_iteration_is_algorithm_1(flags, train, finished, tmp_path, monkeypatch):
     """Lines 2-8 from what the parts of the loop were called with: eps^* noises the same x_0 at the same t, and Eq. 6 corrects it."""
     calls = {name: [] for name in ("worst_case_noise", "log_prob_gradient", "guided_loss")}
@@ -455,8 +457,32 @@ def test_out_of_memory_halves_the_micro_batch(train, finished, tmp_path, monkeyp
     run = train(tmp_path / "run")
     assert sizes[:5] == [4, 2, 1, 1, 1] and set(sizes[5:]) == {1}
     said = capsys.readouterr().err
-    assert [said.count(f"going on with --micro-batch-size {n}\n") for n in (2, 1)] == [1, 1]
+    assert [said.count(f"going on with {n} (--micro-batch-size {n} saves") for n in (2, 1)] == [1, 1]
     assert_same_run(run, finished)
+
+
+def test_the_classifier_and_pictures_take_less_memory_too(tiny, tmp_path, monkeypatch, capsys):
+    """A device on which three pictures at once fit: what is trained and drawn is the same."""
+    fine_tune, sample, sizes = classifier.fine_tune, ddpm.sample, []
+
+    def limited(function, at_once):
+        def called(*a, **options):
+            sizes.append(at_once(a, options))
+            if sizes[-1] > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return function(*a, **options)
+        return called
+    monkeypatch.setattr(classifier, "fine_tune", limited(fine_tune, lambda a, options: a[9]))
+    monkeypatch.setattr(network, "sample", limited(sample, lambda a, options: options["batch_size"]))
+    given = tiny.flags("tan")
+    del given[given.index("--source-images"):given.index("--source-images") + 2]  # they are drawn, too
+    given += ["--samples", 4, "--iterations", 2, "--classifier-batch-size", 8, "--no-classifier-check"]
+    call(train_tan.main, *given, "--output-dir", tmp_path / "run")
+    assert sizes[:9] == [64, 32, 16, 8, 4, 2, 8, 4, 2] and sizes[9:15] == [64, 32, 16, 8, 4, 2]  # pictures, classifier, a row of progress.png
+    assert "out of memory with 8 pictures at once: going on with 4 (--micro-batch-size" in capsys.readouterr().err
+    monkeypatch.undo()
+    call(train_tan.main, *given, "--output-dir", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("flags, fits", [((), 0), (("--method", "pa"), 3)])
