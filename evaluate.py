@@ -1,4 +1,4 @@
-"""Measure adapted models: the paper's figures on any folders, on the built-in domains what no photo shows.
+"""Measure adapted models: the paper's figures on any folders; on the drawn domains, what only drawings tell.
 
   python evaluate.py runs/sunglasses
       a finished run from a built-in source to a built-in target: share of samples in the target, attributes
@@ -115,9 +115,11 @@ class Options:
 
 def score_runs(folders: tuple[str, ...], n: int, steps: int, device: torch.device) -> None:
     """Prints a table of toy figures, a row for each run."""
-    print("| run | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
-    for folder in map(Path, folders):
+    head = "| run | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS)
+    for i, folder in enumerate(map(Path, folders)):
         figures = judge.score_run(folder, n, steps, device)["score"]
+        if i == 0:
+            print(head)
         print(f"| {folder} | " + " | ".join(f"{figures[name]:.2f}" for name in COLUMNS) + " |", flush=True)
     print(f"""
 {n} samples of each, of diffusion models DDIM in {steps} steps. target: share in the target domain; kept:

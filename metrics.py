@@ -1,4 +1,4 @@
-"""The measurements of section 5.2, Intra-LPIPS and FID, and KID, which few samples do not bias as they do FID.
+"""The measurements of section 5.2, Intra-LPIPS and FID, and KID, unbiased where samples are few.
 
 All are distances between sets of features (N, D).
 

@@ -89,6 +89,8 @@ def main() -> None:
     if not options.file:
         for name, known in ARCHITECTURES.items():
             print(f"{name:24}{known['files']}\n{'':24}{known['listed']}")
+        print(f"{'StyleGAN2':24}source_ffhq.pt, source_church.pt\n{'':24}github.com/utkarshojha/few-shot-gan-"
+              "adaptation (python -m baselines.gan_transfer)")
         print("\nOf the Hugging Face Hub by owner/name, owner/name@revision or owner/name/FILE (not tried "
               "here):")
         for names in hub.KNOWN:

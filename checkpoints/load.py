@@ -45,7 +45,7 @@ def locate(name: str) -> Path:
     path = Path(name)
     if path.exists() or path.is_symlink():
         return hub.snapshot_in(path) if path.is_dir() else path
-    if hub.is_name(name):
+    if hub.is_name(name) and path.parts[0] != "runs":
         return hub.fetch(name)
     near = difflib.get_close_matches(path.name, BUILT_IN + BUILT_IN_GANS, 1)
     meant = f" (did you mean {near[0]}?)" if near else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints.load import title_of
 from checkpoints.run_folder import best_stage, stages
+from domains import judge
 from plumbing.files import read_metrics, write_atomic
 from plumbing.options import flag
 from plumbing.shell import quoted
@@ -42,7 +43,7 @@ def write_page(out: Path, options: dict[str, Any], command: str) -> None:
                             f"minutes, seed {options['seed']}"),
         stages=_slider(out, kept), targets=_picture(out / "targets.png", "training pictures"),
         pairs=_pairs(out), curves="\n".join(_curve(metrics, name) for name in CURVES),
-        next=_next(out, kept, exportable="arch" in options),
+        next=_next(out, kept, options),
         command=html.escape(command),
         settings="\n".join(f"<tr><td>{flag(name)}<td>{html.escape(json.dumps(value))}"
                            for name, value in options.items()))
@@ -107,10 +108,10 @@ def _curve(metrics: list[dict[str, Any]], name: str) -> str:
             f"<figcaption>{CURVES[name]}</figcaption></figure>")
 
 
-def _next(out: Path, kept: list[dict[str, Any]], exportable: bool) -> str:
-    place = quoted(out)
-    lines = [f"python sample.py {place} -n 64", f"python evaluate.py {place} --at all"]
-    if exportable:  # a GAN is not
+def _next(out: Path, kept: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    place, fetch = quoted(out), "" if judge.knows(options) else " --download"
+    lines = [f"python sample.py {place} -n 64", f"python evaluate.py {place} --at all -n 100{fetch}"]
+    if "arch" in options:  # a GAN is not exported
         lines.append(f"python -m checkpoints.export {place} DIR")
     if (best := best_stage(kept)) is not None:
         lines.insert(1, f"python sample.py {place} --at {best}    # where the held-out loss is lowest")

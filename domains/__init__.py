@@ -3,6 +3,7 @@
   python -m domains            32 pictures of each, in runs/domains/
 """
 
+import difflib
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -166,5 +167,7 @@ def _say_which(name: str) -> None:
 
 def _need_folder(name: str | Path, role: str, built_in: Collection[str]) -> None:
     if not Path(name).exists():
-        raise InputError(f"{name}: neither a folder nor a built-in {role}; "
+        near = difflib.get_close_matches(str(name), built_in, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"{name}: neither a folder nor a built-in {role}{meant}; "
                          f"give a folder of images or one of: {', '.join(sorted(built_in))}")

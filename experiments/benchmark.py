@@ -24,9 +24,10 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 import adaptor
@@ -55,8 +56,8 @@ REACH = 0.2       # J omega
 class Options:
     source: Unset[str] = None
     """Built-in source, file of weights or folder of diffusers (default: toyfaces, if there is no --arch)."""
-    arch: tuple[Literal[PUBLISHED], ...] = ()
-    """Published networks, with random weights."""
+    arch: Annotated[tuple[Literal[PUBLISHED], ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    """Published networks, with random weights (default: none; then --source)."""
     pgd_steps: tuple[int, ...] = (10, 2)
     """J, a row each."""
     batch_size: Unset[int] = None

@@ -168,8 +168,8 @@ def run(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)):
             raise
-        print("error: out of memory; fewer pictures at once need less: see --help for --micro-batch-size, "
-              "--batch-size, --checkpoint-blocks, --precision, where there are such", file=sys.stderr)
+        print("error: out of memory; fewer pictures at once need less: of --micro-batch-size, --batch-size, "
+              "--checkpoint-blocks, --precision bf16, those that --help has", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -1,11 +1,12 @@
 """settings.py: what suits which source, which options a method uses, and what is refused by the name of its flag."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 
 import settings
-from plumbing.options import InputError, flat, replace
+from plumbing.options import InputError, flag, flat, parse, replace
 from settings import METHODS, PAPER, Options, suited, used_by
 
 SMALL = settings.SMALL | settings.SMALL_ADAPTORS["bottleneck"]
@@ -99,3 +100,22 @@ def test_what_is_refused(flags, says, train, tmp_path):
     with pytest.raises(InputError, match=says) as error:
         train(tmp_path / "run", *flags.split())
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("target, method, expected", [
+    ("sunglasses", "tan", dict(iterations=160, batch_size=16, learning_rate=2e-3, learning_rate_decay="cosine", adaptor_width=8,
+                               classifier_iterations=100, guidance_fade=0.5, pgd_steps=2, omega=0.1, norm="own")),
+    ("haunted-houses", "finetune", dict(iterations=320, learning_rate=3e-4)),
+    ("sunglasses", "pa", dict(learning_rate=3e-4, pairwise_weights=(0.5, 0.5, 0.05)))])
+def test_the_numbers_of_small_sources_are_those_of_the_help(target, method, expected, capsys):
+    """As in note 13, and each named where --help says what the option's default is."""
+    found = flat(suited(Options(target=target, method=method), source_of(32)))
+    assert {name: found[name] for name in expected} == expected
+    with pytest.raises(SystemExit):
+        parse(Options, "", ["--help"])
+    words = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for name, value in expected.items():
+        value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        texts = {str(value), f"{value:.0e}".replace("e-0", "e-")} if isinstance(value, float) else {str(value)}
+        default = re.search(rf"{flag(name)} .*?[Dd]efault: (.*?)[.)] ", words)[1]
+        assert any(text in default for text in texts), f"{name}: {value} is not in {default!r}"
