@@ -160,7 +160,7 @@ class Options:
     overwrite: bool = False
     """Replace the run in --output-dir."""
     iterations: Unset[int] = None
-    """Updates of psi (default: 300; 160 for a small source, 320 for the targets of toychurches)."""
+    """Updates of psi (default: 300; 160 for a small source, 640 for the targets of toychurches)."""
     batch_size: Unset[int] = None
     """Pictures an iteration, over all processes (default: 40; 16 for a small source)."""
     micro_batch_size: Unset[int] = None
@@ -221,7 +221,7 @@ SMALL_GUIDED = dict(classifier_iterations=100, guidance_fade=0.5)
 SMALL_ADVERSARIAL = dict(pgd_steps=2, omega=0.1, norm="own")
 SMALL_PA = dict(pairwise_weights=(0.5, 0.5, 0.05))
 # For the targets of toychurches, where nearly every pixel changes; chosen on haunted-houses, seed 100.
-CHURCHES = dict(iterations=320)
+CHURCHES = dict(iterations=640)
 
 
 def instead_of_paper(options: Options, source: Network) -> dict:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import settings as diffusion
+import settings
 from baselines import gan_methods, gan_settings
 from checkpoints.load import load_source
 from checkpoints.run_folder import MAY_CHANGE
@@ -18,7 +18,7 @@ from plumbing.options import InputError, flag, flat, replace
 
 # Options of which nothing shows in the weights.
 UNSEEN = (MAY_CHANGE - {"iterations", "source", "target"} | {"overwrite", "paper", "classifier_check"}
-          | flat(diffusion.Options().pictures).keys())
+          | flat(settings.Options().pictures).keys())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Program:
 
 TRAIN_TAN = (str(Path(__file__).parents[1] / "train_tan.py"),)
 GAN_TRANSFER = ("-m", "baselines.gan_transfer")
-TAN = Program(TRAIN_TAN, diffusion.Options, diffusion.suited, diffusion.used_by)
+TAN = Program(TRAIN_TAN, settings.Options, settings.suited, settings.used_by)
 GAN = Program(GAN_TRANSFER, gan_settings.Options, gan_settings.suited, gan_settings.used_by)
 
 
@@ -41,7 +41,7 @@ def program_of(method: str) -> Program:
     return GAN if method in gan_methods.METHODS else TAN
 
 
-def settings(options: dict[str, Any]) -> dict[str, Any]:
+def relevant(options: dict[str, Any]) -> dict[str, Any]:
     """Of a run's (flat) options, those that its figures depend on: {name: value as in JSON}."""
     program = program_of(options["method"])
     usual = flat(program.options())
@@ -55,11 +55,11 @@ def settings(options: dict[str, Any]) -> dict[str, Any]:
 known_source = functools.cache(load_source)
 
 
-def settings_today(**flags: Any) -> dict[str, Any]:
-    """`settings` of a run that is started now with these options of its program."""
+def relevant_today(**flags: Any) -> dict[str, Any]:
+    """`relevant` of a run that is started now with these options of its program."""
     program = program_of(flags["method"])
     options = replace(program.options(), **flags)
-    return settings(flat(program.suited(options, known_source(options.source))))
+    return relevant(flat(program.suited(options, known_source(options.source))))
 
 
 def call_train(program: Program, arguments: list[str], log: Path) -> int:
@@ -80,7 +80,7 @@ def call_train(program: Program, arguments: list[str], log: Path) -> int:
 
 def check_known(folder: Path, known: dict[str, Any], today: dict[str, Any]) -> None:
     """InputError if the run in the folder has other settings than it would have today."""
-    for name, value in settings(known).items():
+    for name, value in relevant(known).items():
         if value != today.get(name):
             raise InputError(f"{folder}: was trained with {flag(name)} {value}, wanted is {today.get(name)}; "
                              "remove the folder, or choose another --output-dir")
@@ -92,7 +92,7 @@ def train(folder: Path, device: str, **flags: Any) -> Path:
     What is there is resumed or left alone.  Raises InputError if the run stops, or if the one in the folder
     has other settings.
     """
-    today = settings_today(**flags)
+    today = relevant_today(**flags)
     file, weights = folder / "options.json", folder / "weights.safetensors"
     known = json.loads(file.read_text()) if file.exists() else None
     arguments = ["--output-dir", folder, "--device", device]

@@ -140,7 +140,7 @@ def score(options: Options, folder: Path, device: torch.device) -> Row:
     adapts = trained["method"] in METHODS and METHODS[trained["method"]].adaptors
     rate = adaptor.parameter_rate(network.model) if adapts else 1.0
     seconds = statistics.median(line["seconds"] for line in read_metrics(folder / "metrics.jsonl"))
-    more = dict(rate=rate, seconds=seconds, settings=launch.settings(trained))
+    more = dict(rate=rate, seconds=seconds, settings=launch.relevant(trained))
     return judge.score_run(folder, options.n, options.steps, device) | more
 
 
@@ -205,7 +205,7 @@ def passes_runs(options: Options, device: torch.device) -> Iterator[Row]:
     """TAN, and the other methods with as many passes through the network, 1 + J for each of TAN's one."""
     jobs = list(itertools.product(options.seeds, options.targets, options.diffusion_methods))
     for seed, target, method in bar(jobs, "passes"):
-        usual = launch.settings_today(target=target, source=options.source(target), method="tan")
+        usual = launch.relevant_today(target=target, source=options.source(target), method="tan")
         passes = usual["iterations"] * (1 + usual["pgd_steps"]) // PASSES.get(method, 1)
         flags = {} if method == "tan" else dict(iterations=passes)
         yield measured(options, device, target, method, seed, name="passes" if flags else "", **flags)
@@ -235,7 +235,7 @@ def iterations_runs(options: Options, device: torch.device) -> Iterator[Row]:
     Each number of iterations is a run of its own: gamma and the learning rate fall over its length.
     """
     target, found = options.targets[0], []
-    usual = launch.settings_today(target=target, source=options.source(target), method="tan")["iterations"]
+    usual = launch.relevant_today(target=target, source=options.source(target), method="tan")["iterations"]
     stages = [round(usual * stage) for stage in STAGES]
     for seed, method in bar(list(itertools.product(options.seeds, options.diffusion_methods)), "curves"):
         for n in stages:
@@ -285,7 +285,7 @@ def identity(found: Row) -> str:
     """What tells a run in results.json from the others."""
     what = {name: value for name, value in found["run"].items() if name not in ("weights", "judge")}
     trained = found.get("settings")
-    return json.dumps([what, trained and launch.settings(trained)], sort_keys=True)
+    return json.dumps([what, trained and launch.relevant(trained)], sort_keys=True)
 
 
 def current(found: Row, options: Options) -> bool:
@@ -296,7 +296,7 @@ def current(found: Row, options: Options) -> bool:
     if trained is None:
         return "seed" not in scored  # the ends of the scale
     asked = {name: trained[name] for name in ("target", "source", "method", "seed")}
-    return launch.settings(trained) == launch.settings_today(**asked, **scored.get("flags", {}))
+    return launch.relevant(trained) == launch.relevant_today(**asked, **scored.get("flags", {}))
 
 
 def read(file: Path) -> dict[str, list[Row]]:

@@ -105,7 +105,7 @@ def test_what_is_refused(flags, says, train, tmp_path):
 @pytest.mark.parametrize("target, method, expected", [
     ("sunglasses", "tan", dict(iterations=160, batch_size=16, learning_rate=2e-3, learning_rate_decay="cosine", adaptor_width=8,
                                classifier_iterations=100, guidance_fade=0.5, pgd_steps=2, omega=0.1, norm="own")),
-    ("haunted-houses", "finetune", dict(iterations=320, learning_rate=3e-4)),
+    ("haunted-houses", "finetune", dict(iterations=640, learning_rate=3e-4)),
     ("sunglasses", "pa", dict(learning_rate=3e-4, pairwise_weights=(0.5, 0.5, 0.05)))])
 def test_the_numbers_of_small_sources_are_those_of_the_help(target, method, expected, capsys):
     """As in note 13, and each named where --help says what the option's default is."""

@@ -210,7 +210,7 @@ def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, messa
 
 def test_settings_are_those_that_concern_the_method():
     flags = dict(target="babies", source="toyfaces")
-    same = {method: launch.settings_today(**flags, method=method) == launch.settings_today(**flags, method=method, gamma=1.0) for method in METHODS}
+    same = {method: launch.relevant_today(**flags, method=method) == launch.relevant_today(**flags, method=method, gamma=1.0) for method in METHODS}
     assert same == {"tan": False, "guided": False, "adaptor": True, "finetune": True, "pa": True}
 
 
