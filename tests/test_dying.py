@@ -166,6 +166,6 @@ def test_names_that_are_no_utf8(train, tiny, tmp_path):
     words = [*tiny.flags("adaptor"), "--method", "adaptor", "--iterations", 1, "--target", target]
     done = program(ROOT / "train_tan.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert r"fotos_\udce9t\udce9" in done.stdout and (tmp_path / "runs" / "fotos_\ufffdt\ufffd-adaptor").is_dir()
+    assert r"fotos_\udce9t\udce9" in done.stdout and (tmp_path / "runs" / "fotos_\ufffdt\ufffd-source-adaptor").is_dir()
     done = program(ROOT / "train_tan.py", *words, "--output-dir", target, cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
