@@ -174,7 +174,7 @@ def commands(monkeypatch, tmp_path):
         if options.resume:
             options = run_folder.resumed(tmp_path, options, typed)
         else:
-            options = suited(options, SimpleNamespace(image_size=32))
+            options = suited(options, SimpleNamespace(image_size=32, small=True))
         (tmp_path / "weights.safetensors").touch()
         (tmp_path / "options.json").write_text(json.dumps(flat(options)))
         return 0
