@@ -166,8 +166,8 @@ class Options:
     micro_batch_size: Unset[int] = None
     """Pictures at once on a device, to save memory (default: all)."""
     learning_rate: Unset[float] = None
-    """Of Adam (default: 5e-5; 1e-5 for latents; for a small source 2e-3, of scale-shift 4e-2, and
-    3e-4 without adaptors)."""
+    """Of Adam (default: 5e-5; 1e-5 for latents; for a small source 2e-3, of low-rank 5e-3, of
+    scale-shift 4e-2, and 3e-4 without adaptors)."""
     learning_rate_decay: Unset[Literal["none", "cosine"]] = None
     """cosine: down to 0 at the end of the run (default: none; cosine for a small source)."""
     warmup: int = 0
@@ -215,7 +215,7 @@ LATENT = dict(learning_rate=1e-5)
 SMALL = dict(iterations=160, batch_size=16, learning_rate_decay="cosine")
 SMALL_ADAPTORS = {"bottleneck": dict(learning_rate=2e-3, adaptor_width=8),
                   "scale-shift": dict(learning_rate=4e-2),  # few numbers take large steps (sunglasses)
-                  "low-rank": dict(learning_rate=2e-3)}
+                  "low-rank": dict(learning_rate=5e-3)}
 SMALL_FINETUNE = dict(learning_rate=3e-4)  # all weights at once take smaller steps
 SMALL_GUIDED = dict(classifier_iterations=100, guidance_fade=0.5)
 SMALL_ADVERSARIAL = dict(pgd_steps=2, omega=0.1, norm="own")

@@ -33,6 +33,7 @@ from PIL import Image
 
 import adaptor
 import domains
+from adaptor import FORMS
 from baselines import gan_methods, gan_settings
 from checkpoints.load import BUILT_IN, load_source
 from checkpoints.run_folder import load_run
@@ -46,6 +47,7 @@ from experiments.tables_report import (
     classifier_table,
     draw_figure1,
     draw_iterations,
+    forms_tables,
     iterations_table,
     main_tables,
     passes_tables,
@@ -63,7 +65,7 @@ VARIANTS = {"J = 10": dict(pgd_steps=10, omega=0.02), "Norm as printed": dict(no
             "constant gamma": dict(guidance_fade=0.0),
             "as printed": dict(pgd_steps=10, omega=0.02, norm="paper", guidance_fade=0.0)}
 SHOWN = 10  # samples a row
-PARTS = ("tables", "ablation", "passes", "classifier", "iterations", "figures")
+PARTS = ("tables", "ablation", "passes", "forms", "classifier", "iterations", "figures")
 
 
 @dataclasses.dataclass
@@ -78,8 +80,8 @@ class Options:
     """Seeds of the runs."""
     parts: tuple[Literal[PARTS], ...] = PARTS
     """tables: 1 and 2 and what the judge reads; ablation: TAN without each change; passes: the other methods
-    with as many passes as TAN; classifier: Table 3; figures: 3 and 4, first seed; iterations: FID against
-    iterations, and Figure 1 of finetune."""
+    with as many passes as TAN; forms: adaptors alone in each form of psi; classifier: Table 3; figures: 3 and 4,
+    first seed; iterations: FID against iterations, and Figure 1 of finetune."""
     latent: bool = False
     """Adapt the latent source of each domain instead of the pixel one; GANs have none."""
     n: Annotated[int, short("-n")] = 100
@@ -211,6 +213,13 @@ def passes_runs(options: Options, device: torch.device) -> Iterator[Row]:
         yield measured(options, device, target, method, seed, name="passes" if flags else "", **flags)
 
 
+def forms_runs(options: Options, device: torch.device) -> Iterator[Row]:
+    """Adaptors alone, in each form of psi."""
+    for seed, target, form in bar(list(itertools.product(options.seeds, options.targets, FORMS)), "forms"):
+        flags = {} if form == "bottleneck" else dict(adaptor=form)
+        yield measured(options, device, target, "adaptor", seed, form, form if flags else "", **flags)
+
+
 def classifier_runs(options: Options, device: torch.device) -> Iterator[Row]:
     """The runs of Table 3 on the first target: its classifier from the ten pictures and from a hundred."""
     target = options.targets[0]
@@ -275,9 +284,9 @@ def sample_figures(options: Options, device: torch.device) -> list[Row]:
 # ---- what is kept, and the tables ------------------------------------------------------------------------
 
 # What each part trains, scores and draws, run by run, and the tables that come of it.
-WORK = {"tables": main_runs, "ablation": ablation_runs, "passes": passes_runs,
+WORK = {"tables": main_runs, "ablation": ablation_runs, "passes": passes_runs, "forms": forms_runs,
         "classifier": classifier_runs, "iterations": iterations_runs, "figures": sample_figures}
-TABLES = {"tables": main_tables, "ablation": ablation_tables, "passes": passes_tables,
+TABLES = {"tables": main_tables, "ablation": ablation_tables, "passes": passes_tables, "forms": forms_tables,
           "classifier": classifier_table, "iterations": iterations_table}
 
 

@@ -173,6 +173,11 @@ def passes_tables(found: list[Row]) -> list[str]:
     return difference_tables(found, "At equal passes through the network", "tan")
 
 
+def forms_tables(found: list[Row]) -> list[str]:
+    """Each form of psi, less the bottleneck."""
+    return difference_tables(found, "Forms of psi, adaptors alone", "bottleneck")
+
+
 def main_tables(found: list[Row]) -> list[str]:
     """Tables 1 and 2 and what the judge reads."""
     return [score_table(found, "toy Intra-LPIPS", "Table 1, toy Intra-LPIPS (higher is more diverse)",

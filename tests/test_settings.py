@@ -56,7 +56,7 @@ def test_options_of_a_method():
     assert asks["target"] == asks["samples"] == asks["ema"] == set(METHODS)
 
 
-@pytest.mark.parametrize("form, rate, width", [("bottleneck", 2e-3, 8), ("scale-shift", 4e-2, None), ("low-rank", 2e-3, None)])
+@pytest.mark.parametrize("form, rate, width", [("bottleneck", 2e-3, 8), ("scale-shift", 4e-2, None), ("low-rank", 5e-3, None)])
 def test_what_suits_the_forms_of_adaptors_on_small_sources(form, rate, width):
     given = suited(Options(adaptor=form), source_of(32))
     assert (given.learning_rate, given.adaptor_width) == (rate, width)

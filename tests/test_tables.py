@@ -14,6 +14,7 @@ from PIL import Image
 import domains
 import settings
 import train_tan
+from adaptor import FORMS
 from baselines import gan_settings, gan_transfer
 from checkpoints import run_folder
 from domains import judge
@@ -59,6 +60,8 @@ def test_tables(trained, tmp_path, capsys):
             if row["run"]["method"] == "tan"] == [("TAN", 1, "own"), ("J = 2", 2, "own"), ("Norm as printed", 1, "paper")]
     assert [row["run"]["method"] for row in results["ablation"]].count("guided") == 1 and "| J = 2 | " in text
     assert {row["run"]["method"]: row["run"]["iterations"] for row in results["passes"]} == {"tan": 1, "finetune": 2}  # 1 + J passes
+    assert {row["run"]["label"]: row["settings"]["adaptor"] for row in results["forms"]} == {form: form for form in FORMS}
+    assert "| low-rank |" in text and "| scale-shift |" in text
     options = json.loads((tmp_path / "sunglasses" / "tan-1-hundred" / "options.json").read_text())
     assert options["classifier_targets"].endswith("sunglasses-hundred") and len(list((tmp_path / "sunglasses-hundred").iterdir())) == 100
     for name in ("figure1-sunglasses.png", "iterations-sunglasses.png", "samples-sunglasses.png"):
