@@ -80,8 +80,8 @@ class Options:
     """Seeds of the runs."""
     parts: tuple[Literal[PARTS], ...] = PARTS
     """tables: 1 and 2 and what the judge reads; ablation: TAN without each change; passes: the other methods
-    with as many passes as TAN; forms: adaptors alone in each form of psi; classifier: Table 3; figures: 3 and 4,
-    first seed; iterations: FID against iterations, and Figure 1 of finetune."""
+    with as many passes as TAN; forms: adaptors alone in each form of psi; classifier: Table 3; figures: 3
+    and 4, first seed; iterations: FID against iterations, and Figure 1 of finetune."""
     latent: bool = False
     """Adapt the latent source of each domain instead of the pixel one; GANs have none."""
     n: Annotated[int, short("-n")] = 100
