@@ -214,7 +214,7 @@ LATENT = dict(learning_rate=1e-5)
 # What suits small networks (64 pixels and less) instead, chosen on babies.
 SMALL = dict(iterations=160, batch_size=16, learning_rate_decay="cosine")
 SMALL_ADAPTORS = {"bottleneck": dict(learning_rate=2e-3, adaptor_width=8),
-                  "scale-shift": dict(learning_rate=4e-2),  # few numbers take large steps (sunglasses)
+                  "scale-shift": dict(learning_rate=4e-2),  # few numbers take large steps
                   "low-rank": dict(learning_rate=5e-3)}
 SMALL_FINETUNE = dict(learning_rate=3e-4)  # all weights at once take smaller steps
 SMALL_GUIDED = dict(classifier_iterations=100, guidance_fade=0.5)
