@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -261,14 +261,9 @@ def used_by(method: str) -> frozenset[str]:
     return frozenset(flat(options).keys() - unused.keys())
 
 
-def used(options: Options) -> dict[str, Any]:
-    """The options that the method uses, by name."""
-    return {name: value for name, value in flat(options).items() if name in used_by(options.method)}
-
-
 def command_of(options: Options) -> str:
     """The command that makes this run again, its settings spelt out; quoted for the shell."""
-    names = used(options).keys() - {"resume", "overwrite", "paper"}
+    names = used_by(options.method) - {"resume", "overwrite", "paper"}
     return command("python train_tan.py", options, names)
 
 

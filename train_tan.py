@@ -42,7 +42,7 @@ from classifier import Classifier, fade, guided_loss, limited, make_classifier, 
 from ddpm import Schedule, predict_eps
 from plumbing import distributed, progress
 from plumbing.board import Board
-from plumbing.options import flag, flat, parse, replace, run
+from plumbing.options import flag, flat, parse, picked, replace, run
 from plumbing.seeds import generator
 from plumbing.training import (
     EMA,
@@ -258,8 +258,8 @@ def main() -> None:
     pairwise = pairwise_losses(source, x0s[:len(targets)], options)
     wanted = options.tensorboard and distributed.rank() == 0
     board = Board(out / "tensorboard", state["iteration"] if state else 0) if wanted else None
-    report = Report(out, settings.used(options), source, identity["source"], targets, held_out, ema, device,
-                    settings.command_of(options), board)
+    report = Report(out, picked(options, settings.used_by(options.method)), source, identity["source"],
+                    targets, held_out, ema, device, settings.command_of(options), board)
     b = options.batch_size
     micro_batches = MicroBatches(options.micro_batch_size or b, fixed=method.pairwise_losses)
     loop = Loop(out, options.method, options.iterations, options.save_every, batch_size=b, parameters=psi,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -133,12 +133,7 @@ def suited(options: Options, source: GAN) -> Options:
     return replace(options, **{name: value for name, value in suits.items() if flat(options)[name] is None})
 
 
-def used(options: Options) -> dict[str, Any]:
-    """The options that the method uses, by name."""
-    return {name: value for name, value in flat(options).items() if name in used_by(options.method)}
-
-
 def command_of(options: Options) -> str:
     """The command that makes this run again, quoted for the shell."""
-    names = used(options).keys() - {"resume", "overwrite"}
+    names = used_by(options.method) - {"resume", "overwrite"}
     return command("python -m baselines.gan_transfer", options, names)

@@ -22,7 +22,7 @@ from checkpoints import run_folder
 from checkpoints.load import load_gan
 from checkpoints.run_report import Report
 from plumbing import distributed
-from plumbing.options import InputError, flat, parse, replace, run
+from plumbing.options import InputError, flat, parse, picked, replace, run
 from plumbing.training import EMA, Loop
 
 
@@ -64,8 +64,8 @@ def main() -> None:
         mirrored = torch.rand(options.batch_size, 1, 1, 1, generator=g) < (0.5 if options.flip else 0)
         return torch.where(mirrored, chosen.flip(3), chosen)
 
-    report = Report(out, gan_settings.used(options), source, identity["source"], targets, targets[:0], ema,
-                    device, gan_settings.command_of(options))
+    report = Report(out, picked(options, gan_settings.used_by(options.method)), source, identity["source"],
+                    targets, targets[:0], ema, device, gan_settings.command_of(options))
     loop = Loop(out, options.method, options.iterations, options.save_every, options.batch_size,
                 players.parameters, players.optimizer, ema, lambda iteration: options.learning_rate, device,
                 state, dict(identity, gan=players.state), report.preview, also=players.load)

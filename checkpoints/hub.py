@@ -101,6 +101,6 @@ def _inside(folder: Path, file: str | None) -> Path:
 
 def pinned(name: str, path: Path) -> str:
     """The name with the commit that its files in the cache are of."""
-    after = path.as_posix().rpartition("/snapshots/")[2]  # a folder above may be called so, too
-    commit = after.partition("/")[0]
+    repo = NAME.fullmatch(name)["repo"]  # folders above and in the repository may be called snapshots, too
+    commit = path.parts[path.parts.index(f"models--{repo.replace('/', '--')}") + 2]
     return f"{name.partition('@')[0]}@{commit}"

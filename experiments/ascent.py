@@ -36,7 +36,6 @@ from plumbing.markdown import markdown
 from plumbing.options import InputError, Positional, Unset, at_least, check_seed, parse, positive, run
 from plumbing.progress import bar
 from plumbing.seeds import generator
-from settings import METHODS
 
 CLOSE = 0.98     # the cosine from which two perturbations count as the same
 MATTERS = 0.005  # the share of the noise's length below which a perturbation does not count
@@ -193,7 +192,7 @@ def main() -> None:
     network = need_diffusion_model(network, options.model)
     target = target_of(options, of_run)
     pictures = domains.target_images(target, network.image_size)
-    ascended = of_run and METHODS[of_run["method"]].adversarial_noise
+    ascended = of_run and settings.METHODS[of_run["method"]].adversarial_noise
     chosen = options.norm or (of_run["norm"] if ascended else settings.suited(
         settings.Options(target=target, method="tan"), network).adversarial_noise.norm)
     network.to(device).model.requires_grad_(False)

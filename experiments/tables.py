@@ -33,7 +33,6 @@ from PIL import Image
 
 import adaptor
 import domains
-from adaptor import FORMS
 from baselines import gan_methods, gan_settings
 from checkpoints.load import BUILT_IN, load_source
 from checkpoints.run_folder import load_run
@@ -215,7 +214,8 @@ def passes_runs(options: Options, device: torch.device) -> Iterator[Row]:
 
 def forms_runs(options: Options, device: torch.device) -> Iterator[Row]:
     """Adaptors alone, in each form of psi."""
-    for seed, target, form in bar(list(itertools.product(options.seeds, options.targets, FORMS)), "forms"):
+    jobs = list(itertools.product(options.seeds, options.targets, adaptor.FORMS))
+    for seed, target, form in bar(jobs, "forms"):
         flags = {} if form == "bottleneck" else dict(adaptor=form)
         yield measured(options, device, target, "adaptor", seed, form, form if flags else "", **flags)
 

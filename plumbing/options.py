@@ -16,7 +16,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -76,6 +76,11 @@ def flat(options: Any) -> dict[str, Any]:
         value = getattr(options, field.name)
         found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return found
+
+
+def picked(options: Any, names: Collection[str]) -> dict[str, Any]:
+    """Those options, as `flat` has them."""
+    return {name: value for name, value in flat(options).items() if name in names}
 
 
 def check_types(options: Any, values: dict[str, Any], where: str) -> None:
