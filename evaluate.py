@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +40,7 @@ from metrics import Images, IntraLPIPS, frechet_distance, intra_lpips, kernel_di
 from plumbing import distributed
 from plumbing.figures import save_panels
 from plumbing.files import write_atomic
+from plumbing.memory import device_memory
 from plumbing.options import (
     InputError,
     Positional,
@@ -279,21 +279,10 @@ def warn_of_old(samples: Path) -> None:
               "drawn, draw them again with sample.py")
 
 
-def memory(device: torch.device) -> float:
-    """The bytes of memory that a device has; infinity where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # a system without it, or without these names
-        return math.inf
-    return pages * size if pages > 0 else math.inf
-
-
 def check_memory(embed: Callable[[Tensor], Tensor], targets: Images, size: int,
                  device: torch.device) -> None:
     """InputError if what Intra-LPIPS keeps, two rows of features for each training picture, cannot fit."""
-    needed, there = 2 * len(targets) * embed(targets[0][None]).nbytes, memory(device)
+    needed, there = 2 * len(targets) * embed(targets[0][None]).nbytes, device_memory(device)
     if needed > there:
         raise InputError(
             f"{len(targets)} training pictures at --size {size} need {needed / 2**30:.1f} GiB of "

@@ -42,18 +42,10 @@ from classifier import Classifier, fade, guided_loss, limited, make_classifier, 
 from ddpm import Schedule, predict_eps
 from plumbing import distributed, progress
 from plumbing.board import Board
+from plumbing.memory import MicroBatches, fitting
 from plumbing.options import flag, flat, parse, picked, replace, run
 from plumbing.seeds import generator
-from plumbing.training import (
-    EMA,
-    Loop,
-    MicroBatches,
-    Stats,
-    cosine_decay,
-    fitting,
-    hold_frozen_in_bf16,
-    warmup,
-)
+from plumbing.training import EMA, Loop, Stats, cosine_decay, hold_frozen_in_bf16, warmup
 from settings import METHODS, Options
 from unet import UNet
 
@@ -88,11 +80,9 @@ def source_pictures(source: Network, options: Options) -> Tensor:
     # psi, which is attached already, is still zero: the network draws what the source model draws.
     seeds = range(10**6, 10**6 + count)
 
-    def draw(at_once: int) -> Tensor:
-        return source.sample(seeds[distributed.share(count)], 25, batch_size=at_once,
-                             progress=functools.partial(progress.bar, text="source pictures"))
-
-    drawn = fitting(draw, options.micro_batch_size or 64)
+    bar = functools.partial(progress.bar, text="source pictures")
+    drawn = fitting(lambda at_once: source.sample(seeds[distributed.share(count)], 25, batch_size=at_once,
+                                                  progress=bar), options.micro_batch_size or 64)
     return distributed.gather(drawn, count, next(source.model.parameters()).device)
 
 

@@ -26,10 +26,11 @@ from plumbing import distributed, progress
 from plumbing.board import Board
 from plumbing.figures import save_curve
 from plumbing.files import read_metrics, write_atomic
+from plumbing.memory import fitting
 from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
 from plumbing.seeds import generator
 from plumbing.shell import quoted
-from plumbing.training import EMA, fitting
+from plumbing.training import EMA
 
 NOISES = 8  # a picture, for the losses of a stage
 STAGE_NOISE = 5  # stream of random numbers
@@ -64,11 +65,8 @@ class Report:
     def draw(self, network: Network | GAN, n: int, steps: int) -> Tensor:
         """Pictures (n, 3, H, W) of the seeds 0 to n - 1."""
         network.to(self.device).model.eval()
-
-        def work(at_once: int) -> Tensor:
-            return network.sample(range(n), steps, batch_size=at_once)
-
-        return fitting(work, self.options.get("micro_batch_size") or 64)
+        return fitting(lambda at_once: network.sample(range(n), steps, batch_size=at_once),
+                       self.options.get("micro_batch_size") or 64)
 
     @torch.no_grad()
     def loss(self, pictures: Tensor) -> float:

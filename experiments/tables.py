@@ -19,7 +19,6 @@ commands so far; the pictures have the methods of the last command.
 
 import dataclasses
 import itertools
-import json
 import shutil
 import signal
 import statistics
@@ -37,11 +36,11 @@ from baselines import gan_methods, gan_settings
 from checkpoints.load import BUILT_IN, load_source
 from checkpoints.run_folder import load_run
 from domains import judge
-from experiments import launch
+from experiments import launch, results
+from experiments.results import Row
 from experiments.tables_report import (
     ALL_METHODS,
     PASSES,
-    Row,
     ablation_tables,
     classifier_table,
     draw_figure1,
@@ -109,7 +108,7 @@ class Options:
         return tuple({self.source("sunglasses", method): method for method in self.methods}.values())
 
     @property
-    def results(self) -> Path:
+    def file(self) -> Path:
         """The file of all that was ever scored here."""
         return Path(self.output_dir) / f"results{'-latent' if self.latent else ''}.json"
 
@@ -154,9 +153,9 @@ def measured(options: Options, device: torch.device, target: str, method: str, s
     # The folder of runs may move.
     flags_ = {key: Path(value).name if key == "classifier_targets" else value for key, value in flags.items()}
     asked = dict(target=target, source=options.source(target, method), method=method, seed=seed)
-    for row in itertools.chain.from_iterable(read(options.results).values()):
+    for row in itertools.chain.from_iterable(results.read(options.file).values()):
         if (asked.items() <= row["run"].items() and row["run"].get("flags", {}) == flags_
-                and current(row, options)):
+                and results.current(row, options.n, options.steps)):
             found = row
             break
     else:
@@ -281,44 +280,13 @@ def sample_figures(options: Options, device: torch.device) -> list[Row]:
     return []
 
 
-# ---- what is kept, and the tables ------------------------------------------------------------------------
+# ---- the tables ------------------------------------------------------------------------------------------
 
 # What each part trains, scores and draws, run by run, and the tables that come of it.
 WORK = {"tables": main_runs, "ablation": ablation_runs, "passes": passes_runs, "forms": forms_runs,
         "classifier": classifier_runs, "iterations": iterations_runs, "figures": sample_figures}
 TABLES = {"tables": main_tables, "ablation": ablation_tables, "passes": passes_tables, "forms": forms_tables,
           "classifier": classifier_table, "iterations": iterations_table}
-
-
-def identity(found: Row) -> str:
-    """What tells a run in results.json from the others."""
-    what = {name: value for name, value in found["run"].items() if name not in ("weights", "judge")}
-    trained = found.get("settings")
-    return json.dumps([what, trained and launch.relevant(trained)], sort_keys=True)
-
-
-def current(found: Row, options: Options) -> bool:
-    """Whether a run in results.json was trained and scored as it would be today."""
-    scored, trained = found["run"], found.get("settings")
-    if not judge.protocol(scored["target"], options.n, options.steps).items() <= scored.items():
-        return False
-    if trained is None:
-        return "seed" not in scored  # the ends of the scale
-    asked = {name: trained[name] for name in ("target", "source", "method", "seed")}
-    return launch.relevant(trained) == launch.relevant_today(**asked, **scored.get("flags", {}))
-
-
-def read(file: Path) -> dict[str, list[Row]]:
-    """results.json: the runs of each part."""
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def add(file: Path, part: str, found: Row) -> None:
-    """One more run in results.json, or the same one anew."""
-    results = read(file)  # another command may have added to it meanwhile
-    known = {identity(row): row for row in results.get(part, [])} | {identity(found): found}
-    text = json.dumps(results | {part: list(known.values())}, indent=1)
-    write_atomic(file, lambda temporary: temporary.write_text(text))
 
 
 def check(options: Options) -> None:
@@ -353,18 +321,18 @@ def main() -> None:
         raise InputError("torchrun: the tables are made by one process; start python -m experiments.tables")
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    file = options.results
     for part in options.parts:
         for found in WORK[part](options, device):
-            add(file, part, found)
+            results.add(options.file, part, found)
     texts = []
     for part, make in TABLES.items():
-        if alike := [row for row in read(file).get(part, []) if current(row, options)]:
+        found = results.read(options.file).get(part, [])
+        if alike := [row for row in found if results.current(row, options.n, options.steps)]:
             texts += make(alike)
     texts.append(f"{options.n} samples of each run, of diffusion models DDIM in {options.steps} steps; mean "
                  "± standard deviation over seeds (their number; one where none is given).")
     text = "\n\n".join(texts)
-    tables = file.with_name(file.name.replace("results", "tables")).with_suffix(".md")
+    tables = out / options.file.with_suffix(".md").name.replace("results", "tables")
     write_atomic(tables, lambda temporary: temporary.write_text(text + "\n"))
     print(f"{text}\n\nall in {out}/")
 

@@ -10,13 +10,11 @@ import torch
 import domains
 from baselines import gan_methods
 from domains import judge
+from experiments.results import Row
 from plumbing.figures import save_figure
 from plumbing.markdown import markdown
 from plumbing.pictures import to_uint8
 from settings import METHODS
-
-Row = dict[str, Any]
-"""One scored run: "run" (method, target, seed ...), "score" (figures by name), "rate" and "seconds"."""
 
 ALL_METHODS = (*gan_methods.METHODS, *METHODS)  # GANs first, as in the paper's tables
 # Forward passes through the U-Net or the generator in an iteration; 1 for those not named, 1 + J for tan.

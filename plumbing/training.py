@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from plumbing import distributed, progress
 from plumbing.board import Board
 from plumbing.files import add_metrics, save_checkpoint, trim_metrics
 from plumbing.options import InputError
-
-T = TypeVar("T")
 
 
 class EMA:
@@ -77,64 +75,6 @@ def hold_frozen_in_bf16(model: torch.nn.Module) -> None:
     for p in model.parameters():
         if p.dim() > 1 and not p.requires_grad:
             p.data = p.data.bfloat16()
-
-
-def fitting(work: Callable[[int], T], size: int) -> T:
-    """work(size), the pictures that go through the network together; from the start with half as many, and
-    so on, where the device runs out of memory.  Raises InputError where even one does not fit.
-    """
-    while True:
-        try:
-            return work(size)
-        except torch.OutOfMemoryError:
-            pass  # what the error holds on to is free after this line
-        size = _half(size)
-
-
-def _half(size: int) -> int:
-    """Half as many pictures, said so; InputError if it was one."""
-    if size == 1:
-        raise InputError("out of memory with 1 picture at once; --checkpoint-blocks and --precision bf16 "
-                         "need less")
-    torch.cuda.empty_cache()
-    print(f"out of memory with {size} pictures at once: going on with {size // 2} (--micro-batch-size "
-          f"{size // 2} saves the failed attempts)", file=sys.stderr, flush=True)
-    return size // 2
-
-
-class MicroBatches:
-    """The parts of a batch that go through the network together; halved where the device runs out of memory.
-
-        for parts in micro_batches(x0, eps):     # again, from the start of the batch, if memory ran out
-            with micro_batches:
-                for x0_, eps_ in parts:
-                    ...
-
-    As gradients are summed over the parts, smaller ones give the same result, but for rounding.
-
-    size     pictures together
-    fixed    their number must not change: running out of memory is an InputError at once
-    """
-
-    def __init__(self, size: int, fixed: bool):
-        self.size, self.fixed, self.complete = size, fixed, True
-
-    def __call__(self, *batch: Tensor) -> Iterator[list[tuple[Tensor, ...]]]:
-        self.size, self.complete = min(self.size, len(batch[0])), False
-        while not self.complete:
-            yield list(zip(*(values.split(self.size) for values in batch)))
-
-    def __enter__(self) -> None:
-        self.complete = True
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, torch.OutOfMemoryError):
-            return False
-        if self.fixed:
-            raise InputError(f"out of memory with {self.size} pictures at once; --checkpoint-blocks, "
-                             "--precision bf16 and a smaller --micro-batch-size need less") from None
-        self.size, self.complete = _half(self.size), False
-        return True
 
 
 class StopSignal:

@@ -22,6 +22,7 @@ from checkpoints.perceptual import load_lpips, lpips_features
 from domains import judge
 from metrics import intra_lpips
 from plumbing import distributed
+from plumbing.memory import device_memory
 from plumbing.options import InputError
 from plumbing.picture_folder import load_folder
 from plumbing.pictures import to_tensor
@@ -106,20 +107,20 @@ def test_too_few_pictures(folders, tmp_path):
 def test_training_pictures_that_do_not_fit_in_memory(folders, tmp_path, backbone, monkeypatch):
     """Two rows of features of each of the 3 targets: one byte less than they take is refused."""
     row = lpips_features(load_lpips("squeeze", backbone), torch.zeros(1, 3, 32, 32)).nbytes
-    monkeypatch.setattr(evaluate, "memory", lambda device: 6 * row)
+    monkeypatch.setattr(evaluate, "device_memory", lambda device: 6 * row)
     call(evaluate.main, *folders)
-    monkeypatch.setattr(evaluate, "memory", lambda device: 6 * row - 1)
+    monkeypatch.setattr(evaluate, "device_memory", lambda device: 6 * row - 1)
     with pytest.raises(InputError, match="^3 training pictures at --size 32 need .* GiB"):
         call(evaluate.main, *folders)
 
 
 def test_memory_of_this_machine(monkeypatch):
     cpu = torch.device("cpu")
-    assert 2 ** 28 < evaluate.memory(cpu) < 2 ** 50
+    assert 2 ** 28 < device_memory(cpu) < 2 ** 50
     monkeypatch.setattr(os, "sysconf", lambda name: -1)  # a system that does not know
-    assert evaluate.memory(cpu) == math.inf
+    assert device_memory(cpu) == math.inf
     monkeypatch.delattr(os, "sysconf")  # Windows
-    assert evaluate.memory(cpu) == math.inf
+    assert device_memory(cpu) == math.inf
 
 
 @pytest.mark.parametrize("what", ["runs", "folders"])

@@ -18,7 +18,7 @@ from adaptor import FORMS
 from baselines import gan_settings, gan_transfer
 from checkpoints import run_folder
 from domains import judge
-from experiments import launch, tables, tables_report
+from experiments import launch, results, tables, tables_report
 from plumbing.options import InputError, flat, parse
 from settings import METHODS, Options, suited
 
@@ -50,17 +50,17 @@ def trained(monkeypatch):
 def test_tables(trained, tmp_path, capsys):
     flags = ["--targets", "sunglasses", "--methods", "finetune", "tan", "--seeds", 1, "-n", 12, "--steps", 2, "--output-dir", tmp_path, "--device", "cpu"]
     call(tables.main, *flags)
-    text, results = (tmp_path / "tables.md").read_text(), json.loads((tmp_path / "results.json").read_text())
+    text, found = (tmp_path / "tables.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     assert text.strip() in capsys.readouterr().out
     assert "| finetune | 100.0% | " in text and "| paper, photographs: TAN | 1.3% | 20.06 |" in text and "| paper, photographs: LMD-TAN | 1.6% | 0.613 |" in text
     assert "| source model |" in text and "| fresh pictures |" in text and "12 samples of each run" in text and "Table 3" in text
-    stages = {method: [f["run"]["iterations"] for f in results["iterations"] if f["run"]["method"] == method] for method in ("finetune", "tan")}
+    stages = {method: [f["run"]["iterations"] for f in found["iterations"] if f["run"]["method"] == method] for method in ("finetune", "tan")}
     assert stages == {"finetune": [1, 2], "tan": [1, 2]}
-    assert [(row["run"]["label"], row["settings"]["pgd_steps"], row["settings"]["norm"]) for row in results["ablation"]
+    assert [(row["run"]["label"], row["settings"]["pgd_steps"], row["settings"]["norm"]) for row in found["ablation"]
             if row["run"]["method"] == "tan"] == [("TAN", 1, "own"), ("J = 2", 2, "own"), ("Norm as printed", 1, "paper")]
-    assert [row["run"]["method"] for row in results["ablation"]].count("guided") == 1 and "| J = 2 | " in text
-    assert {row["run"]["method"]: row["run"]["iterations"] for row in results["passes"]} == {"tan": 1, "finetune": 2}  # 1 + J passes
-    assert {row["run"]["label"]: row["settings"]["adaptor"] for row in results["forms"]} == {form: form for form in FORMS}
+    assert [row["run"]["method"] for row in found["ablation"]].count("guided") == 1 and "| J = 2 | " in text
+    assert {row["run"]["method"]: row["run"]["iterations"] for row in found["passes"]} == {"tan": 1, "finetune": 2}  # 1 + J passes
+    assert {row["run"]["label"]: row["settings"]["adaptor"] for row in found["forms"]} == {form: form for form in FORMS}
     assert "| low-rank |" in text and "| scale-shift |" in text
     options = json.loads((tmp_path / "sunglasses" / "tan-1-hundred" / "options.json").read_text())
     assert options["classifier_targets"].endswith("sunglasses-hundred") and len(list((tmp_path / "sunglasses-hundred").iterdir())) == 100
@@ -69,11 +69,11 @@ def test_tables(trained, tmp_path, capsys):
     once = len(trained)
     call(tables.main, *flags, "--parts", "tables")
     assert len(trained) == once  # everything was there, and the other parts are kept
-    assert json.loads((tmp_path / "results.json").read_text()) == results and (tmp_path / "tables.md").read_text() == text
+    assert json.loads((tmp_path / "results.json").read_text()) == found and (tmp_path / "tables.md").read_text() == text
     call(tables.main, *flags, "--parts", "tables", "--methods", "finetune", "--seeds", 2, 2, 1)
     assert len(trained) == once + 1
     text, known = (tmp_path / "tables.md").read_text(), json.loads((tmp_path / "results.json").read_text())
-    assert len(known["tables"]) == len(results["tables"]) + 1 and "| tan | 8.3% | " in text and " (2) |" in text  # added to the tables
+    assert len(known["tables"]) == len(found["tables"]) + 1 and "| tan | 8.3% | " in text and " (2) |" in text  # added to the tables
     call(tables.main, *flags, "--parts", "tables", "--methods", "finetune", "-n", 13)
     assert "13 samples of each run" in (text := (tmp_path / "tables.md").read_text()) and "| tan |" not in text  # never mixed
     assert len(json.loads((tmp_path / "results.json").read_text())["tables"]) == len(known["tables"]) + 3
@@ -125,10 +125,10 @@ def test_each_run_is_kept_as_it_is_scored(trained, tmp_path, monkeypatch):
 
 
 def test_runs_scored_otherwise_are_not_tabulated():
-    options, same = tables.Options(n=12, steps=2), dict(method="source model", target="babies") | judge.protocol("babies", 12, 2)
-    assert tables.current(dict(run=same), options)
+    same = dict(method="source model", target="babies") | judge.protocol("babies", 12, 2)
+    assert results.current(dict(run=same), 12, 2)
     for other in (same | dict(n=13), same | dict(fresh=1), {name: same[name] for name in ("method", "target", "n", "steps")}, same | dict(seed=1)):
-        assert not tables.current(dict(run=other), options)  # the last: a run that does not say how it was trained
+        assert not results.current(dict(run=other), 12, 2)  # the last: a run that does not say how it was trained
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -223,7 +223,7 @@ def test_settings_are_those_that_concern_the_method():
 def test_the_published_results_have_the_settings_of_today():
     found = json.loads((ROOT / "docs" / "results.json").read_text())
     rows = [row for part in found.values() for row in part]
-    assert all(tables.current(row, tables.Options(n=250)) for row in rows)
+    assert all(results.current(row, 250, 25) for row in rows)
     assert len(found["tables"]) > 80
 
 

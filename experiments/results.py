@@ -1,0 +1,44 @@
+"""results.json: every run that experiments.tables ever scored, by the part that asked for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from domains import judge
+from experiments import launch
+from plumbing.files import write_atomic
+
+Row = dict[str, Any]
+"""One scored run: "run" (method, target, seed ...), "score" (figures by name), "rate", "seconds", and the
+"settings" that it was trained with."""
+
+
+def read(file: Path) -> dict[str, list[Row]]:
+    """The runs of each part; none if there is no file yet."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def add(file: Path, part: str, found: Row) -> None:
+    """One more run, or the same one anew."""
+    results = read(file)  # another command may have added to it meanwhile
+    known = {identity(row): row for row in results.get(part, [])} | {identity(found): found}
+    text = json.dumps(results | {part: list(known.values())}, indent=1)
+    write_atomic(file, lambda temporary: temporary.write_text(text))
+
+
+def identity(found: Row) -> str:
+    """What tells a run from the others."""
+    what = {name: value for name, value in found["run"].items() if name not in ("weights", "judge")}
+    trained = found.get("settings")
+    return json.dumps([what, trained and launch.relevant(trained)], sort_keys=True)
+
+
+def current(found: Row, n: int, steps: int) -> bool:
+    """Whether a run was trained, and from n samples of so many steps scored, as it would be today."""
+    scored, trained = found["run"], found.get("settings")
+    if not judge.protocol(scored["target"], n, steps).items() <= scored.items():
+        return False
+    if trained is None:
+        return "seed" not in scored  # the ends of the scale
+    asked = {name: trained[name] for name in ("target", "source", "method", "seed")}
+    return launch.relevant(trained) == launch.relevant_today(**asked, **scored.get("flags", {}))
