@@ -167,16 +167,13 @@ def check(options: Options, typed: frozenset[str]) -> None:
 
 def resumed(out: Path, options: Options) -> dict[str, Any]:
     """The state to go on from; InputError for a flag that is not as it was when the run in `out` began."""
-    state = load_checkpoint(out / "checkpoint.pt")
+    state = load_checkpoint(out / "checkpoint.pt", options.training.iterations)
     known = state.get("options", {})
     for name, wanted in flat(options).items():
         if name in known and name not in MAY_CHANGE and wanted != known[name]:
             given = "source" if name == "source" else flag(name)
             raise InputError(f"{given} {wanted}: the run in {out} has {known[name]}; --resume takes the same "
                              "flags")
-    if state["iteration"] > options.training.iterations:
-        raise InputError(f"--iterations {options.training.iterations}: the run in {out} has done "
-                         f"{state['iteration']} already")
     return state
 
 

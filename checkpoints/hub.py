@@ -21,9 +21,11 @@ KNOWN = ("google/ddpm-{celebahq,church,bedroom,cat}-256 and "
 
 
 def is_name(name: str) -> bool:
-    """Whether this can be the name of a network on the Hub, rather than of a file that is not there."""
+    """Whether this can be the name of a network on the Hub, not of a file or run that is not there."""
     found = NAME.fullmatch(name)
-    return bool(found) and name[0] != "." and (bool(found["file"]) or not name.endswith(SUFFIXES))
+    if not found or name.startswith((".", "runs/")):
+        return False
+    return bool(found["file"]) or not name.endswith(SUFFIXES)
 
 
 def snapshot_in(folder: Path) -> Path:

@@ -5,7 +5,6 @@ repository of the Hugging Face Hub; --arch helps where a file does not show its 
 and nothing in a file is ever run.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from checkpoints.layouts import layout_of, translate
 from checkpoints.network import Network, build, load_strictly
 from checkpoints.weights_file import read_parts, read_set
 from plumbing import distributed
-from plumbing.options import InputError
+from plumbing.options import InputError, did_you_mean
 from unet import UNet
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -45,13 +44,11 @@ def locate(name: str) -> Path:
     path = Path(name)
     if path.exists() or path.is_symlink():
         return hub.snapshot_in(path) if path.is_dir() else path
-    if hub.is_name(name) and path.parts[0] != "runs":
+    if hub.is_name(name):
         return hub.fetch(name)
-    near = difflib.get_close_matches(path.name, BUILT_IN + BUILT_IN_GANS, 1)
-    meant = f" (did you mean {near[0]}?)" if near else ""
+    meant = did_you_mean(path.name, BUILT_IN + BUILT_IN_GANS)
     raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}, of GANs "
-                     f"{', '.join(BUILT_IN_GANS)}; of the "
-                     "Hugging Face Hub give owner/name")
+                     f"{', '.join(BUILT_IN_GANS)}; of the Hugging Face Hub give owner/name")
 
 
 def title_of(name: str) -> str:

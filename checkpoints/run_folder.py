@@ -79,7 +79,7 @@ def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None
     """
     if not (out / "checkpoint.pt").exists():
         return None
-    state = load_checkpoint(out / "checkpoint.pt")
+    state = load_checkpoint(out / "checkpoint.pt", options["iterations"])
     if state["source"] != belongs["source"]:
         raise InputError(f"{out}: belongs to another source than the present {options['source']}")
     if state["pictures"] != belongs["pictures"]:
@@ -89,9 +89,6 @@ def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None
         raise InputError(f"{out}: --method {options['method']} compares the pictures that go through the "
                          f"network together: the run began with {state['compared']}, now it would be "
                          f"{belongs['compared']}")
-    if state["iteration"] > options["iterations"]:
-        raise InputError(f"--iterations {options['iterations']}: the run in {out} has done "
-                         f"{state['iteration']} already")
     return state
 
 

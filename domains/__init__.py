@@ -3,7 +3,6 @@
   python -m domains            32 pictures of each, in runs/domains/
 """
 
-import difflib
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from domains import churches, faces, paintings
 from plumbing import distributed
-from plumbing.options import InputError
+from plumbing.options import InputError, did_you_mean
 from plumbing.picture_folder import ImageFolder, load_folder
 from plumbing.pictures import to_tensor
 
@@ -167,7 +166,6 @@ def _say_which(name: str) -> None:
 
 def _need_folder(name: str | Path, role: str, built_in: Collection[str]) -> None:
     if not Path(name).exists():
-        near = difflib.get_close_matches(str(name), built_in, 1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
+        meant = did_you_mean(str(name), built_in)
         raise InputError(f"{name}: neither a folder nor a built-in {role}{meant}; "
                          f"give a folder of images or one of: {', '.join(sorted(built_in))}")

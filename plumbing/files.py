@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,15 +60,22 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomic(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state written by save_checkpoint, on the CPU.  InputError if the file is missing or damaged."""
+def load_checkpoint(path: Path, iterations: float = math.inf) -> dict[str, Any]:
+    """The state written by save_checkpoint, on the CPU.
+
+    Raises InputError if the file is missing or damaged, or if it is of more iterations than these.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        done = state["iteration"]
     except FileNotFoundError:
         raise InputError(f"{path}: no checkpoint to resume from; leave out --resume to start anew") from None
     except Exception as error:  # on damaged bytes torch's unpickler raises nearly every type there is
         reason = type(error).__name__
         raise InputError(f"{path}: damaged checkpoint ({reason}); start anew with --overwrite") from None
+    if done > iterations:
+        raise InputError(f"--iterations {iterations}: the run in {path.parent} has done {done} already")
+    return state
 
 
 def trim_metrics(path: Path, iterations: int) -> None:

@@ -12,6 +12,7 @@
 """
 
 import dataclasses
+import difflib
 import io
 import math
 import os
@@ -29,13 +30,17 @@ Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 """An option that is None unless typed; its help says what that means."""
 
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-
-
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
 
 
 class InputError(Exception):
     """Something the user gave is wrong; the message is one line: the file or flag, and what to do."""
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """What to add to the refusal of a name: the known one that is nearest, if one is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def short(name: str) -> Any:

@@ -210,7 +210,7 @@ def test_folders_of_the_cache(tmp_path):
 
 @pytest.mark.parametrize("name, expected", [
     ("google/ddpm-church-256", True), ("a/b@main", True), ("a/b/c.pt", True), ("a/b.pt", False), ("toyfaces", False),
-    ("./a/b", False), ("/a/b", False), ("a/b c", False), ("../a", False), ("a/b/c/d.ckpt@v1.0", True)])
+    ("./a/b", False), ("/a/b", False), ("a/b c", False), ("../a", False), ("runs/photos", False), ("a/b/c/d.ckpt@v1.0", True)])
 def test_names(name, expected):
     assert hub.is_name(name) == expected
 
