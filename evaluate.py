@@ -26,7 +26,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -289,14 +289,14 @@ def check_memory(embed: Callable[[Tensor], Tensor], targets: Images, size: int,
             f"memory, there are {there / 2**30:.1f}; give fewer (the paper has ten), or a smaller --size")
 
 
-def unused(options: Options) -> tuple[dict[str, Any], str]:
+def unused(options: Options) -> tuple[set[str], str]:
     """The options that have nothing to say about what is scored, and why."""
     if not options.runs:
-        return flat(options.sampling), "is for runs; --samples are scored as they are"
+        return {*flat(options.sampling)}, "is for runs; --samples are scored as they are"
     if options.sampling.at and not all(judge.knows(run_folder.read_options(run)) for run in options.runs):
-        return {}, ""
-    return flat(options.folders) | dict(source=None), ("is for folders of pictures (--samples DIR), and for "
-                                                       "stages of runs that the judge does not know")
+        return set(), ""
+    return {*flat(options.folders), "source"}, ("is for folders of pictures (--samples DIR), and for stages "
+                                                "of runs that the judge does not know")
 
 
 def main() -> None:
@@ -305,9 +305,8 @@ def main() -> None:
     if bool(options.runs) == bool({"samples", "target", *(() if at else ("reference",))} & typed):
         raise InputError("what to score: give either folders of runs, or --samples DIR --target DIR")
     names, why = unused(options)
-    for name in names:
-        if name in typed:
-            raise InputError(f"{flag(name)}: {why}; leave it out")
+    for name in sorted(names & typed):
+        raise InputError(f"{flag(name)}: {why}; leave it out")
     if at and at != "all" and not at.isdecimal():
         raise InputError(f"--at {at}: give all, or the iterations of a stage")
     at_least(options, n=2, steps=1, size=32, cluster_size=2)

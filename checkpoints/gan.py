@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from baselines.stylegan2 import Discriminator, Generator
-from checkpoints.network import SMALL, check_finite, check_fit
+from checkpoints.network import SMALL_SIZE, check_finite, check_fit
 from ddpm import draw
 from plumbing.options import InputError
 
@@ -38,7 +38,7 @@ class GAN:
     @property
     def small(self) -> bool:
         """Whether other settings than a paper's for 256x256 suit it."""
-        return self.image_size <= SMALL
+        return self.image_size <= SMALL_SIZE
 
     def to(self, device: torch.device | str) -> "GAN":
         """Moves both networks; the discriminator's are laid out as convolutions are fastest."""

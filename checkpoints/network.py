@@ -19,7 +19,7 @@ from plumbing.files import write_atomic
 from plumbing.options import InputError
 from unet import UNet
 
-SMALL = 64  # pixels
+SMALL_SIZE = 64  # pixels a side
 FIRST_STAGES = {"VQ": autoencoder.VQ, "KL": autoencoder.KL}
 NETWORKS = {"UNet": UNet, "Classifier": Classifier, **FIRST_STAGES}
 
@@ -55,7 +55,7 @@ class Network:
     @property
     def small(self) -> bool:
         """Whether other settings than a paper's for 256x256 suit it."""
-        return self.image_size <= SMALL
+        return self.image_size <= SMALL_SIZE
 
     def to(self, device: torch.device | str) -> "Network":
         """Moves the network, first stage and all, and lays it out as convolutions are fastest."""

@@ -295,7 +295,8 @@ def check(options: Options) -> None:
     check_seed(options)
     for name in ("targets", "methods", "seeds", "parts"):
         if not getattr(options, name):
-            raise InputError(f"--{name}: give at least one (GANs have no latent source)")
+            raise InputError(f"--{name}: give at least one"
+                             + " (GANs have no latent source)" * (name == "methods" and options.latent))
     for target in options.targets:
         if options.source(target) not in BUILT_IN:
             raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
