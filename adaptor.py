@@ -105,22 +105,27 @@ class ScaleShift(nn.Module):
 
 
 class LowRank(nn.Module):
-    """psi of a convolution: (alpha / r) B A is added to its weight W, r the rank (LoRA: Hu et al. 2021)."""
+    """psi of a convolution: its weight W becomes W + (alpha / r) B A, r the rank (LoRA: Hu et al. 2021)."""
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d, rank: int):
         super().__init__()
         self.factor = ALPHA / rank
-        self.A = type(conv)(conv.in_channels, rank, conv.kernel_size, padding=conv.padding, bias=False)
-        self.B = zero_init(type(conv)(rank, conv.out_channels, 1, bias=False))
+        self.A = nn.Parameter(torch.empty(rank, conv.weight[0].numel()))        # (r, C k k)
+        self.B = nn.Parameter(torch.zeros(conv.out_channels, rank))             # (C', r)
+        nn.init.kaiming_uniform_(self.A, a=5 ** 0.5)  # as torch begins a convolution
+
+    def weight(self, conv: nn.Conv1d | nn.Conv2d) -> Tensor:
+        """The changed weight, of the shape of W: to multiply it out costs less than a second convolution."""
+        return conv.weight + self.factor * (self.B @ self.A).view_as(conv.weight)
 
     def forward(self, conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
         """What the changed convolution gives: (B, C, ...) -> (B, C', ...)."""
-        return type(conv).forward(conv, x) + self.factor * self.B(self.A(x))
+        convolve = F.conv1d if isinstance(conv, nn.Conv1d) else F.conv2d
+        return convolve(x, self.weight(conv), conv.bias, conv.stride, conv.padding)
 
     def fold(self, conv: nn.Conv1d | nn.Conv2d) -> None:
         """Change the convolution itself."""
-        change = self.B.weight.flatten(1) @ self.A.weight.flatten(1)            # (C', r) (r, C k k)
-        conv.weight.add_(self.factor * change.view_as(conv.weight))
+        conv.weight.copy_(self.weight(conv))
 
 
 def default_width(unet: UNet) -> int:

@@ -209,7 +209,7 @@ def test_parameter_rate_of_the_other_forms(name, form, percent):
 # ---- scale-shift and low-rank: changes of theta's layers ---------------------------------------------------------------
 
 @pytest.mark.parametrize("form, kinds, leaf", [("scale-shift", nn.GroupNorm, "scale"),
-                                              ("low-rank", (nn.Conv1d, nn.Conv2d), "A.weight")])
+                                              ("low-rank", (nn.Conv1d, nn.Conv2d), "A")])
 def test_where_psi_is(form, kinds, leaf):
     """In each norm or convolution of the residual and attention blocks, and in no other."""
     blocks = [m for m in source("deep").modules() if isinstance(m, (ResBlock, AttentionBlock))]
@@ -236,7 +236,7 @@ def test_low_rank_is_the_convolution_with_another_weight(name, rank):
     conv = attached(width=rank, form="low-rank").get_submodule(name)
     perturb(conv.adaptor.parameters())
     x = randn(2, conv.in_channels, *[8] * (conv.weight.ndim - 2))
-    change = torch.einsum("or...,ri...->oi...", conv.adaptor.B.weight, conv.adaptor.A.weight)
+    change = torch.einsum("or,ri...->oi...", conv.adaptor.B, conv.adaptor.A.view(rank, *conv.weight.shape[1:]))
     assert torch.linalg.matrix_rank(change.flatten(1)) == rank
     convolve = F.conv2d if x.ndim == 4 else F.conv1d
     expected = convolve(x, conv.weight + 4 / rank * change, conv.bias, padding=conv.padding)
