@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import adaptor
 import settings
+from adaptor import FORMS
 from adversarial_noise import denoising_loss, norm, worst_case_noise
 from checkpoints.load import load_diffusion_model
 from checkpoints.network import Network, build
@@ -58,6 +59,8 @@ class Options:
     """Built-in source, file of weights or folder of diffusers (default: toyfaces, if there is no --arch)."""
     arch: Annotated[tuple[Literal[PUBLISHED], ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Published networks, with random weights (default: none; then --source)."""
+    adaptor: Literal[tuple(FORMS)] = "bottleneck"
+    """What psi is, as in train_tan.py."""
     pgd_steps: tuple[int, ...] = (10, 2)
     """J, a row each."""
     batch_size: Unset[int] = None
@@ -107,8 +110,8 @@ def prepare(network: Network, options: Options, device: torch.device) -> Work:
     """The network as train_tan.py prepares it, with random pictures, psi and classifier."""
     torch.manual_seed(0)
     model, schedule = network.to(device).model.eval(), network.schedule
-    usual = settings.suited(settings.Options(method="tan"), network)
-    adaptor.attach(model, usual.adaptor_width)
+    usual = settings.suited(settings.Options(method="tan", adaptor=options.adaptor), network)
+    adaptor.attach(model, usual.adaptor_width, usual.adaptor)
     for p in model.parameters():
         if not p.any():  # a GPU is faster on zeros, with which a new layer begins
             nn.init.normal_(p, std=0.02)
@@ -267,8 +270,8 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     checkpointed = ", activations recomputed" if options.checkpoint_blocks else ""
-    title = (f"{device_name(device)}; torch {torch.__version__}, {options.precision}{checkpointed}; "
-             f"shortest of {options.repeats}")
+    title = (f"{device_name(device)}; torch {torch.__version__}, {options.precision}{checkpointed}; psi: "
+             f"{options.adaptor}; shortest of {options.repeats}")
     print(markdown(title, HEAD, rows))
 
 

@@ -106,6 +106,16 @@ def test_the_plain_recipe_computes_the_same_and_cleans_up(work):
     assert not work.model.use_checkpoint and not work.classifier.use_checkpoint
 
 
+def test_a_low_rank_psi_adds_no_convolution():
+    """It changes the weights of theta's: a PGD step then has theta's FLOPs, and the products of B and A."""
+    work = benchmark.prepare(tiny_network(), Options(batch_size=3, adaptor="low-rank"), CPU)
+    x0, t, _ = work.batch
+    assert convolutions(work.model, x0, t) == convolutions(work.theta, x0, t)
+    products = flops(lambda: [psi.B @ psi.A for psi in work.model.modules() if isinstance(psi, adaptor.LowRank)])
+    alone, adapted = (flops(lambda model=model: benchmark.pgd_step(work, model)) for model in (work.theta, work.model))
+    assert adapted == alone + products > alone
+
+
 def test_the_plain_recipe_has_more_flops(work):
     mine, plain = flops(lambda: benchmark.iteration(work, 2)), flops(lambda: benchmark.plain_iteration(work))
     assert 1.6 < plain / mine < 2.2  # forward twice and both gradients: 4 passes for 2, less attention's weights
