@@ -98,6 +98,19 @@ def lpips_features(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(layers, dim=1)                                          # (B, D)
 
 
+@torch.no_grad()
+def lpips_last_features(model: nn.Module, images: Images, batch_size: int = 32) -> Tensor:
+    """The last features that LPIPS takes of its backbone, averaged over pixels: N pictures -> (N, D), CPU.
+
+    KID compares by them where there is no Inception; such figures compare with each other only.
+    """
+    device, features = model.scaling_layer.shift.device, []
+    for rows in torch.arange(len(images)).split(batch_size):
+        scaled = model.scaling_layer(stack(images, rows).to(device))
+        features.append(model.net(scaled)[-1].mean((2, 3)).cpu())            # (B, D)
+    return torch.cat(features)
+
+
 def load_inception(weights: str | Path | None = None, download: bool = False) -> nn.Module:
     """torch-fidelity's Inception v3: the network of the original FID code, down to its 2048 pooled features.
 

@@ -71,9 +71,14 @@ def score_table(found: list[Row], name: str, title: str, paper: dict[str, tuple]
 
 def shown(found: list[Row]) -> tuple[list[str], list[str]]:
     """The targets and methods of these runs in their usual order, between the two ends of the scale."""
-    targets = [target for target in domains.TARGETS if of(found, target=target)]
-    methods = ("source GAN", "source model", *ALL_METHODS, "fresh pictures")
-    return targets, [method for method in methods if of(found, method=method)]
+    methods = ("source GAN", "source model", *ALL_METHODS, "fresh pictures", "other pictures")
+    return targets_of(found), [method for method in methods if of(found, method=method)]
+
+
+def targets_of(found: list[Row]) -> list[str]:
+    """Built-in targets first, in their usual order."""
+    names = dict.fromkeys([*domains.TARGETS, *(row["run"]["target"] for row in found)])
+    return [name for name in names if of(found, target=name)]
 
 
 def pairs_table(found: list[Row], name: str, title: str, sign: int) -> str:
@@ -127,8 +132,7 @@ def difference_table(found: list[Row], name: str, title: str, reference: str, si
         if "seed" in row["run"]:
             label = row["run"].get("label", row["run"]["method"])
             values.setdefault(label, {})[row["run"]["target"], row["run"]["seed"]] = row["score"][name]
-    targets = [target for target in domains.TARGETS if of(found, target=target)]
-    rows = []
+    targets, rows = targets_of(found), []
     for label in values.keys() - {reference} if reference in values else ():
         differences = {pair: value - values[reference][pair] for pair, value in values[label].items()
                        if pair in values[reference]}

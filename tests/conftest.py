@@ -83,3 +83,14 @@ def train(tiny):
 def finished(train, tmp_path_factory):
     """The folder of a finished run of six iterations with the whole method.  Not to be changed."""
     return train(tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """A file with random weights in place of torchvision's squeezenet."""
+    import lpips
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("lpips") / "squeezenet1_1-random.pth"
+    net = lpips.pretrained_networks.squeezenet(pretrained=False)
+    torch.save({f"features.{name.split('.', 1)[1]}": value for name, value in net.state_dict().items()}, path)
+    return path

@@ -28,17 +28,6 @@ from plumbing.picture_folder import load_folder
 from plumbing.pictures import to_tensor
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    """A file with random weights in place of torchvision's squeezenet."""
-    import lpips
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("lpips") / "squeezenet1_1-random.pth"
-    net = lpips.pretrained_networks.squeezenet(pretrained=False)
-    torch.save({f"features.{name.split('.', 1)[1]}": value for name, value in net.state_dict().items()}, path)
-    return path
-
-
 @pytest.fixture
 def folders(tmp_path, backbone):
     """The flags that score 8 samples around 3 targets in `tmp_path`."""

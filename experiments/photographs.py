@@ -1,0 +1,188 @@
+"""Every method on folders of ten pictures each, from one source; scored by what folders alone can tell.
+
+  python -m experiments.photographs few_shot/babies few_shot/sunglasses --source photofaces \\
+      --lpips-backbone squeezenet1_1-features.pth --reference eval/sunglasses
+
+Each folder is a target and is called by its name.  --reference: more pictures of a target, which no run sees,
+in a folder of the same name.
+
+Intra-LPIPS is the mean over training pictures (section 5.2), nearest the median LPIPS of the samples to the
+nearest training picture or its mirror image, both at the size of the source.  KID (times 1000) is to the
+pictures of --reference, of the last features of LPIPS's backbone, averaged over pixels: it compares with
+itself only, not with KID on Inception.  "source model": what adapting starts from; "other pictures": those of
+--reference, the best there can be.
+
+In runs/photographs/ (--output-dir): TARGET/METHOD-SEED/ are the runs with their photographs.json,
+photographs.md the tables, TARGET.png every method's samples from the same noises.  The same command goes on
+where it stopped.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from checkpoints.load import load_source
+from checkpoints.network import Network, fingerprint
+from checkpoints.perceptual import load_lpips, lpips_features, lpips_last_features
+from checkpoints.run_folder import load_run
+from domains import judge
+from experiments import launch
+from experiments.results import Row
+from experiments.tables_report import difference_table, score_table
+from metrics import intra_lpips, kernel_distance, nearest
+from plumbing import distributed
+from plumbing.files import write_atomic
+from plumbing.options import InputError, Positional, Unset, at_least, check_seed, parse, run, short
+from plumbing.picture_folder import ImageFolder
+from plumbing.pictures import save_grid
+from plumbing.progress import bar
+from settings import METHODS
+
+SHOWN = 10  # samples a row
+
+
+@dataclasses.dataclass
+class Options:
+    targets: Positional[tuple[str, ...]]
+    """Folders of training pictures."""
+    source: str
+    """The diffusion model to adapt."""
+    methods: tuple[Literal[tuple(METHODS)], ...] = tuple(METHODS)
+    """As in train_tan.py."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds of the runs."""
+    reference: tuple[str, ...] = ()
+    """Folders of more pictures of targets, of the same names."""
+    n: Annotated[int, short("-n")] = 250
+    """Samples scored of each run."""
+    steps: int = 25
+    """DDIM steps."""
+    lpips_net: Literal["vgg", "alex", "squeeze"] = "squeeze"
+    """Backbone of LPIPS."""
+    lpips_backbone: Unset[str] = None
+    """Torchvision's weights for it: a file."""
+    download: bool = False
+    """Fetch missing weights from their publishers."""
+    output_dir: str = "runs/photographs"
+    """Where everything goes; what is there is used."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+def name_of(folder: str) -> str:
+    """What a target is called."""
+    return Path(folder).resolve().name
+
+
+class Target:
+    """A folder of training pictures, and of others if there are some; scores samples around them."""
+
+    def __init__(self, folder: str, size: int, options: Options, lpips: torch.nn.Module):
+        self.folder, self.name = folder, name_of(folder)
+        self.pictures = ImageFolder(folder, size)
+        others = [other for other in options.reference if name_of(other) == self.name]
+        self.others = ImageFolder(others[0], size, recursive=True) if others else None
+        self.embed = functools.partial(lpips_features, lpips)
+        self.features: Callable[[Tensor], Tensor] = functools.partial(lpips_last_features, lpips)
+        self.expected = self.features(self.others) if self.others else None
+
+    def score(self, samples: Tensor | ImageFolder) -> dict[str, float]:
+        """Intra-LPIPS and nearest, and KID if there are other pictures."""
+        found = {"Intra-LPIPS": intra_lpips(self.embed, samples, self.pictures).mean,
+                 "nearest": statistics.median(nearest(self.embed, samples, self.pictures))}
+        if self.expected is not None:
+            found["KID"] = 1000 * kernel_distance(self.features(samples), self.expected)
+        return found
+
+
+def run_of(options: Options, target: Target, method: str, seed: int) -> Path:
+    """The run of this method and seed, trained if need be."""
+    return launch.train(Path(options.output_dir) / target.name / f"{method}-{seed}", options.device,
+                        target=target.folder, source=options.source, method=method, seed=seed)
+
+
+def scored(options: Options, target: Target, folder: Path, device: torch.device) -> dict[str, float]:
+    """The figures of a run, kept in photographs.json beside it."""
+    network, file = load_run(folder)[0], folder / "photographs.json"
+    how = dict(n=options.n, steps=options.steps, lpips=options.lpips_net, weights=fingerprint(network),
+               others=len(target.others or ()))
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if known.get("how") != how:
+        samples = judge.draw(network.to(device), options.n, options.steps, str(folder))
+        known = dict(how=how, score=target.score(samples))
+        write_atomic(file, lambda temporary: temporary.write_text(json.dumps(known, indent=1)))
+    return known["score"]
+
+
+def draw_pictures(options: Options, target: Target, source: Network, device: torch.device) -> None:
+    """TARGET.png: training pictures, the source's samples and every method's of the first seed."""
+    seeds = range(judge.FIRST_SEED, judge.FIRST_SEED + SHOWN)
+    pictures = target.pictures.batch(torch.arange(min(SHOWN, len(target.pictures))))
+    blank = torch.ones(SHOWN - len(pictures), *pictures.shape[1:])
+    rows = [torch.cat([pictures, blank]), source.sample(seeds, options.steps)]
+    for method in options.methods:
+        network = load_run(run_of(options, target, method, options.seeds[0]))[0]
+        rows.append(network.to(device).sample(seeds, options.steps))
+    save_grid(Path(options.output_dir) / f"{target.name}.png", torch.cat(rows), columns=SHOWN,
+              labels=["training", "source", *options.methods])
+
+
+def tables(found: list[Row]) -> list[str]:
+    """Two for each figure: what it is, and what it is less that of adaptors alone."""
+    texts, paired = [], "less that of adaptors alone with the same target and seed, mean ± standard error"
+    for name, meaning, sign in (("Intra-LPIPS", "higher is more diverse", 1), ("KID", "lower is better", -1),
+                                ("nearest", "near 0 are copies", 1)):
+        if rows := [row for row in found if name in row["score"]]:
+            texts += [score_table(rows, name, f"{name} ({meaning})"),
+                      difference_table(rows, name, f"{name}, {paired}", "adaptor", sign)]
+    return texts
+
+
+def main() -> None:
+    options, _ = parse(Options, __doc__)
+    at_least(options, n=2, steps=1)
+    check_seed(options)
+    if not (options.targets and options.methods and options.seeds):
+        raise InputError("give at least one folder, one of --methods and one of --seeds")
+    names = [name_of(folder) for folder in options.targets]
+    if len({*names}) < len(names):
+        raise InputError(f"{', '.join(options.targets)}: two targets of the same name; rename a folder")
+    for folder in options.reference:
+        if name_of(folder) not in names:
+            raise InputError(f"--reference {folder}: there is no target {name_of(folder)}")
+    device = distributed.setup(options.device)
+    source = load_source(options.source).to(device)
+    lpips = load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device)
+    targets = [Target(folder, source.image_size, options, lpips) for folder in options.targets]
+    before, found = judge.draw(source, options.n, options.steps, options.source), []
+    for target in targets:
+        found.append(dict(run=dict(method="source model", target=target.name), score=target.score(before)))
+        if target.others:
+            others = dict(method="other pictures", target=target.name)
+            found.append(dict(run=others, score=target.score(target.others)))
+    jobs = list(itertools.product(options.seeds, targets, options.methods))
+    for seed, target, method in bar(jobs, "runs"):
+        folder = run_of(options, target, method, seed)
+        score = scored(options, target, folder, device)
+        found.append(dict(run=dict(method=method, target=target.name, seed=seed), score=score))
+    for target in bar(targets, "pictures"):
+        draw_pictures(options, target, source, device)
+    size = f"{source.image_size}x{source.image_size}"
+    how = (f"LPIPS-{options.lpips_net} at {size}; {options.n} samples of each "
+           f"run, DDIM in {options.steps} steps; mean ± standard deviation over seeds (their number).")
+    text = "\n\n".join([*tables(found), how])
+    write_atomic(Path(options.output_dir) / "photographs.md",
+                 lambda temporary: temporary.write_text(text + "\n"))
+    print(f"{text}\n\nall in {options.output_dir}/")
+
+
+if __name__ == "__main__":
+    run(main)

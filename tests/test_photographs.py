@@ -1,0 +1,81 @@
+"""experiments.photographs: every method on folders of pictures, scored without a judge."""
+
+import re
+import shutil
+
+import pytest
+import torch
+import torchvision
+from conftest import call, tiny_network
+from PIL import Image
+
+import evaluate
+import sample
+import settings
+import train_tan
+from checkpoints.network import save_network
+from checkpoints.perceptual import load_lpips, lpips_last_features
+from domains import judge
+from experiments import launch, photographs
+from plumbing.options import InputError
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs are made in this process, with one iteration; their folders, in order."""
+    folders = []
+
+    def call_train(program, arguments, log):
+        folders.append(arguments[arguments.index("--output-dir") + 1])
+        call(train_tan.main, *arguments)
+        return 0
+
+    monkeypatch.setattr(launch, "call_train", call_train)
+    monkeypatch.setattr(settings, "SMALL", settings.SMALL | dict(iterations=1, batch_size=4))
+    monkeypatch.setattr(photographs, "SHOWN", 6)  # more than there are training pictures
+    return folders
+
+
+def test_photographs(trained, tiny, backbone, tmp_path, capsys):
+    save_network(tmp_path / "source.safetensors", tiny_network(image_size=32))
+    shutil.copytree(tiny.sources, tmp_path / "more" / "targets")
+    flags = [tiny.targets, "--source", tmp_path / "source.safetensors", "--methods", "adaptor", "finetune", "--seeds", 1, "-n", 6,
+             "--steps", 2, "--reference", tmp_path / "more" / "targets", "--lpips-backbone", backbone, "--output-dir", tmp_path / "out",
+             "--device", "cpu"]
+    call(photographs.main, *flags)
+    text = (tmp_path / "out" / "photographs.md").read_text()
+    assert text.strip() in capsys.readouterr().out and [folder.name for folder in map(lambda f: tmp_path / f, trained)] == ["adaptor-1", "finetune-1"]
+    table = text[text.index("Intra-LPIPS"):]
+    assert re.findall(r"^\| ([a-z ]+) \|", table, re.MULTILINE)[1:5] == ["source model", "adaptor", "finetune", "other pictures"]
+    assert Image.open(tmp_path / "out" / "targets.png").height > 4 * 32
+
+    # What evaluate.py says of the same samples as files.
+    run = tmp_path / "out" / "targets" / "finetune-1"
+    call(sample.main, run, "-n", 6, "--steps", 2, "--seed", judge.FIRST_SEED, "--device", "cpu")
+    capsys.readouterr()
+    call(evaluate.main, "--samples", run / "drawn", "--target", tiny.targets, "--size", 32, "--lpips-net", "squeeze",
+         "--lpips-backbone", backbone, "--device", "cpu")
+    expected = re.search(r"samples\): (\S+) ±.*median: (\S+)", capsys.readouterr().out, re.DOTALL).groups()
+    found = [re.search(rf"{name} \(.*?finetune \| *\| (\S+) ", text, re.DOTALL)[1] for name in ("Intra-LPIPS", "nearest")]
+    assert list(map(float, found)) == pytest.approx(list(map(float, expected)), abs=3e-3)
+    assert "finetune | +" in text.split("less that of adaptors")[1] or "finetune | -" in text.split("less that of adaptors")[1]
+
+    call(photographs.main, *flags)  # everything is there
+    assert len(trained) == 2 and (tmp_path / "out" / "photographs.md").read_text() == text
+
+
+def test_what_kid_compares_are_the_last_features_of_the_backbone(backbone):
+    pictures = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    network = torchvision.models.squeezenet1_1().features.eval()
+    network.load_state_dict({key.removeprefix("features."): value for key, value in torch.load(backbone, weights_only=True).items()})
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = network((pictures / 2 + 0.5 - mean) / std).mean((2, 3))
+    found = lpips_last_features(load_lpips("squeeze", backbone), pictures, batch_size=2)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("flags, says", [(["-n", 1], "-n 1: must be at least 2"), (["--seeds"], "give at least one folder"),
+                                         (["--reference", "a/other"], "--reference a/other: there is no target other")])
+def test_what_is_refused(flags, says, tiny, tmp_path):
+    with pytest.raises(InputError, match=says):
+        call(photographs.main, tiny.targets, "--source", tiny.source, "--output-dir", tmp_path, *flags)
