@@ -34,7 +34,7 @@ import adaptor
 import domains
 from baselines import gan_methods, gan_settings
 from checkpoints.load import BUILT_IN, load_source
-from checkpoints.run_folder import load_run
+from checkpoints.run_folder import load_run, read_options, stages
 from domains import judge
 from experiments import launch, results
 from experiments.results import Row
@@ -46,6 +46,7 @@ from experiments.tables_report import (
     draw_figure1,
     draw_iterations,
     forms_tables,
+    hold_out_table,
     iterations_table,
     main_tables,
     passes_tables,
@@ -63,7 +64,8 @@ VARIANTS = {"J = 10": dict(pgd_steps=10, omega=0.02), "Norm as printed": dict(no
             "constant gamma": dict(guidance_fade=0.0),
             "as printed": dict(pgd_steps=10, omega=0.02, norm="paper", guidance_fade=0.0)}
 SHOWN = 10  # samples a row
-PARTS = ("tables", "ablation", "passes", "forms", "classifier", "iterations", "figures")
+PARTS = ("tables", "ablation", "passes", "forms", "hold-out", "classifier", "iterations", "figures")
+HOLD_OUT = dict(hold_out=2, previews=8)
 
 
 @dataclasses.dataclass
@@ -78,8 +80,9 @@ class Options:
     """Seeds of the runs."""
     parts: tuple[Literal[PARTS], ...] = PARTS
     """tables: 1 and 2 and what the judge reads; ablation: TAN without each change; passes: the other methods
-    with as many passes as TAN; forms: adaptors alone in each form of psi; classifier: Table 3; figures: 3
-    and 4, first seed; iterations: FID against iterations, and Figure 1 of finetune."""
+    with as many passes as TAN; forms: adaptors alone in each form of psi; hold-out: how well the held-out
+    loss finds the best stage of a long run; classifier: Table 3; figures: 3 and 4, first seed; iterations:
+    FID against iterations, and Figure 1 of finetune."""
     latent: bool = False
     """Adapt the latent source of each domain instead of the pixel one; GANs have none."""
     n: Annotated[int, short("-n")] = 100
@@ -219,6 +222,19 @@ def forms_runs(options: Options, device: torch.device) -> Iterator[Row]:
         yield measured(options, device, target, "adaptor", seed, form, form if flags else "", **flags)
 
 
+def hold_out_runs(options: Options, device: torch.device) -> Iterator[Row]:
+    """Every stage of adaptors alone, four times as long as usual, with pictures kept from training."""
+    for seed, target in bar(list(itertools.product(options.seeds, options.targets)), "hold-out"):
+        usual = launch.relevant_today(target=target, source=options.source(target), method="adaptor")
+        flags = dict(HOLD_OUT, iterations=4 * usual["iterations"])
+        folder = run_of(options, target, "adaptor", seed, "hold-out", **flags)
+        trained = launch.relevant(read_options(folder))
+        for stage in stages(folder):
+            found = judge.score_run(folder, options.n, options.steps, device, stage["iteration"])
+            more = dict(flags=flags, held_out_loss=stage["held_out_loss"])
+            yield found | dict(run=found["run"] | more, settings=trained)
+
+
 def classifier_runs(options: Options, device: torch.device) -> Iterator[Row]:
     """The runs of Table 3 on the first target: its classifier from the ten pictures and from a hundred."""
     target = options.targets[0]
@@ -284,9 +300,10 @@ def sample_figures(options: Options, device: torch.device) -> list[Row]:
 
 # What each part trains, scores and draws, run by run, and the tables that come of it.
 WORK = {"tables": main_runs, "ablation": ablation_runs, "passes": passes_runs, "forms": forms_runs,
-        "classifier": classifier_runs, "iterations": iterations_runs, "figures": sample_figures}
+        "hold-out": hold_out_runs, "classifier": classifier_runs, "iterations": iterations_runs,
+        "figures": sample_figures}
 TABLES = {"tables": main_tables, "ablation": ablation_tables, "passes": passes_tables, "forms": forms_tables,
-          "classifier": classifier_table, "iterations": iterations_table}
+          "hold-out": hold_out_table, "classifier": classifier_table, "iterations": iterations_table}
 
 
 def check(options: Options) -> None:

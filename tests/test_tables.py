@@ -62,6 +62,10 @@ def test_tables(trained, tmp_path, capsys):
     assert {row["run"]["method"]: row["run"]["iterations"] for row in found["passes"]} == {"tan": 1, "finetune": 2}  # 1 + J passes
     assert {row["run"]["label"]: row["settings"]["adaptor"] for row in found["forms"]} == {form: form for form in FORMS}
     assert "| low-rank |" in text and "| scale-shift |" in text
+    kept = {row["run"]["iterations"]: row for row in found["hold-out"]}
+    assert [*kept] == [0, 1, 2, 3, 4] and {row["settings"]["hold_out"] for row in kept.values()} == {2}
+    last = json.loads((tmp_path / "sunglasses" / "adaptor-1-hold-out" / "stages" / "000004.json").read_text())["score"]["toy FID"]
+    assert kept[4]["score"]["toy FID"] == last and f"{last:.2f} after 4 |" in text.split("Where to stop")[1]
     options = json.loads((tmp_path / "sunglasses" / "tan-1-hundred" / "options.json").read_text())
     assert options["classifier_targets"].endswith("sunglasses-hundred") and len(list((tmp_path / "sunglasses-hundred").iterdir())) == 100
     for name in ("figure1-sunglasses.png", "iterations-sunglasses.png", "samples-sunglasses.png"):
@@ -77,6 +81,14 @@ def test_tables(trained, tmp_path, capsys):
     call(tables.main, *flags, "--parts", "tables", "--methods", "finetune", "-n", 13)
     assert "13 samples of each run" in (text := (tmp_path / "tables.md").read_text()) and "| tan |" not in text  # never mixed
     assert len(json.loads((tmp_path / "results.json").read_text())["tables"]) == len(known["tables"]) + 3
+
+
+def test_where_to_stop():
+    rows = [dict(run=dict(target="babies", seed=seed, iterations=i, held_out_loss=loss), score={"toy FID": fid})
+            for seed, i, loss, fid in ((1, 0, 0.5, 0.9), (1, 80, 0.3, 0.4), (1, 160, 0.2, 0.5), (1, 320, 0.4, 0.6), (2, 80, 0.1, 0.7))]
+    table, = tables_report.hold_out_table(rows)
+    assert "| babies | 1 | 0.40 after 80 | 0.50 after 160 | 0.60 after 320 |" in table
+    assert "| babies | 2 | 0.70 after 80 | 0.70 after 80 | 0.70 after 80 |" in table
 
 
 def test_gans_stand_above_the_diffusion_methods(trained, tmp_path):
