@@ -1,4 +1,4 @@
-"""The tables and curves of section 5 from what tables.py measured: rows of figures, each with its run."""
+"""The tables and curves of section 5 from what parts.py measured: rows of figures, each with its run."""
 
 import itertools
 import statistics

@@ -18,7 +18,7 @@ from adaptor import FORMS
 from baselines import gan_settings, gan_transfer
 from checkpoints import run_folder
 from domains import judge
-from experiments import launch, results, tables, tables_report
+from experiments import launch, parts, results, tables, tables_report
 from plumbing.options import InputError, flat, parse
 from settings import METHODS, Options, suited
 
@@ -38,9 +38,9 @@ def trained(monkeypatch):
     monkeypatch.setattr(gan_settings, "SMALL", gan_settings.SMALL | dict(iterations=1, batch_size=4))
     monkeypatch.setattr(settings, "SMALL_GUIDED", settings.SMALL_GUIDED | dict(classifier_iterations=2))
     monkeypatch.setattr(settings, "SMALL_ADVERSARIAL", settings.SMALL_ADVERSARIAL | dict(pgd_steps=1))
-    monkeypatch.setattr(tables, "STAGES", (1, 2))
-    monkeypatch.setattr(tables, "VARIANTS", {"J = 2": dict(pgd_steps=2), "Norm as printed": dict(norm="paper")})
-    monkeypatch.setattr(tables, "SHOWN", 2)
+    monkeypatch.setattr(parts, "STAGES", (1, 2))
+    monkeypatch.setattr(parts, "VARIANTS", {"J = 2": dict(pgd_steps=2), "Norm as printed": dict(norm="paper")})
+    monkeypatch.setattr(parts, "SHOWN", 2)
     monkeypatch.setattr(judge, "FRESH", 60)
     judge.reference.cache_clear()
     yield folders
