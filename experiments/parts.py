@@ -16,7 +16,8 @@ import adaptor
 import domains
 from baselines import gan_methods, gan_settings
 from checkpoints.load import load_source
-from checkpoints.run_folder import load_run, read_options, stages
+from checkpoints.run_folder import best_stage, load_run, read_options
+from checkpoints.run_folder import stages as stages_of
 from domains import judge
 from experiments import launch, results
 from experiments.results import Row
@@ -197,10 +198,10 @@ def hold_out_runs(options: Options, device: torch.device) -> Iterator[Row]:
         usual = launch.relevant_today(target=target, source=options.source(target), method="adaptor")
         flags = dict(HOLD_OUT, iterations=4 * usual["iterations"])
         folder = run_of(options, target, "adaptor", seed, "hold-out", **flags)
-        trained = launch.relevant(read_options(folder))
-        for stage in stages(folder):
-            found = judge.score_run(folder, options.n, options.steps, device, stage["iteration"])
-            more = dict(flags=flags, held_out_loss=stage["held_out_loss"])
+        trained, records = launch.relevant(read_options(folder)), stages_of(folder)
+        for record in records:
+            found = judge.score_run(folder, options.n, options.steps, device, record["iteration"])
+            more = dict(flags=flags, best_held_out=record["iteration"] == best_stage(records))
             yield found | dict(run=found["run"] | more, settings=trained)
 
 

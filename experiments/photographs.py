@@ -12,9 +12,9 @@ pictures of --reference, of the last features of LPIPS's backbone, averaged over
 itself only, not with KID on Inception.  "source model": what adapting starts from; "other pictures": those of
 --reference, the best there can be.
 
-In runs/photographs/ (--output-dir): TARGET/METHOD-SEED/ are the runs with their photographs.json,
-photographs.md the tables, TARGET.png every method's samples from the same noises.  The same command goes on
-where it stopped.
+In runs/photographs/ (--output-dir): TARGET/METHOD-SEED/ are the runs with their photographs.json, TARGET/
+source.json the figures of the source, photographs.md the tables, TARGET.png every method's samples from the
+same noises.  The same command goes on where it stopped.
 """
 
 import dataclasses
@@ -109,15 +109,15 @@ def run_of(options: Options, target: Target, method: str, seed: int) -> Path:
                         target=target.folder, source=options.source, method=method, seed=seed)
 
 
-def scored(options: Options, target: Target, folder: Path, device: torch.device) -> dict[str, float]:
-    """The figures of a run, kept in photographs.json beside it."""
-    network, file = load_run(folder)[0], folder / "photographs.json"
+def scored(options: Options, target: Target, network: Network, file: Path,
+           draw: Callable[[], Tensor]) -> dict[str, float]:
+    """The figures of what `draw` gives, which are kept in this file: nothing is drawn if it has them."""
     how = dict(n=options.n, steps=options.steps, lpips=options.lpips_net, weights=fingerprint(network),
                others=len(target.others or ()))
     known = json.loads(file.read_text()) if file.exists() else {}
     if known.get("how") != how:
-        samples = judge.draw(network.to(device), options.n, options.steps, str(folder))
-        known = dict(how=how, score=target.score(samples))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        known = dict(how=how, score=target.score(draw()))
         write_atomic(file, lambda temporary: temporary.write_text(json.dumps(known, indent=1)))
     return known["score"]
 
@@ -162,16 +162,21 @@ def main() -> None:
     source = load_source(options.source).to(device)
     lpips = load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device)
     targets = [Target(folder, source.image_size, options, lpips) for folder in options.targets]
-    before, found = judge.draw(source, options.n, options.steps, options.source), []
+    found = []
     for target in targets:
-        found.append(dict(run=dict(method="source model", target=target.name), score=target.score(before)))
+        score = scored(options, target, source, Path(options.output_dir) / target.name / "source.json",
+                       functools.partial(judge.source_samples, options.source, options.n, options.steps,
+                                         device))
+        found.append(dict(run=dict(method="source model", target=target.name), score=score))
         if target.others:
             others = dict(method="other pictures", target=target.name)
             found.append(dict(run=others, score=target.score(target.others)))
     jobs = list(itertools.product(options.seeds, targets, options.methods))
     for seed, target, method in bar(jobs, "runs"):
         folder = run_of(options, target, method, seed)
-        score = scored(options, target, folder, device)
+        network = load_run(folder)[0].to(device)
+        score = scored(options, target, network, folder / "photographs.json",
+                       functools.partial(judge.draw, network, options.n, options.steps, str(folder)))
         found.append(dict(run=dict(method=method, target=target.name, seed=seed), score=score))
     for target in bar(targets, "pictures"):
         draw_pictures(options, target, source, device)

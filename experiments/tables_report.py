@@ -189,7 +189,7 @@ def hold_out_table(found: list[Row]) -> list[str]:
     for target, seed in itertools.product(targets_of(found), sorted({row["run"]["seed"] for row in found})):
         if mine := of(found, target=target, seed=seed):
             picked = (min(mine, key=lambda row: row["score"]["toy FID"]),
-                      min(mine, key=lambda row: row["run"]["held_out_loss"]),
+                      *of(mine, best_held_out=True),
                       max(mine, key=lambda row: row["run"]["iterations"]))
             rows.append([target, str(seed), *map(cell, picked)])
     head = ["target", "seed", "lowest toy FID", "lowest held-out loss", "the end"]

@@ -62,7 +62,9 @@ def test_tables(trained, tmp_path, capsys):
     assert {row["run"]["label"]: row["settings"]["adaptor"] for row in found["forms"]} == {form: form for form in FORMS}
     assert "| low-rank |" in text and "| scale-shift |" in text
     kept = {row["run"]["iterations"]: row for row in found["hold-out"]}
-    assert [*kept] == [0, 1, 2, 3, 4] and {row["settings"]["hold_out"] for row in kept.values()} == {2}
+    assert [*kept] == [0, 1, 2, 3, 4] and sum(row["run"]["best_held_out"] for row in kept.values()) == 1
+    losses = {record["iteration"]: record["held_out_loss"] for record in run_folder.stages(tmp_path / "sunglasses" / "adaptor-1-hold-out")}
+    assert kept[min(losses, key=losses.get)]["run"]["best_held_out"] and {row["settings"]["hold_out"] for row in kept.values()} == {2}
     last = json.loads((tmp_path / "sunglasses" / "adaptor-1-hold-out" / "stages" / "000004.json").read_text())["score"]["toy FID"]
     assert kept[4]["score"]["toy FID"] == last and f"{last:.2f} after 4 |" in text.split("Where to stop")[1]
     options = json.loads((tmp_path / "sunglasses" / "tan-1-hundred" / "options.json").read_text())
@@ -83,8 +85,8 @@ def test_tables(trained, tmp_path, capsys):
 
 
 def test_where_to_stop():
-    rows = [dict(run=dict(target="babies", seed=seed, iterations=i, held_out_loss=loss), score={"toy FID": fid})
-            for seed, i, loss, fid in ((1, 0, 0.5, 0.9), (1, 80, 0.3, 0.4), (1, 160, 0.2, 0.5), (1, 320, 0.4, 0.6), (2, 80, 0.1, 0.7))]
+    rows = [dict(run=dict(target="babies", seed=seed, iterations=i, best_held_out=best), score={"toy FID": fid})
+            for seed, i, best, fid in ((1, 0, False, 0.9), (1, 80, False, 0.4), (1, 160, True, 0.5), (1, 320, False, 0.6), (2, 80, True, 0.7))]
     table, = tables_report.hold_out_table(rows)
     assert "| babies | 1 | 0.40 after 80 | 0.50 after 160 | 0.60 after 320 |" in table
     assert "| babies | 2 | 0.70 after 80 | 0.70 after 80 | 0.70 after 80 |" in table
