@@ -61,7 +61,7 @@ def test_photographs(trained, tiny, backbone, tmp_path, capsys, monkeypatch):
     assert "finetune | +" in text.split("less that of adaptors")[1] or "finetune | -" in text.split("less that of adaptors")[1]
 
     judge.source_samples.cache_clear()
-    monkeypatch.setattr(judge, "draw", None)
+    monkeypatch.setattr(judge, "draw", lambda *a: pytest.fail("drawn again"))
     call(photographs.main, *flags)  # everything is there: nothing is drawn to be scored
     assert len(trained) == 2 and (tmp_path / "out" / "photographs.md").read_text() == text
 
