@@ -18,169 +18,35 @@ Leaves in runs/pretrain-NAME/: model.safetensors (averaged weights, architecture
 samples.png as training goes, metrics.jsonl, loss.png and checkpoint.pt, from which --resume goes on exactly.
 """
 
-import dataclasses
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import domains
 from autoencoder import LOSS_WEIGHTS, first_stage_loss
-from baselines.gan_training import Plain, Players, check_groups, play
+from baselines.gan_training import Plain, Players, play
 from checkpoints import gan
 from checkpoints.network import FIRST_STAGES, Network, save_network
 from checkpoints.perceptual import load_lpips
-from checkpoints.untrained import Adversarial, Latent, Shape, new_network
+from checkpoints.pretrain_settings import Latent, Options, check, folder_of, learning_rate, resumed
+from checkpoints.untrained import new_network
 from classifier import guided_loss
 from ddpm import predict_eps
+from domains.indexed import Batch, attributes_of, load_pictures
 from domains.judge import attribute_loss
 from plumbing import distributed, progress
 from plumbing.figures import save_curve
-from plumbing.files import load_checkpoint, read_metrics, remove_unfinished
-from plumbing.options import (
-    InputError,
-    Positional,
-    Unset,
-    at_least,
-    below,
-    check_seed,
-    flag,
-    flat,
-    parse,
-    positive,
-    run,
-)
-from plumbing.picture_folder import ImageFolder, keep_apart
-from plumbing.pictures import save_grid, to_tensor
+from plumbing.files import read_metrics, remove_unfinished
+from plumbing.options import InputError, flat, parse, run
+from plumbing.picture_folder import keep_apart
+from plumbing.pictures import save_grid
 from plumbing.seeds import generator
-from plumbing.training import EMA, Loop, cosine_decay, warmup
-
-Batch = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""From indices (B,) to images (B, 3, H, W), and labels (B, attributes) where there are some."""
-
-
-@dataclasses.dataclass
-class Data:
-    """What it learns from."""
-
-    size: int = 32
-    """Pixels per side."""
-    images: int = 20_000
-    """How many pictures of a built-in domain to draw."""
-    flip: bool = False
-    """Mirror half of the pictures."""
-
-
-@dataclasses.dataclass
-class Training:
-    """How it learns."""
-
-    iterations: int = 10_000
-    """Training steps."""
-    batch_size: int = 40
-    """Pictures a step, over all processes."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW (of a stylegan2: Adam), decayed to 0 by half a cosine."""
-    warmup: int = 200
-    """Iterations of linear warm-up."""
-    ema: float = 0.999
-    """Decay of the average of the weights that is saved."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 autocast."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    threads: Unset[int] = None
-    """CPU threads (default: all)."""
-    seed: int = 0
-    """Seed of everything random."""
-    save_every: int = 500
-    """Iterations between checkpoints and sample grids."""
-
-
-@dataclasses.dataclass
-class Options:
-    """A run of pretrain.py."""
-
-    source: Positional[str]
-    """Built-in domain or folder of images."""
-    network: Literal["unet", "classifier", "judge", "kl", "vq", "stylegan2"] = "unet"
-    """What to train."""
-    output_dir: Unset[str] = None
-    """Where the run goes (default: runs/pretrain-SOURCE, with -latent or -NETWORK)."""
-    resume: bool = False
-    """Continue the run in --output-dir from its checkpoint, with the same flags."""
-    overwrite: bool = False
-    """Replace the run in --output-dir."""
-    data: Data = dataclasses.field(default_factory=Data)
-    shape: Shape = dataclasses.field(default_factory=Shape)
-    latent: Latent = dataclasses.field(default_factory=Latent)
-    adversarial: Adversarial = dataclasses.field(default_factory=Adversarial)
-    training: Training = dataclasses.field(default_factory=Training)
-
-
-MAY_CHANGE = {"output_dir", "resume", "overwrite", "iterations", "learning_rate", "device", "threads",
-              "save_every"}
-CLASSIFIERS = {"classifier", "judge"}  # networks that learn attributes, which mirroring would change
-
-
-def check(options: Options, typed: frozenset[str]) -> None:
-    """InputError for numbers that make no sense and for flags that the network does not use."""
-    judged = len(domains.family(options.source)) if options.network == "judge" else 1
-    at_least(options, size=8, images=judged, channels=1, channel_mult=1, res_blocks=1, head_channels=1,
-             norm_groups=1, latent_channels=1, codes=1, kl_weight=0, perceptual_weight=0, iterations=1,
-             batch_size=distributed.world(), warmup=0, ema=0, threads=1, save_every=1, style_dim=1,
-             mapping_layers=1, r1=0, r1_every=1, path_length=0)
-    below(options, ema=1)
-    positive(options, "learning_rate")
-    check_seed(options)
-    factors = [2 ** level for level in range(len(options.shape.channel_mult))]
-    if "attention" in typed and set(options.shape.attention) - set(factors):
-        raise InputError(f"--attention {' '.join(map(str, options.shape.attention))}: this network halves "
-                         f"the size to factors of {', '.join(map(str, factors))} (--channel-mult); choose "
-                         "among them")
-    if options.data.flip and options.network in CLASSIFIERS:
-        raise InputError("--flip: a mirrored picture has other attributes, which --network "
-                         f"{options.network} learns; leave it out")
-    layered = ("unet", "kl", "vq", *CLASSIFIERS)
-    users = {**dict.fromkeys(flat(options.adversarial), ("stylegan2",)),
-             **dict.fromkeys(("res_blocks", "norm_groups", "precision"), layered),
-             **dict.fromkeys(("attention", "head_channels"), ("unet", *CLASSIFIERS)),
-             **dict.fromkeys(("latent_channels", "perceptual", "perceptual_weight", "lpips_backbone"),
-                             ("kl", "vq")),
-             "codes": ("vq",), "kl_weight": ("kl",)}
-    for name, networks in users.items():
-        if name in typed and options.network not in networks:
-            raise InputError(f"{flag(name)}: --network {options.network} does not use it; leave it out")
-    for name in ("perceptual_weight", "lpips_backbone"):
-        if name in typed and options.latent.perceptual == "none":
-            raise InputError(f"{flag(name)}: is for --perceptual; give that, too")
-    if "images" in typed and options.source not in domains.SOURCES:
-        raise InputError("--images: is how many to draw of a built-in domain; of a folder all are taken")
-    if options.network == "stylegan2":
-        check_groups(options.training.batch_size)
-
-
-def resumed(out: Path, options: Options) -> dict[str, Any]:
-    """The state to go on from; InputError for a flag that is not as it was when the run in `out` began."""
-    state = load_checkpoint(out / "checkpoint.pt", options.training.iterations)
-    known = state.get("options", {})
-    for name, wanted in flat(options).items():
-        if name in known and name not in MAY_CHANGE and wanted != known[name]:
-            given = "source" if name == "source" else flag(name)
-            raise InputError(f"{given} {wanted}: the run in {out} has {known[name]}; --resume takes the same "
-                             "flags")
-    return state
-
-
-def attributes_of(source: str, network: str) -> dict[str, list[str]]:
-    """What there is to tell of a built-in source: attributes and their values; of the rest nothing."""
-    found = {name: list(values) for name, values in domains.ATTRIBUTES.get(source, {}).items()}
-    return found | (dict(domain=domains.family(source)) if network == "judge" else {})
+from plumbing.training import EMA, Loop
 
 
 def untrained(options: Options) -> Network | gan.GAN:
@@ -188,26 +54,7 @@ def untrained(options: Options) -> Network | gan.GAN:
     torch.manual_seed(options.training.seed)
     command = shlex.join(["python", "pretrain.py", *(word for word in sys.argv[1:] if word != "--resume")])
     return new_network(options.network, options.data.size, options.shape, options.latent, options.adversarial,
-                       attributes_of(options.source, options.network), command)
-
-
-def load_pictures(options: Options) -> tuple[Batch, int, Callable[[Iterable[list[int]]], None] | None]:
-    """The pictures to learn from, how many there are, and what may be told which will be asked for.
-
-    Those of a folder have no labels.
-    """
-    size, network = options.data.size, options.network
-    if options.source in domains.SOURCES:
-        draw = domains.draw_family if network == "judge" else domains.draw
-        drawn = draw(options.source, options.data.images, options.training.seed, size,
-                     distributed.rank() == 0)
-        pixels, labels = (torch.from_numpy(values) for values in drawn)
-        return (lambda indices: (to_tensor(pixels[indices]), labels[indices])), len(pixels), None
-    if network in CLASSIFIERS:
-        raise InputError(f"--network {network} learns attributes, which only built-in sources have: "
-                         f"{', '.join(domains.SOURCES)}")
-    folder = ImageFolder(options.source, size, recursive=True, skip=True)
-    return (lambda indices: (folder.batch(indices), None)), len(folder), folder.read_ahead
+                       attributes_of(options.source, options.network == "judge"), command)
 
 
 def encode_all(batch_of: Batch, n: int, network: Network, flip: bool, device: torch.device) -> Tensor:
@@ -283,12 +130,6 @@ def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
     save_curve(out / "loss.png", losses, "loss", smooth=100)
 
 
-def learning_rate(training: Training, iteration: int) -> float:
-    """AdamW's in an iteration, from 0."""
-    decay = cosine_decay(iteration, training.iterations)
-    return training.learning_rate * warmup(iteration, training.warmup) * decay
-
-
 def prepare(out: Path, old: list[Path]) -> None:
     """Make the folder, without what a killed process left half written and without these old files."""
     if distributed.rank() == 0:
@@ -330,10 +171,7 @@ def main() -> None:
     training = options.training
 
     # What is trained, on what.  All that can be wrong is found out before anything is written.
-    kind = "" if options.network == "unet" else f"-{options.network}"
-    if options.latent.first_stage:
-        kind = "-latent"
-    out = Path(options.output_dir or f"runs/pretrain-{Path(options.source).name}{kind}")
+    out = folder_of(options)
     device = distributed.setup(training.device)
     files = [out / "checkpoint.pt", out / "model.safetensors"]
     if any(file.exists() for file in files) and not (options.resume or options.overwrite):
@@ -345,7 +183,9 @@ def main() -> None:
         torch.set_num_threads(training.threads)
     state = resumed(out, options) if options.resume else None
     network, of_first_stage = untrained(options), first_stage_objective(options.latent, device)
-    batch_of, n, read_ahead = load_pictures(options)
+    data = options.data
+    batch_of, n, read_ahead = load_pictures(options.source, data.size, data.images, training.seed,
+                                            with_targets=options.network == "judge")
     shown = batch_of(torch.arange(min(16, n)))[0]
     network.to(device)
     latents = encode_all(batch_of, n, network, options.data.flip, device) if network.first_stage else None

@@ -1,68 +1,14 @@
 """Networks without weights, as the flags of pretrain.py describe them."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from checkpoints import gan
 from checkpoints.load import load_network
 from checkpoints.network import FIRST_STAGES, Network, build
+from checkpoints.pretrain_settings import Adversarial, Latent, Shape
 from ddpm import Schedule
-from plumbing.options import InputError, Unset
-
-
-@dataclasses.dataclass
-class Shape:
-    """The network."""
-
-    channels: int = 32
-    """Channels of the first level."""
-    channel_mult: tuple[int, ...] = (1, 2, 3)
-    """Channels of each level, in multiples of the first."""
-    res_blocks: int = 1
-    """Residual blocks a level."""
-    attention: tuple[int, ...] = (4,)
-    """Downsampling factors at which there is attention."""
-    head_channels: int = 32
-    """Width of an attention head."""
-    norm_groups: int = 8
-    """Groups of each group norm (32 in published networks)."""
-
-
-@dataclasses.dataclass
-class Latent:
-    """Latent diffusion."""
-
-    first_stage: Unset[str] = None
-    """Train the U-Net on the latents of this file."""
-    latent_channels: int = 4
-    """Of a first stage."""
-    codes: int = 512
-    """Entries in the codebook of a vq."""
-    kl_weight: float = 1e-6
-    """Of the loss of a kl."""
-    perceptual: Literal["none", "squeeze", "alex", "vgg"] = "none"
-    """Add LPIPS over this network to the loss of a first stage."""
-    perceptual_weight: float = 1.0
-    """Of LPIPS, beside the mean absolute error."""
-    lpips_backbone: Unset[str] = None
-    """File of torchvision's weights for --perceptual (default: that of torch hub's cache)."""
-
-
-@dataclasses.dataclass
-class Adversarial:
-    """A StyleGAN2; its channels double level by level, up to the largest of --channel-mult."""
-
-    style_dim: int = 64
-    """Numbers in z and w."""
-    mapping_layers: int = 4
-    """From z to w."""
-    r1: float = 1.0
-    """Weight of the R1 penalty on the discriminator (larger pictures need more: 10 at 256 pixels)."""
-    r1_every: int = 16
-    """Iterations between its computations."""
-    path_length: float = 0.0
-    """Weight of the path length penalty on the generator; 0: none."""
+from plumbing.options import InputError
 
 
 def new_network(kind: str, size: int, shape: Shape, latent: Latent, adversarial: Adversarial,

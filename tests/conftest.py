@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 import train_tan
+from baselines import gan_transfer
 from checkpoints.network import Network, build, save_network
 from checkpoints.published import LINEAR
+from experiments import launch
 from plumbing.options import flag
 from settings import used_by
 
@@ -94,3 +96,17 @@ def backbone(tmp_path_factory):
     net = lpips.pretrained_networks.squeezenet(pretrained=False)
     torch.save({f"features.{name.split('.', 1)[1]}": value for name, value in net.state_dict().items()}, path)
     return path
+
+
+@pytest.fixture
+def runs_here(monkeypatch):
+    """What experiments train is trained in this process; the runs' folders, in order."""
+    folders = []
+
+    def call_train(program, arguments, log):
+        folders.append(arguments[arguments.index("--output-dir") + 1])
+        call((gan_transfer if program is launch.GAN else train_tan).main, *arguments)
+        return 0
+
+    monkeypatch.setattr(launch, "call_train", call_train)
+    return folders

@@ -12,28 +12,19 @@ from PIL import Image
 import evaluate
 import sample
 import settings
-import train_tan
 from checkpoints.network import save_network
 from checkpoints.perceptual import load_lpips, lpips_last_features
 from domains import judge
-from experiments import launch, photographs
+from experiments import photographs
 from plumbing.options import InputError
 
 
 @pytest.fixture
-def trained(monkeypatch):
-    """Runs are made in this process, with one iteration; their folders, in order."""
-    folders = []
-
-    def call_train(program, arguments, log):
-        folders.append(arguments[arguments.index("--output-dir") + 1])
-        call(train_tan.main, *arguments)
-        return 0
-
-    monkeypatch.setattr(launch, "call_train", call_train)
+def trained(runs_here, monkeypatch):
+    """One iteration a run; the runs' folders, in order."""
     monkeypatch.setattr(settings, "SMALL", settings.SMALL | dict(iterations=1, batch_size=4))
     monkeypatch.setattr(photographs, "SHOWN", 6)  # more than there are training pictures
-    return folders
+    return runs_here
 
 
 def test_photographs(trained, tiny, backbone, tmp_path, capsys, monkeypatch):

@@ -12,9 +12,8 @@ from PIL import Image
 
 import domains
 import settings
-import train_tan
 from adaptor import FORMS
-from baselines import gan_settings, gan_transfer
+from baselines import gan_settings
 from checkpoints import run_folder
 from domains import judge
 from experiments import launch, parts, results, tables, tables_report
@@ -23,16 +22,8 @@ from settings import METHODS, Options, suited
 
 
 @pytest.fixture
-def trained(monkeypatch):
-    """tables.py with train_tan.py called in this process, with few iterations and small batches; the calls' folders, in order."""
-    folders = []
-
-    def call_train(program, arguments, log):
-        folders.append(arguments[arguments.index("--output-dir") + 1])
-        call((gan_transfer if program is launch.GAN else train_tan).main, *arguments)
-        return 0
-
-    monkeypatch.setattr(launch, "call_train", call_train)
+def trained(runs_here, monkeypatch):
+    """tables.py with few iterations and small batches; the folders of its runs, in order."""
     monkeypatch.setattr(settings, "SMALL", settings.SMALL | dict(iterations=1, batch_size=4))
     monkeypatch.setattr(gan_settings, "SMALL", gan_settings.SMALL | dict(iterations=1, batch_size=4))
     monkeypatch.setattr(settings, "SMALL_GUIDED", settings.SMALL_GUIDED | dict(classifier_iterations=2))
@@ -42,7 +33,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(parts, "SHOWN", 2)
     monkeypatch.setattr(judge, "FRESH", 60)
     judge.reference.cache_clear()
-    yield folders
+    yield runs_here
     judge.reference.cache_clear()
 
 
