@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import json
 import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,13 +33,13 @@ from torch import Tensor
 
 import domains
 from checkpoints import run_folder
-from checkpoints.perceptual import inception_features, load_inception, load_lpips, lpips_features
+from checkpoints.perceptual import inception_features, load_inception, load_lpips
 from domains import judge
-from metrics import Images, IntraLPIPS, frechet_distance, intra_lpips, kernel_distance, nearest
+from domains.comparison import scorer
+from metrics import Images, IntraLPIPS
 from plumbing import distributed
 from plumbing.figures import save_panels
 from plumbing.files import write_atomic
-from plumbing.memory import device_memory
 from plumbing.options import (
     InputError,
     Positional,
@@ -138,7 +137,7 @@ def at_size(images: Tensor, size: int) -> Tensor:
 
 def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callable[[int], dict[str, float]]:
     """A function that gives the figures of a run's stage after so many iterations, by name: the judge's if it
-    knows the source and the target, else those of `comparison`.
+    knows the source and the target, else the paper's.
     """
     n, steps, source = options.sampling.n, options.sampling.steps, options.sampling.source
     run = run_folder.read_options(folder)
@@ -244,30 +243,14 @@ def reference_of(options: Folders, size: int) -> ImageFolder | None:
 
 def comparison(options: Folders, targets: Images, reference: Images | None, size: int,
                device: torch.device) -> Callable[[Images], tuple[IntraLPIPS, dict[str, float]]]:
-    """A function that gives the paper's figures of samples around the targets, all of them at this size.
-
-    The figures: Intra-LPIPS; nearest, the median LPIPS to the nearest target or its mirror image; FID and KID
-    if there is a reference.  Raises InputError for targets that do not fit in memory, and for weights that
-    are not there; the function ValueError as `intra_lpips` does.
-    """
+    """`scorer` with the networks that the options name.  InputError for weights that are not there, too."""
     lpips = load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device)
-    inception = load_inception(options.inception_weights, options.download).to(device) if reference else None
-    embed = functools.partial(lpips_features, lpips)
-    features = functools.partial(inception_features, inception,
-                                 progress=functools.partial(bar, text="Inception"))
-    check_memory(embed, targets, size, device)
-    expected = features(reference) if reference else None
-
-    def score(samples: Images) -> tuple[IntraLPIPS, dict[str, float]]:
-        found = intra_lpips(embed, samples, targets, options.cluster_size, options.seed,
-                            progress=functools.partial(bar, text="Intra-LPIPS"))
-        distances = nearest(embed, samples, targets, progress=functools.partial(bar, text="nearest"))
-        figures = {"Intra-LPIPS": found.mean, "nearest": statistics.median(distances)}
-        if reference:
-            seen = features(samples)
-            figures |= {"FID": frechet_distance(seen, expected), "KID": kernel_distance(seen, expected)}
-        return found, figures
-    return score
+    features = None
+    if reference:
+        inception = load_inception(options.inception_weights, options.download).to(device)
+        features = functools.partial(inception_features, inception,
+                                     progress=functools.partial(bar, text="Inception"))
+    return scorer(lpips, targets, size, features, reference, options.cluster_size, options.seed)
 
 
 def warn_of_old(samples: Path) -> None:
@@ -277,16 +260,6 @@ def warn_of_old(samples: Path) -> None:
     if weights.exists() and drawn < weights.stat().st_mtime:
         print(f"warning: {samples} has pictures older than {weights}; if the run went on after they were "
               "drawn, draw them again with sample.py")
-
-
-def check_memory(embed: Callable[[Tensor], Tensor], targets: Images, size: int,
-                 device: torch.device) -> None:
-    """InputError if what Intra-LPIPS keeps, two rows of features for each training picture, cannot fit."""
-    needed, there = 2 * len(targets) * embed(targets[0][None]).nbytes, device_memory(device)
-    if needed > there:
-        raise InputError(
-            f"{len(targets)} training pictures at --size {size} need {needed / 2**30:.1f} GiB of "
-            f"memory, there are {there / 2**30:.1f}; give fewer (the paper has ten), or a smaller --size")
 
 
 def unused(options: Options) -> tuple[set[str], str]:

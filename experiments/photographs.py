@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,13 +30,13 @@ from torch import Tensor
 
 from checkpoints.load import load_source
 from checkpoints.network import Network, fingerprint
-from checkpoints.perceptual import load_lpips, lpips_features, lpips_last_features
+from checkpoints.perceptual import load_lpips, lpips_last_features
 from checkpoints.run_folder import load_run
 from domains import judge
+from domains.comparison import scorer
 from experiments import launch
 from experiments.results import Row
 from experiments.tables_report import difference_table, score_table
-from metrics import intra_lpips, kernel_distance, nearest
 from plumbing import distributed
 from plumbing.files import write_atomic
 from plumbing.options import InputError, Positional, Unset, at_least, check_seed, parse, run, short
@@ -90,17 +89,13 @@ class Target:
         self.pictures = ImageFolder(folder, size)
         others = [other for other in options.reference if name_of(other) == self.name]
         self.others = ImageFolder(others[0], size, recursive=True) if others else None
-        self.embed = functools.partial(lpips_features, lpips)
-        self.features: Callable[[Tensor], Tensor] = functools.partial(lpips_last_features, lpips)
-        self.expected = self.features(self.others) if self.others else None
+        features = functools.partial(lpips_last_features, lpips) if others else None
+        self.scorer = scorer(lpips, self.pictures, size, features, self.others)
 
     def score(self, samples: Tensor | ImageFolder) -> dict[str, float]:
-        """Intra-LPIPS and nearest, and KID if there are other pictures."""
-        found = {"Intra-LPIPS": intra_lpips(self.embed, samples, self.pictures).mean,
-                 "nearest": statistics.median(nearest(self.embed, samples, self.pictures))}
-        if self.expected is not None:
-            found["KID"] = 1000 * kernel_distance(self.features(samples), self.expected)
-        return found
+        """Intra-LPIPS and nearest, and KID (times 1000) if there are other pictures."""
+        figures = self.scorer(samples)[1]
+        return figures | ({"KID": 1000 * figures["KID"]} if self.others else {})
 
 
 def run_of(options: Options, target: Target, method: str, seed: int) -> Path:
