@@ -69,8 +69,8 @@ class Adaptor(nn.Module):
         self.up = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        # Half the size of x, at most 16 tokens a side and, where x has them, at least 8.  Each attends to 8x8
-        # averages of them at most: attention costs the product of both numbers.
+        # About half of x's size, at most 16 tokens a side, and all of x up to 8.  Each attends to at most 8x8
+        # averages of them: attention costs the product of both numbers.
         g = min(16, max(8, max(x.shape[2:]) // 2))
         h = self.down(F.silu(self.norm_in(pool(x, g))))                         # (B, C, H, W) -> (B, d, g, g)
         h = h + self.time(F.silu(emb))[:, :, None, None]
@@ -193,8 +193,8 @@ def parameters(unet: UNet) -> list[nn.Parameter]:
 
 def parameter_rate(unet: UNet) -> float:
     """Number of psi's parameters over that of theta's (Table 1, second column)."""
-    psi = sum(p.numel() for p in parameters(unet))
-    return psi / (sum(p.numel() for p in unet.parameters()) - psi)
+    added = sum(p.numel() for p in parameters(unet))
+    return added / (sum(p.numel() for p in unet.parameters()) - added)
 
 
 def state_dict(unet: UNet) -> dict[str, Tensor]:

@@ -70,8 +70,8 @@ def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor,
     The loss is summed over each image and never averaged over the batch: omega means the same at every batch
     size, and with the default dims an image's noise does not depend on the images beside it.
 
-    own    Norm gives each noise its own drawn mean and standard deviation back, instead of 0 and 1: where
-           the mean is always 0, that of x_t tells the brightness of x_0, which in sampling it does not
+    own    Norm gives each noise its own drawn mean and standard deviation back, instead of 0 and 1: if
+           it is always 0, the mean of x_t tells the network how bright x_0 is; in sampling it does not
     """
     losses, like = [], eps if own else None
     with frozen(model), torch.enable_grad():

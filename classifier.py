@@ -197,7 +197,7 @@ def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Ten
 
 
 @torch.no_grad()
-def accuracy_by_quartile(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor,
+def accuracy_by_quarter(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor,
                          g: torch.Generator, repeats: int = 32,
                          micro_batch_size: int | None = None) -> list[float]:
     """Share of right answers on noised pictures by quarter of the timesteps, classes counting equally.
@@ -244,14 +244,14 @@ def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source:
                       on that fifth by quarter of the timesteps (None without `check`, or with one picture)
     processes         share and sum_gradients of `fine_tune`
     """
-    def x0(pictures: Tensor, versions: int) -> Tensor:
+    def as_x0(pictures: Tensor, versions: int) -> Tensor:
         if encode is None:
             return pictures
         return encode(augment(pictures.repeat(versions, 1, 1, 1), kinds, stream(ENCODING)))
 
     def train(source: Tensor, target: Tensor, text: str) -> Classifier:
         model = start()
-        fine_tune(model, schedule, x0(source, 2), x0(target, 16), iterations, batch_size, learning_rate,
+        fine_tune(model, schedule, as_x0(source, 2), as_x0(target, 16), iterations, batch_size, learning_rate,
                   kinds if encode is None else (), stream(BATCHES), micro_batch_size,
                   lambda steps: progress(steps, text), **processes)
         return model
@@ -262,6 +262,6 @@ def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source:
         trial = train(source[n_source:], target[n_target:], "classifier, a fifth held out")
         parts = source[:n_source], target[:n_target]
         held_out = parts if encode is None else [encode(part) for part in parts]
-        accuracy = accuracy_by_quartile(trial, schedule, *held_out, stream(ACCURACY),
+        accuracy = accuracy_by_quarter(trial, schedule, *held_out, stream(ACCURACY),
                                         micro_batch_size=micro_batch_size)
     return train(source, target, "classifier"), accuracy

@@ -133,7 +133,7 @@ class Schedule:
         x0 = self.predict_x0(xt, t, eps)
         if clip:
             x0 = x0.clamp(-1, 1)
-        # "large" widens the noise only: put into the direction term as well, it would make the root negative.
+        # "large" widens the noise only: in the direction term it would make the root negative at small t.
         sigma = self.sigma(t, s, xt, 1.0 if eta == "large" else eta)
         # predicted x0  +  direction pointing to x_t  +  random noise
         xs = b.sqrt() * x0 + (1 - b - sigma ** 2).clamp(min=0).sqrt() * eps

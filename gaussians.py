@@ -177,8 +177,8 @@ def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor
 def adapt(model: MLP, shots: Tensor, g: torch.Generator, classifier: Model | None, gamma: float, omega: float,
           J: int, learning_rate: float, iterations: int, progress: Progress = iter, fading: int = 0,
           own: bool = False) -> Iterator[MLP]:
-    """Algorithm 1: fine-tune a copy of `model` for each draw of shots (10, E, 2), 40 points an iteration as
-    in the paper; yields the networks after each.  Without classifier and with J = 0 it is the baseline.
+    """Algorithm 1: fine-tune a copy of `model` for each draw of shots (10, E, 2), 40 points an iteration;
+    yields the networks after each.  Without classifier and with J = 0 it is the baseline.
 
     fading    iterations over which gamma falls to 0; 0: it stays, as printed
     """

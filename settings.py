@@ -150,7 +150,8 @@ class Options:
              + " (default: tan; adaptor for a small source, where it is measured to be better).",
     )] = None
     paper: bool = False
-    """All numbers that the paper states, whatever the source; what it leaves open stays as it is here."""
+    """All numbers that the paper states, whatever the source, but psi's share of the parameters; what it
+    leaves open stays as it is here."""
     output_dir: Unset[str] = None
     """Where the run goes (default: runs/TARGET).
     Added to it are -SOURCE for a source that is not the target's usual one, and -METHOD where that is given.
@@ -220,8 +221,13 @@ SMALL_FINETUNE = dict(learning_rate=3e-4)  # all weights at once take smaller st
 SMALL_GUIDED = dict(classifier_iterations=100, guidance_fade=0.5)
 SMALL_ADVERSARIAL = dict(pgd_steps=2, omega=0.1, norm="own")
 SMALL_PA = dict(pairwise_weights=(0.5, 0.5, 0.05))
-# For the targets of toychurches, where nearly every pixel changes; chosen on haunted-houses, seed 100.
+# For the targets of toychurches, where nearly every pixel changes; chosen on haunted-houses.
 CHURCHES = dict(iterations=640)
+
+
+def usual_source(target: str) -> str:
+    """What is adapted without --source: of a built-in target its own source, else drawn faces."""
+    return domains.TARGETS.get(target, "toyfaces")
 
 
 def instead_of_paper(options: Options, source: Network) -> dict:
@@ -271,9 +277,8 @@ def folder_of(options: Options) -> Path:
     """--output-dir, or by default runs/TARGET, with -SOURCE and -METHOD where these are unusual."""
     if options.output_dir:
         return Path(options.output_dir)
-    usual = domains.TARGETS.get(options.target, "toyfaces")
     name = os.fsencode(Path(options.target).resolve().name).decode("utf-8", "replace")
-    if options.source not in (None, usual):
+    if options.source not in (None, usual_source(options.target)):
         name += f"-{title_of(options.source)}"
     if options.method:
         name += f"-{options.method}"
@@ -303,6 +308,8 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     positive(options, "learning_rate", "classifier_learning_rate")
     finite(options, "gamma")
     check_seed(options)
+    if options.guidance.guidance_fade > 1:
+        raise InputError(f"--guidance-fade {options.guidance.guidance_fade}: a share of the run is at most 1")
     if options.tensorboard:
         need_tensorboard()
     if options.guidance.classifier_batch_size % 2:

@@ -31,7 +31,7 @@ from plumbing.seeds import generator
 # Whether gamma and J are used (Eqs. 6, 8), and whether gamma fades, which is ours
 METHODS = {"baseline": (False, False, False), "guided, ten": (True, False, False),
            "TAN, ten": (True, True, False), "fading, ten": (True, False, True)}
-SHOWN = ("baseline", "guided, ten", "TAN, ten", "guided, exact", "TAN, exact")  # p_phi of the shots, or Bayes
+SHOWN = ("baseline", "guided, ten", "TAN, ten", "guided, bayes", "TAN, bayes")  # whose p_phi
 COLOURS = {"reference": "cyan", "baseline": "darkblue", "guided": "sienna", "TAN": "orange",  # the caption's
            "fading": "green"}
 COLUMNS = (*SHOWN, "fading, ten")
@@ -56,7 +56,7 @@ class Options:
     """Its steps J."""
     norm: Literal["paper", "own"] = "paper"
     """What Norm gives the noises of a batch; paper: mean 0, standard deviation 1; own: those as drawn."""
-    guidance_fade: int = 8
+    fade_iterations: int = 8
     """Iterations over which gamma falls to 0, for the method "fading"."""
     iterations: int = 256
     """Updates when adapting."""
@@ -77,15 +77,15 @@ def adapt(options: Options, method: str, model: MLP, ten: MLP, shots: Tensor, up
     return gaussians.adapt(model, shots, generator(options.seed, 3), ten.class_logits if guided else None,
                            options.gamma, options.omega, options.pgd_steps if adversarial else 0,
                            options.learning_rate, updates, functools.partial(bar, desc=method),
-                           options.guidance_fade if fades else 0, options.norm == "own")
+                           options.fade_iterations if fades else 0, options.norm == "own")
 
 
 def compare(options: Options, model: MLP, ten: MLP, shots: Tensor, t: int) -> dict[str, Tensor]:
-    """gaussians.compare_gradients of all draws, guided by the ten shots' classifiers and the exact one."""
+    """gaussians.compare_gradients of all draws, guided by the ten shots' classifiers and by Bayes'."""
     parts = []
     for first in range(0, options.draws, 10):  # ten draws fit the processor's cache
         part, g = slice(first, first + 10), generator(options.seed, 4, options.repeats, t, first)
-        classifiers = {"ten": ten.select(part).class_logits, "exact": gaussians.bayes_classifier}
+        classifiers = {"ten": ten.select(part).class_logits, "bayes": gaussians.bayes_classifier}
         parts.append(gaussians.compare_gradients(model, classifiers, shots[:, part], t, options.repeats, g,
                                                  options.gamma, options.omega, options.pgd_steps,
                                                  options.norm == "own"))
@@ -102,7 +102,7 @@ def draw_gradients(axes: Axes, found: dict[str, Tensor], title: str) -> None:
     for name in ("reference", *SHOWN):
         method, (x, y) = name.split(",")[0], 4 * found[name][0] / found[name][0].norm()
         away = angle(found[name], found["reference"])[0]
-        axes.plot([0, x], [0, y], color=COLOURS[method], linestyle=":" if "exact" in name else "-",
+        axes.plot([0, x], [0, y], color=COLOURS[method], linestyle=":" if "bayes" in name else "-",
                   linewidth={"reference": 5.0, "TAN": 1.2}.get(method, 3.0),  # TAN lies on guided
                   label="10,000 samples" if name == "reference" else f"{name}: {away:.1f}°")
     axes.set(xlim=(-4, 4), ylim=(-4, 4), xlabel="first coordinate", ylabel="second coordinate",
@@ -125,16 +125,16 @@ def draw_trajectories(axes: Axes, title: str, original: Tensor, adapted: Tensor)
 
 def draw_distances(axes: Axes, options: Options, model: MLP, ten: MLP, shots: Tensor) -> dict[str, list]:
     """Our panel (d): distance to the target; {method: [iteration and the quartiles over the draws, ...]}."""
-    g, curves, quarters = generator(options.seed, 6), {}, torch.tensor([0.25, 0.5, 0.75])
+    g, curves, quartiles = generator(options.seed, 6), {}, torch.tensor([0.25, 0.5, 0.75])
     noise = norm(torch.randn(250, options.draws, 2, generator=g), dims=(0,))  # less sampling error
     for method in METHODS:
         curves[method], colour = [], COLOURS[method.split(",")[0]]
         for i, adapted in enumerate(adapt(options, method, model, ten, shots, options.iterations), start=1):
             if i in (*STAGES, options.iterations):
                 distances = gaussians.wasserstein(trajectories(adapted, noise, 25)[-1])
-                curves[method].append([i, *distances.quantile(quarters).tolist()])
-        iterations, low, middle, high = zip(*curves[method])
-        axes.plot(iterations, middle, color=colour, label=method)
+                curves[method].append([i, *distances.quantile(quartiles).tolist()])
+        iterations, low, median, high = zip(*curves[method])
+        axes.plot(iterations, median, color=colour, label=method)
         axes.fill_between(iterations, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(8 ** 0.5, color="black", linewidth=0.8, linestyle="--", label="before adapting")
     x, y = [2 ** i for i in range(9)], [0.5, 1, 2, 5, 10]
@@ -152,7 +152,7 @@ def main() -> None:
         fewer = dict(draws=20, repeats=100, iterations=32)
         options = flags.replace(options, **{name: n for name, n in fewer.items() if name not in typed})
     flags.at_least(options, draws=1, repeats=1, timesteps=0, iterations=FEW, pgd_steps=0, omega=0,
-                   guidance_fade=0)
+                   fade_iterations=0)
     flags.below(options, timesteps=SCHEDULE.timesteps)
     flags.positive(options, "gamma", "learning_rate")
     flags.check_seed(options)
@@ -187,7 +187,7 @@ def main() -> None:
     # What it says of them: a number for each of SHOWN
     half, long = ellipse(gradients[middle]["worst"])
     ratio, along = half[:, 1] / half[:, 0], (angle(long, gradients[middle]["adversarial"]) - 90).abs() > 45
-    medians = [[middle for _, _, middle, _ in curves[name]] if name in curves else [] for name in COLUMNS]
+    medians = [[median for _, _, median, _ in curves[name]] if name in curves else [] for name in COLUMNS]
     (peak_b, shift_b, spread_b), (peak_c, shift_c, spread_c) = drawn
     claims = {f"(a) closer to 10,000 samples, degrees, t = {t}":
               [angle(found[name], found["reference"]).mean().item() for name in SHOWN]
@@ -207,7 +207,7 @@ def main() -> None:
     for claim, numbers in claims.items():
         print(f"{claim:46}" + "".join(" " * 14 if x is None else f"{x:14.2f}" for x in numbers))
     print(f"\n{options.draws} draws of ten shots (b, c: the first), seed {seed}.  ten: the classifier knows "
-          f"the ten shots alone;\nexact: the Bayes classifier.  {out}/figure2.png, results.json")
+          f"the ten shots alone;\nbayes: the exact one.  {out}/figure2.png, results.json")
 
 
 if __name__ == "__main__":

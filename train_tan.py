@@ -145,12 +145,12 @@ def describe(source: Network, psi: list[torch.nn.Parameter], targets: Tensor, as
     """Print what is adapted, to what, and which numbers are not the paper's."""
     model, size = source.model, source.image_size
     learning = sum(p.numel() for p in psi)
-    theta = sum(p.numel() for name, p in model.named_parameters() if ".adaptor." not in name)
+    frozen = sum(p.numel() for name, p in model.named_parameters() if ".adaptor." not in name)
     held_out = f" ({options.hold_out} held out)" if options.hold_out else ""
     latent = f", as latents {'x'.join(map(str, source.shape))}" if source.first_stage else ""
     distributed.say(
-        f"source {options.source}: {size}x{size}{latent}, {theta / 1e6:.2f} M parameters; "
-        f"training {learning / 1e6:.3f} M ({learning / theta:.1%}) with {options.method} on {len(targets)} "
+        f"source {options.source}: {size}x{size}{latent}, {frozen / 1e6:.2f} M parameters; "
+        f"training {learning / 1e6:.3f} M ({learning / frozen:.1%}) with {options.method} on {len(targets)} "
         f"pictures of {options.target}{held_out}; {device}, {options.precision}, "
         f"{distributed.world()} process(es)")
     before, after = flat(asked), flat(options)
@@ -195,7 +195,8 @@ def losses_of(model: UNet, ascended: UNet, classifier: Classifier | None, pairwi
     losses = guided_loss(eps, eps_theta, guidance)                         # line 8, Eq. 9
     if pairwise:
         losses = losses + pairwise(xt, t, eps_theta, x0)
-    return losses, guidance, residual, ascent
+    # The gain is that of one network: theta's own losses do not compare with those of theta and psi.
+    return losses, guidance, residual, ascent if ascended is model else []
 
 
 def watch(loop: Loop, line: dict[str, Any], fades: bool) -> None:
@@ -217,7 +218,7 @@ def main() -> None:
     if options.resume:
         options = run_folder.resumed(out, options, typed)
     elif options.source is None:
-        options = replace(options, source=domains.TARGETS.get(options.target, "toyfaces"))
+        options = replace(options, source=settings.usual_source(options.target))
     options = replace(options, source=pinned(options.source), output_dir=str(out))
     source = load_diffusion_model(options.source, options.arch)
     asked, options = options, settings.suited(options, source)
@@ -246,8 +247,9 @@ def main() -> None:
     x0s = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
 
     pairwise = pairwise_losses(source, x0s[:len(targets)], options)
-    wanted = options.tensorboard and distributed.rank() == 0
-    board = Board(out / "tensorboard", state["iteration"] if state else 0) if wanted else None
+    board = None
+    if options.tensorboard and distributed.rank() == 0:
+        board = Board(out / "tensorboard", state["iteration"] if state else 0)
     report = Report(out, picked(options, settings.used_by(options.method)), source, identity["source"],
                     targets, held_out, ema, device, settings.command_of(options), board)
     b = options.batch_size

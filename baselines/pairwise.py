@@ -1,9 +1,9 @@
 """DDPM-PA (Zhu et al. 2022), the paper's diffusion baseline: keep how alike the pictures of a batch are.
 
-What the network being adapted makes of a noised batch (its predicted x_0) shall be spread as the source
-network's is, once in the pictures and once in their fine detail; a third term pulls the detail towards the
-training pictures. "Batch" is what goes through the network at once: with micro-batches or several
-processes, each compares its own.
+The pictures that the adapted network predicts (x_0) of a noised batch are to differ among themselves as the
+source network's do, once as they are and once in their fine detail; a third term pulls the detail towards the
+training pictures. "Batch" is what goes through the network at once: with micro-batches or several processes,
+each compares its own.
 """
 
 import copy

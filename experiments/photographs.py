@@ -1,7 +1,7 @@
 """Every method on folders of ten pictures each, from one source; scored by what folders alone can tell.
 
-  python -m experiments.photographs few_shot/babies few_shot/sunglasses --source photofaces \\
-      --lpips-backbone squeezenet1_1-features.pth --reference eval/sunglasses
+  python -m experiments.photographs few_shot/babies few_shot/sunglasses --reference eval/sunglasses \\
+      --lpips-backbone squeezenet1_1-features.pth
 
 Each folder is a target and is called by its name.  --reference: more pictures of a target, which no run sees,
 in a folder of the same name.

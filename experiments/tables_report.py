@@ -22,6 +22,7 @@ PASSES = {**dict.fromkeys(gan_methods.METHODS, 2), "cdc": 3, "dcl": 4, "pa": 2}
 # What the paper has on photographs: method and parameter rate, and what it measured in this order.
 PAPER = (("TGAN", "100%"), ("TGAN+ADA", "100%"), ("EWC", "100%"), ("CDC", "100%"), ("DCL", "100%"),
          ("DDPM-PA", "100%"), ("TAN", "1.3%"), ("LMD-TAN", "1.6%"))
+OURS = ("tgan", "ada", "ewc", "cdc", "dcl", "pa", "tan")  # of PAPER's; LMD-TAN has a source of its own
 PAPER_INTRA = {"babies": (0.510, 0.546, 0.560, 0.583, 0.579, 0.599, 0.592, 0.601),
                "sunglasses": (0.550, 0.571, 0.550, 0.581, 0.574, 0.604, 0.613, 0.613),
                "raphael": (0.533, 0.546, 0.541, 0.564, 0.558, 0.581, 0.621, 0.592),
@@ -96,6 +97,34 @@ def pairs_table(found: list[Row], name: str, title: str, sign: int) -> str:
     return markdown(title, ["", *trained], [[a, *(cell(a, b) for b in trained)] for a in trained])
 
 
+def order_table(found: list[Row]) -> str:
+    """How often two methods stand to each other as the paper's figures of the same target do."""
+    gans, diffusion = range(5), range(5, 7)  # of OURS
+    kinds = {"GANs": [*itertools.combinations(gans, 2)],
+             "DDPM-PA and TAN": [*itertools.combinations(diffusion, 2)],
+             "one of either": [*itertools.product(gans, diffusion)]}
+    kinds["all"] = [pair for pairs in kinds.values() for pair in pairs]
+
+    def cell(name: str, paper: dict[str, tuple], pairs: list[tuple[int, int]]) -> str:
+        alike = [same for target in paper for i, j in pairs
+                 for same in stand_alike(found, name, target, paper[target], i, j)]
+        return f"{sum(alike)} of {len(alike)}"
+
+    rows = [[name, *(cell(name, paper, pairs) for pairs in kinds.values())]
+            for name, paper in (("toy Intra-LPIPS", PAPER_INTRA), ("toy FID", PAPER_FID))]
+    return markdown("The paper's order: in how many pairs of runs with the same target and seed two methods "
+                    "stand as in the paper's Table 1 or 2 for that target", ["", *kinds], rows)
+
+
+def stand_alike(found: list[Row], name: str, target: str, theirs: tuple, i: int, j: int) -> list[bool]:
+    """Whether methods i and j of OURS stand as their figures in the paper, by seed; [] for equal ones."""
+    if theirs[i] == theirs[j]:
+        return []
+    first, second = ({row["run"]["seed"]: row["score"][name]
+                      for row in of(found, target=target, method=OURS[k])} for k in (i, j))
+    return [(first[seed] > second[seed]) == (theirs[i] > theirs[j]) for seed in first.keys() & second.keys()]
+
+
 def time_table(found: list[Row]) -> str:
     """Seconds and passes an iteration, and how many iterations there were."""
     targets, _ = shown(found)
@@ -122,8 +151,8 @@ def _pace(runs: list[Row]) -> str:
 
 
 def difference_table(found: list[Row], name: str, title: str, reference: str, sign: int) -> str:
-    """This figure less that of the reference at the same target and seed: mean ± standard error over seeds,
-    and in how many pairs sign * difference is above 0.  "all": the mean over targets, seed by seed.
+    """This figure less that of the reference at the same target and seed: mean ± standard error over
+    pairs, and in how many of them sign * difference is above 0.
 
     Runs are told apart by their label, or else by their method.
     """
@@ -136,13 +165,10 @@ def difference_table(found: list[Row], name: str, title: str, reference: str, si
     for label in values.keys() - {reference} if reference in values else ():
         differences = {pair: value - values[reference][pair] for pair, value in values[label].items()
                        if pair in values[reference]}
-        by_seed: dict[int, list[float]] = {}
-        for (_, seed), value in differences.items():
-            by_seed.setdefault(seed, []).append(value)
         cells = [_difference([value for (of_target, _), value in differences.items() if of_target == target])
                  for target in targets]
         won = sum(sign * value > 0 for value in differences.values())
-        rows.append([label, *cells, _difference([statistics.mean(v) for v in by_seed.values()]),
+        rows.append([label, *cells, _difference(list(differences.values())),
                      f"{won} of {len(differences)}"])
     order = list(values)
     return markdown(title, [f"less {reference}", *targets, "all", "better"],
@@ -161,7 +187,7 @@ def difference_tables(found: list[Row], what: str, reference: str) -> list[str]:
     kinds = (("toy FID", "lower is better", -1), ("toy Intra-LPIPS", "higher is more diverse", 1),
              ("target", "share of samples in the target domain", 1))
     return [difference_table(found, name, f"{what}: {name} ({meaning}), less that of {reference} with the "
-                             "same target and seed, mean ± standard error over seeds", reference, sign)
+                             "same target and seed, mean ± standard error over pairs", reference, sign)
             for name, meaning, sign in kinds]
 
 
@@ -213,7 +239,7 @@ def main_tables(found: list[Row]) -> list[str]:
             pairs_table(found, "toy FID", "In how many pairs of runs with the same target and seed the "
                         "method of the row has the lower toy FID than that of the column", -1),
             pairs_table(found, "toy Intra-LPIPS", "The same, higher toy Intra-LPIPS", 1),
-            time_table(found)]
+            order_table(found), time_table(found)]
 
 
 # ---- Table 3, and the curves -----------------------------------------------------------------------------

@@ -68,6 +68,19 @@ def angles_table(rows: list[dict], batch: str, title: str) -> str:
                     "draws closer than the baseline)", ["method", *(f"t = {t}" for t in times)], table)
 
 
+def against_guided_table(rows: list[dict]) -> str:
+    """How often adversarial noise is what brings the gradient nearer."""
+    times, table = sorted({row["t"] for row in rows}), []
+    for batch, method in dict.fromkeys((row["batch"], row["method"]) for row in rows):
+        if method.startswith("TAN"):
+            found = [select(rows, batch=batch, method=method, t=t)[0] for t in times]
+            cells = [f"{row['closer_than_guided']:.0%}, {row['paper_order']:.0%}" for row in found]
+            table.append([f"{method}, {batch}", *cells])
+    return markdown("Share of draws whose gradient is closer with adversarial noise than without; and whose "
+                    "order is the paper's: TAN, guided, baseline",
+                    ["method, shots", *(f"t = {t}" for t in times)], table)
+
+
 def noise_table(rows: list[dict]) -> str:
     columns = [(predictor, t) for predictor in ("exact", "trained") for t in ("100", "500", "mixed")]
     table = []
@@ -94,7 +107,8 @@ def tables(results: dict[str, list[dict]]) -> str:
     """Markdown of the three measurements, for people."""
     return "\n\n".join([angles_table(results["angles"], "repeated", "shots repeated"),
                         angles_table(results["angles"], "one noise each", "one noise for each shot"),
-                        noise_table(results["noise"]), adaptation_table(results["adaptation"])])
+                        against_guided_table(results["angles"]), noise_table(results["noise"]),
+                        adaptation_table(results["adaptation"])])
 
 
 def style(method: str) -> dict[str, str]:

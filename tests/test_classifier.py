@@ -11,7 +11,7 @@ from classifier import (
     SOURCE,
     TARGET,
     Classifier,
-    accuracy_by_quartile,
+    accuracy_by_quarter,
     augment,
     fade,
     fine_tune,
@@ -152,7 +152,7 @@ def test_fine_tuning():
     bright, dark = torch.full((16, 3, 16, 16), 0.1), torch.full((10, 3, 16, 16), -0.1)
     model = tiny_classifier()
     fine_tune(model, schedule, bright, dark, 60, 16, 2e-3, (), g)
-    accuracy = accuracy_by_quartile(model, schedule, bright[:8], dark[:8], g, repeats=8)
+    accuracy = accuracy_by_quarter(model, schedule, bright[:8], dark[:8], g, repeats=8)
     assert accuracy[0] > 0.95 and abs(accuracy[3] - 0.5) < 0.15, accuracy
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
@@ -176,12 +176,12 @@ class Oracle(nn.Module):
         return torch.stack([~target, target], 1).float()
 
 
-def test_accuracy_by_quartile():
+def test_accuracy_by_quarter():
     schedule = Schedule(beta_start=1e-9, beta_end=2e-9)  # no noise: the oracle sees
     source, target = -torch.ones(12, 3, 2, 2), torch.ones(2, 3, 2, 2)
     g = torch.Generator().manual_seed(0)
-    assert accuracy_by_quartile(Oracle(), schedule, source, target, g) == [1, 1, 0.5, 0.5]
-    assert accuracy_by_quartile(Oracle(), schedule, source, target, g, micro_batch_size=5) == [1, 1, 0.5, 0.5]
+    assert accuracy_by_quarter(Oracle(), schedule, source, target, g) == [1, 1, 0.5, 0.5]
+    assert accuracy_by_quarter(Oracle(), schedule, source, target, g, micro_batch_size=5) == [1, 1, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("timesteps", [4, 10, 999])
@@ -196,12 +196,12 @@ def test_quarters_hold_every_timestep(timesteps):
 
     schedule = Schedule(timesteps=timesteps, beta_start=1e-9, beta_end=2e-9)
     pictures, g = torch.ones(60, 3, 2, 2), torch.Generator().manual_seed(0)
-    accuracy_by_quartile(Recorder(), schedule, pictures, pictures, g, repeats=100, micro_batch_size=7)
+    accuracy_by_quarter(Recorder(), schedule, pictures, pictures, g, repeats=100, micro_batch_size=7)
     bounds = [quarter * timesteps // 4 for quarter in range(5)]
     for first, end, part in zip(bounds, bounds[1:], torch.cat(seen).chunk(4)):
         assert part.unique().tolist() == list(range(first, end))
     with pytest.raises(ValueError, match="3 timesteps"):
-        accuracy_by_quartile(Oracle(), Schedule(timesteps=3), pictures, pictures, g)
+        accuracy_by_quarter(Oracle(), Schedule(timesteps=3), pictures, pictures, g)
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def calls(monkeypatch):
     """What the trainings and the check of a run's classifier were called with, instead of doing anything."""
     seen = dict(trained=[], checked=[])
     monkeypatch.setattr(classifier, "fine_tune", lambda model, schedule, *a: seen["trained"].append((model, *a)))
-    monkeypatch.setattr(classifier, "accuracy_by_quartile",
+    monkeypatch.setattr(classifier, "accuracy_by_quarter",
                         lambda model, schedule, *a, **more: seen["checked"].append((model, *a, more)) or [0.5] * 4)
     return seen
 

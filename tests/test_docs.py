@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-import domains
 import evaluate
 import pretrain
 import sample
@@ -17,13 +16,23 @@ from baselines import gan_settings
 from checkpoints import __main__ as checkpoints_main
 from checkpoints import export
 from domains import __main__ as domains_main
-from experiments import ascent, benchmark, kills, malformed, tables, toy2d_measured
+from experiments import (
+    ascent,
+    benchmark,
+    kills,
+    malformed,
+    photographs,
+    reconstruction,
+    tables,
+    toy2d_measured,
+)
 from plumbing.options import parse, replace
 
 PROGRAMS = {"train_tan.py": settings, "pretrain.py": pretrain, "sample.py": sample, "evaluate.py": evaluate, "toy2d.py": toy2d,
             "baselines.gan_transfer": gan_settings, "checkpoints": checkpoints_main, "checkpoints.export": export, "domains": domains_main,
             "experiments.ascent": ascent, "experiments.benchmark": benchmark, "experiments.kills": kills, "experiments.malformed": malformed,
-            "experiments.tables": tables, "experiments.toy2d_measured": toy2d_measured}
+            "experiments.photographs": photographs, "experiments.reconstruction": reconstruction, "experiments.tables": tables, "experiments.toy2d_measured": toy2d_measured}
+SMALL = ("toyfaces-latent", "photofaces", "runs/pretrain-many_photos/model.safetensors")  # 64x64
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
@@ -41,15 +50,16 @@ def commands(page):
 
 
 def size_of(source):
-    """Pixels of the sources that the pages name."""
-    return {None: 32, "toyfaces": 32, "toyfaces-latent": 64, "runs/pretrain-many_photos/model.safetensors": 64}.get(source, 256)
+    """Pixels of a source that the pages name."""
+    return 32 if source in ("toyfaces", "toychurches") else 64 if source in SMALL else 256
 
 
 def accepted(options, typed):
     """The options as train_tan.py fills and checks them; InputError if it refuses them."""
+    options = replace(options, source=options.source or settings.usual_source(options.target))
     size = size_of(options.source)
     source = SimpleNamespace(image_size=size, small=size <= 64, first_stage=None, check_steps=lambda steps, flag: None)
-    options = settings.suited(replace(options, source=options.source or domains.TARGETS.get(options.target, "toyfaces")), source)
+    options = settings.suited(options, source)
     settings.check(options, typed, source)
     return options
 

@@ -75,7 +75,8 @@ def test_where_a_run_goes(target, source, method, expected):
 @pytest.mark.parametrize("flags, says", [
     ("--omega -1", "--omega -1.0: must be at least 0"), ("--omega nan", "--omega nan: must be at least 0"),
     ("--guidance-below -5", "--guidance-below -5: must be at least 0"), ("--ema 2", "--ema 2.0: must be below 1"),
-    ("--gamma nan", "--gamma nan: must be a number"), ("--gamma inf", "--gamma inf: must be a number"),
+    ("--guidance-fade 8", "--guidance-fade 8.0: a share of the run is at most 1"), ("--gamma nan", "--gamma nan: must be a number"),
+    ("--gamma inf", "--gamma inf: must be a number"),
     ("--classifier-batch-size 3", "--classifier-batch-size 3: must be even"),
     ("--classifier-iterations 0", "--classifier-iterations 0: must be at least 1"),
     ("--seed -5", "--seed -5: must be from 0"), (f"--seed {2 ** 64}", f"--seed {2 ** 64}: must be from 0"),

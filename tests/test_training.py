@@ -122,7 +122,7 @@ def test_stats():
     assert line["loss"] == pytest.approx(3) and line["loss_by_quarter"] == [1.5, 3, None, 4.5]
     assert line["guidance_rms"] == pytest.approx([0.5 ** 0.5, 2, None, 12.5 ** 0.5])  # sqrt((0 + 1)/2), 2, -, sqrt((9 + 16)/2)
     assert line["guidance_ratio"] == pytest.approx([0.5 ** 0.5 / 2, 1, None, 12.5 ** 0.5 / 2])
-    assert line["pgd_gain"] == pytest.approx(2)  # 20 / 10
+    assert line["pgd_gain"] == pytest.approx(24)  # 5 * 2^2 * 12 numbers / 10, at eps^0
 
 
 def test_stats_without_guidance_and_ascent():
