@@ -39,7 +39,7 @@ from domains.comparison import scorer
 from metrics import Images, IntraLPIPS
 from plumbing import distributed
 from plumbing.figures import save_panels
-from plumbing.files import write_atomic
+from plumbing.files import write_text
 from plumbing.options import (
     InputError,
     Positional,
@@ -193,7 +193,7 @@ def score_stages(folder: Path, options: Options, device: torch.device) -> None:
         curves = {name: [row[name] for row in rows] for name in rows[0] if name != "iterations"}
         save_panels(folder / "stages.png", [row["iterations"] for row in rows], curves, "iterations", best)
         text = json.dumps(dict(n=n, steps=steps, best=best, stages=rows), indent=1)
-        write_atomic(folder / "stages.json", lambda temporary: temporary.write_text(text))
+        write_text(folder / "stages.json", text)
 
 
 def score_folders(options: Folders, device: torch.device) -> None:
@@ -266,10 +266,10 @@ def unused(options: Options) -> tuple[set[str], str]:
     """The options that have nothing to say about what is scored, and why."""
     if not options.runs:
         return {*flat(options.sampling)}, "is for runs; --samples are scored as they are"
-    if options.sampling.at and not all(judge.knows(run_folder.read_options(run)) for run in options.runs):
+    if options.sampling.at and not any(judge.knows(run_folder.read_options(run)) for run in options.runs):
         return set(), ""
     return {*flat(options.folders), "source"}, ("is for folders of pictures (--samples DIR), and for stages "
-                                                "of runs that the judge does not know")
+                                                "of runs that the judge does not know; give those alone")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ samples.png as training goes, metrics.jsonl, loss.png and checkpoint.pt, from wh
 import functools
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from autoencoder import LOSS_WEIGHTS, first_stage_loss
 from baselines.gan_training import Plain, Players, play
 from checkpoints import gan
-from checkpoints.network import FIRST_STAGES, Network, save_network
+from checkpoints.network import FIRST_STAGES, Network, digest, save_network
 from checkpoints.perceptual import load_lpips
 from checkpoints.pretrain_settings import Latent, Options, check, folder_of, learning_rate, resumed
 from checkpoints.untrained import new_network
@@ -41,12 +41,14 @@ from domains.indexed import Batch, attributes_of, load_pictures
 from domains.judge import attribute_loss
 from plumbing import distributed, progress
 from plumbing.figures import save_curve
-from plumbing.files import read_metrics, remove_unfinished
-from plumbing.options import InputError, flat, parse, run
+from plumbing.files import check_replaceable, read_metrics, remove_unfinished
+from plumbing.options import flat, parse, run
 from plumbing.picture_folder import keep_apart
 from plumbing.pictures import save_grid
 from plumbing.seeds import generator
 from plumbing.training import EMA, Loop
+
+FILES = ("checkpoint.pt", "model.safetensors")  # that make a folder a run
 
 
 def untrained(options: Options) -> Network | gan.GAN:
@@ -130,19 +132,19 @@ def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
     save_curve(out / "loss.png", losses, "loss", smooth=100)
 
 
-def prepare(out: Path, old: list[Path]) -> None:
+def prepare(out: Path, old: Iterable[str]) -> None:
     """Make the folder, without what a killed process left half written and without these old files."""
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         remove_unfinished(out)
-        for file in old:
-            file.unlink(missing_ok=True)
+        for name in old:
+            (out / name).unlink(missing_ok=True)
     distributed.barrier()
 
 
-def train_gan(out: Path, options: Options, network: gan.GAN, batch_of: Batch, n: int,
+def train_gan(out: Path, options: Options, network: gan.GAN, batch_of: Batch, content: dict[str, Any],
               state: dict[str, Any] | None, device: torch.device) -> None:
-    """The iterations of a StyleGAN2 on n pictures."""
+    """The iterations of a StyleGAN2 on content["pictures"] pictures."""
     training, wanted = options.training, options.adversarial
     b, players = training.batch_size, Players(
         network.model.train(), network.discriminator.train(), Plain(), training.batch_size,
@@ -154,14 +156,15 @@ def train_gan(out: Path, options: Options, network: gan.GAN, batch_of: Batch, n:
             show(out, network, ema, torch.empty(0))
 
     def real_pictures(g: torch.Generator) -> Tensor:
-        indices = torch.randint(n, (b,), generator=g)[players.mine]
+        indices = torch.randint(content["pictures"], (b,), generator=g)[players.mine]
         mirrored = torch.rand(b, 1, 1, 1, generator=g)[players.mine] < 0.5
         images = batch_of(indices)[0]
         return torch.where(mirrored & options.data.flip, images.flip(3), images)
 
+    keep = dict(content, options=flat(options), gan=players.state)
     loop = Loop(out, options.network, training.iterations, training.save_every, b,
                 players.parameters, players.optimizer, ema, functools.partial(learning_rate, training),
-                device, state, dict(options=flat(options), gan=players.state), after, also=players.load)
+                device, state, keep, after, also=players.load)
     play(loop, players, ema, real_pictures, training.seed)
     distributed.cleanup()
 
@@ -173,30 +176,28 @@ def main() -> None:
     # What is trained, on what.  All that can be wrong is found out before anything is written.
     out = folder_of(options)
     device = distributed.setup(training.device)
-    files = [out / "checkpoint.pt", out / "model.safetensors"]
-    if any(file.exists() for file in files) and not (options.resume or options.overwrite):
-        raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with "
-                         "--overwrite, or choose --output-dir")
+    check_replaceable(out, FILES, options.resume, options.overwrite)
     keep_apart(out, options.source)
     check(options, typed)
     if training.threads:
         torch.set_num_threads(training.threads)
-    state = resumed(out, options) if options.resume else None
     network, of_first_stage = untrained(options), first_stage_objective(options.latent, device)
     data = options.data
     batch_of, n, read_ahead = load_pictures(options.source, data.size, data.images, training.seed,
                                             with_targets=options.network == "judge")
     shown = batch_of(torch.arange(min(16, n)))[0]
     network.to(device)
+    content = dict(pictures=n, first_stage=network.first_stage and digest(network.first_stage.state_dict()))
+    state = resumed(out, options, content) if options.resume else None
     latents = encode_all(batch_of, n, network, options.data.flip, device) if network.first_stage else None
 
-    prepare(out, [] if state else files)
+    prepare(out, () if state else FILES)
     weights = sum(value.numel() for value in network.state_dict().values())
     distributed.say(f"{n} pictures of {options.source} at {options.data.size}x{options.data.size}; "
                     f"{weights / 1e6:.2f} M weights; {device}, "
                     f"{training.precision}; up to iteration {training.iterations}; {out}/")
     if options.network == "stylegan2":
-        return train_gan(out, options, network, batch_of, n, state, device)
+        return train_gan(out, options, network, batch_of, content, state, device)
     model, schedule, b = network.model.train(), network.schedule, training.batch_size
     parameters = list(model.parameters())
     # The judge need bear little noise.
@@ -209,7 +210,8 @@ def main() -> None:
             show(out, network, ema, shown)
 
     loop = Loop(out, options.network, training.iterations, training.save_every, b, parameters, optimizer, ema,
-                functools.partial(learning_rate, training), device, state, dict(options=flat(options)), after)
+                functools.partial(learning_rate, training), device, state,
+                dict(content, options=flat(options)), after)
     mine = distributed.share(b)
 
     def chosen(iteration: int) -> tuple[torch.Generator, Tensor]:

@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from checkpoints import run_folder
 from checkpoints.gan import GAN
 from checkpoints.load import title_of
 from classifier import TARGET, log_prob_gradient
 from plumbing import distributed
-from plumbing.files import write_atomic
 from plumbing.options import (
     InputError,
     Positional,
@@ -38,7 +35,7 @@ from plumbing.options import (
     run,
     short,
 )
-from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
+from plumbing.pictures import read_array, save_grid, save_picture, to_tensor, to_uint8
 from plumbing.progress import bar
 
 
@@ -83,11 +80,6 @@ def parse_eta(text: str) -> float | str:
     if not 0 <= eta <= 1:
         raise InputError(f"--eta {text}: give a number from 0 to 1, or 'large'")
     return eta
-
-
-def save_picture(path: Path, pixels: Tensor) -> None:
-    """uint8 (H, W, 3) -> PNG."""
-    write_atomic(path, lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """The options of train_tan.py: what a method uses, the paper's numbers, what suits other sources instead."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +25,7 @@ from plumbing.options import (
     positive,
     replace,
 )
-from plumbing.picture_folder import keep_apart
+from plumbing.picture_folder import keep_apart, name_of
 from plumbing.shell import command
 
 
@@ -269,7 +268,7 @@ def used_by(method: str) -> frozenset[str]:
 
 def command_of(options: Options) -> str:
     """The command that makes this run again, its settings spelt out; quoted for the shell."""
-    names = used_by(options.method) - {"resume", "overwrite", "paper"}
+    names = used_by(options.method) - {"resume", "overwrite"}
     return command("python train_tan.py", options, names)
 
 
@@ -277,7 +276,7 @@ def folder_of(options: Options) -> Path:
     """--output-dir, or by default runs/TARGET, with -SOURCE and -METHOD where these are unusual."""
     if options.output_dir:
         return Path(options.output_dir)
-    name = os.fsencode(Path(options.target).resolve().name).decode("utf-8", "replace")
+    name = name_of(options.target)
     if options.source not in (None, usual_source(options.target)):
         name += f"-{title_of(options.source)}"
     if options.method:

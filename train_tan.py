@@ -38,6 +38,7 @@ from checkpoints import run_folder
 from checkpoints.load import load_diffusion_model, pinned, start_classifier
 from checkpoints.network import Network, save_network
 from checkpoints.run_report import Report
+from checkpoints.run_stats import Stats
 from classifier import Classifier, fade, guided_loss, limited, make_classifier, similarity_guidance
 from ddpm import Schedule, predict_eps
 from plumbing import distributed, progress
@@ -45,7 +46,7 @@ from plumbing.board import Board
 from plumbing.memory import MicroBatches, fitting
 from plumbing.options import flag, flat, parse, picked, replace, run
 from plumbing.seeds import generator
-from plumbing.training import EMA, Loop, Stats, cosine_decay, hold_frozen_in_bf16, warmup
+from plumbing.training import EMA, Loop, cosine_decay, hold_frozen_in_bf16, warmup
 from settings import METHODS, Options
 from unet import UNet
 
@@ -105,6 +106,7 @@ def obtain_classifier(source: Network, targets: Tensor, begins: Network, options
                       device: torch.device) -> Classifier:
     """p_phi (Eq. 5) of the run in `out`; if it is not there yet, it is fine-tuned on the targets."""
     wanted, path = options.guidance, out / "classifier.safetensors"
+    usual = domains.AUGMENT.get(options.target, ("flip", "shift"))
 
     def start() -> Classifier:
         torch.manual_seed(options.seed)  # the new head
@@ -117,7 +119,7 @@ def obtain_classifier(source: Network, targets: Tensor, begins: Network, options
     def make(pictures: Tensor, at_once: int | None) -> tuple[Classifier, list[float] | None]:
         return make_classifier(
             start, source.schedule, pictures, targets.to(device),
-            kinds=wanted.augment or domains.AUGMENT.get(options.target, ("flip", "shift")),
+            kinds=usual if wanted.augment is None else wanted.augment,
             iterations=wanted.classifier_iterations, batch_size=wanted.classifier_batch_size,
             learning_rate=wanted.classifier_learning_rate, stream=functools.partial(generator, options.seed),
             encode=source.encode if source.first_stage else None, check=wanted.classifier_check,
@@ -137,7 +139,9 @@ def obtain_classifier(source: Network, targets: Tensor, begins: Network, options
     if accuracy := network.description["held_out_accuracy"]:
         distributed.say("classifier, accuracy on held-out pictures for t in the 1st, 2nd, 3rd, 4th quarter "
                         "(0.5 is chance): " + ", ".join(f"{share:.2f}" for share in accuracy))
-    return network.model.to(device).requires_grad_(False)
+    model = network.to(device).model.requires_grad_(False)
+    model.use_checkpoint = options.checkpoint_blocks
+    return model
 
 
 def describe(source: Network, psi: list[torch.nn.Parameter], targets: Tensor, asked: Options,
@@ -145,13 +149,13 @@ def describe(source: Network, psi: list[torch.nn.Parameter], targets: Tensor, as
     """Print what is adapted, to what, and which numbers are not the paper's."""
     model, size = source.model, source.image_size
     learning = sum(p.numel() for p in psi)
-    frozen = sum(p.numel() for name, p in model.named_parameters() if ".adaptor." not in name)
+    of_source = sum(p.numel() for name, p in model.named_parameters() if ".adaptor." not in name)
     held_out = f" ({options.hold_out} held out)" if options.hold_out else ""
     latent = f", as latents {'x'.join(map(str, source.shape))}" if source.first_stage else ""
     distributed.say(
-        f"source {options.source}: {size}x{size}{latent}, {frozen / 1e6:.2f} M parameters; "
-        f"training {learning / 1e6:.3f} M ({learning / frozen:.1%}) with {options.method} on {len(targets)} "
-        f"pictures of {options.target}{held_out}; {device}, {options.precision}, "
+        f"source {options.source}: {size}x{size}{latent}, {of_source / 1e6:.2f} M parameters; "
+        f"training {learning / 1e6:.3f} M ({learning / of_source:.1%}) with {options.method} on "
+        f"{len(targets)} pictures of {options.target}{held_out}; {device}, {options.precision}, "
         f"{distributed.world()} process(es)")
     before, after = flat(asked), flat(options)
     instead = settings.instead_of_paper(options, source)

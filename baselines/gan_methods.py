@@ -224,13 +224,25 @@ def contrast_to_real(fake: Tensor, of_source: Tensor, real: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(fake), dtype=torch.long, device=fake.device))
 
 
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a method is, and what it alone uses."""
+
+    text: str
+    options: tuple[str, ...] = ()   # of Numbers
+    passes: int = 2                 # through the generator in an iteration
+
+
 METHODS = {
-    "tgan": "generator and discriminator go on from the source's (Wang et al. 2018)",
-    "ada": "TGAN with augmentations before the discriminator (Karras et al. 2020a)",
-    "freezed": "the discriminator's first layers do not learn (Mo et al. 2020)",
-    "ewc": "a penalty on changing weights that matter to the source (Li et al. 2020)",
-    "cdc": "pictures as alike as the source's; patches (Ojha et al. 2021)",
-    "dcl": "contrastive losses (Zhao et al. 2022)",
+    "tgan": Method("generator and discriminator go on from the source's (Wang et al. 2018)"),
+    "ada": Method("TGAN with augmentations before the discriminator (Karras et al. 2020a)",
+                  ("ada_target", "ada_images")),
+    "freezed": Method("the discriminator's first layers do not learn (Mo et al. 2020)", ("freeze_blocks",)),
+    "ewc": Method("a penalty on changing weights that matter to the source (Li et al. 2020)",
+                  ("ewc_weight", "fisher_samples")),
+    "cdc": Method("pictures as alike as the source's; patches (Ojha et al. 2021)",
+                  ("cdc_weight", "anchor_spread", "patch_block"), passes=3),
+    "dcl": Method("contrastive losses (Zhao et al. 2022)", ("dcl_weights",), passes=4),
 }
 
 
@@ -240,14 +252,16 @@ def make(name: str, generator: Generator, discriminator: Discriminator, targets:
 
     targets   number of training pictures
     """
-    if name == "ada":
-        return ADA(numbers.ada_target, numbers.ada_images)
-    if name == "freezed":
-        return FreezeD(numbers.freeze_blocks)
-    if name == "ewc":
-        return EWC(generator, discriminator, numbers.ewc_weight, numbers.fisher_samples, seed)
-    source = copy.deepcopy(generator).requires_grad_(False)
-    if name == "cdc":
-        return CDC(source, discriminator, targets, numbers.cdc_weight, numbers.anchor_spread,
-                   numbers.patch_block, seed)
-    return DCL(source, numbers.dcl_weights) if name == "dcl" else Plain()
+    def source() -> Generator:
+        return copy.deepcopy(generator).requires_grad_(False)
+
+    makers: dict[str, Callable[[], Plain]] = {
+        "tgan": Plain,
+        "ada": lambda: ADA(numbers.ada_target, numbers.ada_images),
+        "freezed": lambda: FreezeD(numbers.freeze_blocks),
+        "ewc": lambda: EWC(generator, discriminator, numbers.ewc_weight, numbers.fisher_samples, seed),
+        "cdc": lambda: CDC(source(), discriminator, targets, numbers.cdc_weight, numbers.anchor_spread,
+                           numbers.patch_block, seed),
+        "dcl": lambda: DCL(source(), numbers.dcl_weights),
+    }
+    return makers[name]()

@@ -11,6 +11,7 @@ from baselines import gan_methods
 from baselines.gan_training import check_groups
 from checkpoints.gan import GAN
 from checkpoints.load import title_of
+from plumbing import distributed
 from plumbing.options import (
     InputError,
     Unset,
@@ -22,13 +23,9 @@ from plumbing.options import (
     positive,
     replace,
 )
-from plumbing.picture_folder import keep_apart
+from plumbing.picture_folder import keep_apart, name_of
 from plumbing.shell import command
 
-# Which options each method uses, of those that others do not.
-USES = {"ada": ("ada_target", "ada_images"), "freezed": ("freeze_blocks",),
-        "ewc": ("ewc_weight", "fisher_samples"), "cdc": ("cdc_weight", "anchor_spread", "patch_block"),
-        "dcl": ("dcl_weights",)}
 # What suits published networks, and the small ones of assets/ instead; these were chosen on babies.
 PUBLISHED = dict(iterations=5000, batch_size=4, learning_rate=2e-3, r1=10.0, freeze_blocks=3, ewc_weight=5e8,
                  cdc_weight=1000.0)
@@ -41,7 +38,7 @@ class Options:
     """A run of gan_transfer.py."""
 
     method: Annotated[Literal[tuple(gan_methods.METHODS)], tyro.conf.arg(
-        help="; ".join(f"{name}: {text}" for name, text in gan_methods.METHODS.items()) + ".",
+        help="; ".join(f"{name}: {uses.text}" for name, uses in gan_methods.METHODS.items()) + ".",
     )] = "cdc"
     target: str = "sunglasses"
     """Built-in target, or a folder of pictures."""
@@ -91,7 +88,7 @@ def folder_of(options: Options) -> Path:
         return Path(options.output_dir)
     unusual = options.source not in (None, usual_source(options.target))
     source = f"-{title_of(options.source)}" if unusual else ""
-    return Path("runs") / f"{Path(options.target).resolve().name}{source}-{options.method}"
+    return Path("runs") / f"{name_of(options.target)}{source}-{options.method}"
 
 
 def usual_source(target: str) -> str:
@@ -101,7 +98,7 @@ def usual_source(target: str) -> str:
 
 def used_by(method: str) -> frozenset[str]:
     """The names of the options that a method uses."""
-    others = {name for other, names in USES.items() if other != method for name in names}
+    others = {name for other, uses in gan_methods.METHODS.items() if other != method for name in uses.options}
     return frozenset(flat(Options()).keys() - others)
 
 
@@ -110,17 +107,17 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
     another source.
     """
     for name in sorted(typed - used_by(options.method)):
-        user = next(method for method, names in USES.items() if name in names)
+        user = next(method for method, uses in gan_methods.METHODS.items() if name in uses.options)
         raise InputError(f"{flag(name)}: --method {options.method} does not use it, only {user}; leave it "
                          "out")
-    at_least(options, iterations=0, batch_size=2, r1=0, r1_every=1, path_length=0, ema=0, samples=0,
-             previews=1, save_every=1, ada_images=1, freeze_blocks=0, ewc_weight=0, fisher_samples=1,
-             cdc_weight=0, anchor_spread=0, patch_block=0, dcl_weights=0, ada_target=-1)
+    at_least(options, iterations=0, batch_size=max(2, distributed.world()), r1=0, r1_every=1, path_length=0,
+             ema=0, samples=0, previews=1, save_every=1, ada_images=1, freeze_blocks=0, ewc_weight=0,
+             fisher_samples=1, cdc_weight=0, anchor_spread=0, patch_block=0, dcl_weights=0, ada_target=-1)
     below(options, ema=1, ada_target=1, patch_block=len(source.discriminator.convs),
           freeze_blocks=len(source.discriminator.convs))
     positive(options, "learning_rate")
     check_seed(options)
-    check_groups(options.batch_size)
+    check_groups(options.batch_size, gan_methods.whole if options.method == "cdc" else int)
     if len(options.numbers.dcl_weights) != 2:
         raise InputError("--dcl-weights: give two numbers of at least 0")
     domains.check_pair(options.source, options.target)

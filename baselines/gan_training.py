@@ -57,11 +57,16 @@ def path_lengths(images: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 # ---- the two turns -----------------------------------------------------------------------------------------
 
-def check_groups(batch_size: int) -> None:
-    """InputError for a batch whose pictures the discriminator cannot compare with each other."""
-    if group_size(batch_size) == 1:
-        raise InputError(f"--batch-size {batch_size}: the discriminator compares pictures in groups of 4, 3 "
-                         "or 2; choose a multiple of one of them")
+def check_groups(batch_size: int, judged: Callable[[int], int] = int) -> None:
+    """InputError for a batch whose pictures the discriminator cannot compare with each other.
+
+    judged   how many of n pictures it sees whole
+    """
+    world = distributed.world()
+    for count in {judged(batch_size // world), judged(-(-batch_size // world))}:
+        if group_size(count) == 1:
+            raise InputError(f"--batch-size {batch_size}: the discriminator compares pictures in groups of "
+                             f"4, 3 or 2, and would see {count} at once; choose another one")
 
 
 class Plain:

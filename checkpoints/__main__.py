@@ -58,10 +58,11 @@ def of_diffusion_model(network: Network) -> dict[str, str]:
     if network.first_stage:
         latents = "x".join(map(str, network.shape))
         pictures += f", as latents {latents}, scaled by {network.scale_factor:g}"
-    lines = {"network": f"{description['network']}, {size(network.model)}",
+    lines = {"network": f"{description['network']}, {parameters_of(network.model)}",
              "options": words(description["config"]), "schedule": noise, "pictures": pictures}
     if network.first_stage:
-        lines["first stage"] = f"{description['first_stage']['network']}, {size(network.first_stage)}"
+        kind = description["first_stage"]["network"]
+        lines["first stage"] = f"{kind}, {parameters_of(network.first_stage)}"
     return lines
 
 
@@ -69,8 +70,8 @@ def of_gan(network: GAN) -> dict[str, str]:
     """Lines of the report that a GAN has."""
     config, judge = network.description["config"], "none: it draws, but cannot be adapted"
     if network.discriminator:
-        judge = f"{size(network.discriminator)}, {words(config['discriminator'])}"
-    return {"network": f"StyleGAN2, {size(network.model)}", "options": words(config["generator"]),
+        judge = f"{parameters_of(network.discriminator)}, {words(config['discriminator'])}"
+    return {"network": f"StyleGAN2, {parameters_of(network.model)}", "options": words(config["generator"]),
             "judged by": judge, "pictures": f"{network.image_size}x{network.image_size}"}
 
 
@@ -79,7 +80,7 @@ def words(config: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in config.items())
 
 
-def size(model: nn.Module) -> str:
+def parameters_of(model: nn.Module) -> str:
     """The number of parameters, in words."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
 

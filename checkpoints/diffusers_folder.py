@@ -22,8 +22,9 @@ from checkpoints.weights_file import read_parts
 from plumbing import distributed
 from plumbing.options import InputError
 
+INDEX = "model_index.json"
 UNETS = ("unet_ema/", "unet/", "")  # the first that has weights is taken
-FIRST_STAGES = ("vqvae/", "vae/")
+STAGE_PLACES = ("vqvae/", "vae/")
 MODEL = r"diffusion_pytorch_model"
 SHARD = r"-(\d+)-of-(\d+)"
 # From the best: whole, in parts, a variant such as fp16; each safely stored or pickled.
@@ -76,14 +77,21 @@ def weights_of(names: Collection[str]) -> list[str]:
 
 def first_stage_at(names: Collection[str]) -> list[str]:
     """The files of the first stage's weights among all of a folder or repository; none if there is none."""
-    return next(filter(None, (weights_at(place, names) for place in FIRST_STAGES)), [])
+    return next(filter(None, (weights_at(place, names) for place in STAGE_PLACES)), [])
+
+
+def missing_first_stage(folder: Path) -> str | None:
+    """The place of the first stage that model_index.json names, if its weights are not there."""
+    index = _read(folder / INDEX) if (folder / INDEX).exists() else {}
+    named = [place for place in STAGE_PLACES if any(index.get(place[:-1]) or ())]
+    return named[0] if named and not first_stage_at(names_in(folder)) else None
 
 
 def needed(names: Collection[str]) -> list[str]:
     """Of all files of a repository those that are read; none if it holds no network that is known here."""
-    places = {*UNETS, *FIRST_STAGES, "scheduler/"}
-    described = [name for name in names
-                 if name.endswith("config.json") and name[: name.rfind("/") + 1] in places]
+    places = {*UNETS, *STAGE_PLACES, "scheduler/"}
+    described = [name for name in names if name == INDEX
+                 or name.endswith("config.json") and name[: name.rfind("/") + 1] in places]
     weights = weights_of(names)
     return [*weights, *first_stage_at(names), *sorted(described)] if weights else []
 
@@ -127,6 +135,9 @@ def describe(file: Path, arch: str | None, layout: str) -> dict[str, Any]:
     if place.name == "unet_ema":
         description["layout"] += ", averaged weights (unet_ema/)"
         distributed.say_once(f"{folder}: its averaged weights are taken, unet_ema/")
+    if missing := missing_first_stage(folder):
+        raise InputError(f"{folder}: {INDEX} names a first stage, but {missing} has no weights; download it, "
+                         "too")
     if stage := first_stage_at(names_in(folder)):
         config = folder / Path(stage[0]).parent / "config.json"
         network, scale = diffusers_first_stage.first_stage_options(_read(config), config)
@@ -166,6 +177,8 @@ def _schedule_in(folder: Path, arch: str | None) -> dict[str, Any]:
     for file in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json",
                  folder.parent / "scheduler" / "scheduler_config.json"):
         if file.exists():
+            if arch is not None:
+                raise InputError(f"--arch {arch}: {file} says how it was trained; leave it out")
             return schedule_options(_read(file), file)
     if arch in ARCHITECTURES:
         return ARCHITECTURES[arch]["schedule"]

@@ -29,7 +29,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 import adaptor
@@ -37,9 +36,10 @@ from checkpoints import run_folder
 from checkpoints.diffusers_first_stage import first_stage_config, first_stage_weights
 from checkpoints.diffusers_unet import schedule_config, unet_config, unet_weights
 from checkpoints.load import need_diffusion_model, title_of
-from checkpoints.network import Network
-from plumbing.files import write_atomic
+from checkpoints.network import Network, save_tensors
+from plumbing.files import write_text
 from plumbing.options import InputError, Positional, Unset, parse, run
+from plumbing.picture_folder import name_of
 
 ROOT = Path(__file__).parents[1]
 PAIRS = """
@@ -80,23 +80,16 @@ def joined(*files: str) -> str:
     return f"# Written by checkpoints/export.py, from {', '.join(files)}.\n\n" + "\n\n\n".join(texts) + "\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file of text; its folder is made if need be."""
-    path.parent.mkdir(exist_ok=True)
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A file of JSON; its folder is made if need be."""
+    path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(content, indent=1))
 
 
 def write_model(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """A model in the form of diffusers: config.json and diffusion_pytorch_model.safetensors."""
     write_json(folder / "config.json", config)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    write_atomic(folder / "diffusion_pytorch_model.safetensors",
-                 lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+    save_tensors(folder / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
 
 
 def why_code(network: Network) -> str | None:
@@ -176,7 +169,7 @@ def model_card(network: Network, name: str, run_options: dict[str, Any] | None, 
     source = title_of(run_options["source"] if run_options else name)
     title, what = source, "A diffusion model, as it was before any adaptation."
     if run_options:
-        target = Path(run_options["target"]).name
+        target = name_of(run_options["target"])
         title = f"{target}, from {source}"
         form = run_options.get("adaptor", "bottleneck")
         how = f"--method {run_options['method']}" + (f" --adaptor {form}" if form != "bottleneck" else "")

@@ -4,11 +4,11 @@ Cache, offline mode, endpoint and tokens are huggingface_hub's: HF_HOME, HF_HUB_
 HF_TOKEN.
 """
 
-import os
 import re
 from pathlib import Path
 
-from checkpoints.diffusers_folder import SUFFIXES, needed
+from checkpoints.diffusers_folder import SUFFIXES, missing_first_stage, needed
+from plumbing import distributed
 from plumbing.options import InputError
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<file>/[\w./-]+)?(@(?P<revision>[\w./-]+))?")
@@ -50,7 +50,7 @@ def fetch(name: str) -> Path:
     """
     from huggingface_hub import HfApi, errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
-    if os.environ.get("RANK", "0") != "0":
+    if distributed.rank() != 0:
         disable_progress_bars()
     asked = NAME.fullmatch(name)
     repo, file, revision = asked["repo"], asked["file"], asked["revision"]
@@ -94,7 +94,7 @@ def _cached(repo: str, file: str | None, revision: str | None) -> Path | None:
         whole = file[1:] in names if file else needed(names)
     except InputError:  # parts are missing
         return None
-    return _inside(folder, file) if whole else None
+    return _inside(folder, file) if whole and (file or not missing_first_stage(folder)) else None
 
 
 def _inside(folder: Path, file: str | None) -> Path:

@@ -101,6 +101,8 @@ def build(description: dict[str, Any], where: str) -> Network:
     """An untrained network from its description, which is from `where`; InputError if an option is wrong."""
     try:
         model = NETWORKS[description["network"]](**description["config"]).eval()
+        if model.image_size % model.factor:
+            raise ValueError(f"image_size {model.image_size} must be divisible by {model.factor}")
         network = Network(model, Schedule(**description.get("schedule", {})), description)
         if stage := description.get("first_stage"):
             first_stage = FIRST_STAGES[stage["network"]](**stage["config"])
@@ -119,22 +121,26 @@ def build(description: dict[str, Any], where: str) -> Network:
 
 def save_network(path: Path, network: Network) -> None:
     """Weights, of a latent model with its first stage, and description in one file, atomically."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    save_tensors(path, tensors, network.description)
+    save_tensors(path, network.state_dict(), {"description": json.dumps(network.description)})
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """A safetensors file with a description in its metadata, atomically."""
-    metadata = {"description": json.dumps(description)}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, atomically."""
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata))
 
 
 def fingerprint(network: Network) -> str:
     """A short hash of the weights, first stage and all: psi is worth nothing beside another theta."""
-    digest = hashlib.sha256(b"" if network.first_stage is None else str(network.scale_factor).encode())
-    for key, value in network.state_dict().items():
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest(network.state_dict(), "" if network.first_stage is None else str(network.scale_factor))
+
+
+def digest(tensors: Mapping[str, Tensor], begins: str = "") -> str:
+    """A short hash of tensors and their names."""
+    found = hashlib.sha256(begins.encode())
+    for key, value in tensors.items():
+        found.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def check_fit(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -19,6 +19,7 @@ from plumbing.options import (
     flat,
     positive,
 )
+from plumbing.picture_folder import name_of
 from plumbing.training import cosine_decay, warmup
 
 
@@ -147,7 +148,7 @@ def folder_of(options: Options) -> Path:
     kind = "" if options.network == "unet" else f"-{options.network}"
     if options.latent.first_stage:
         kind = "-latent"
-    return Path("runs") / f"pretrain-{Path(options.source).name}{kind}"
+    return Path("runs") / f"pretrain-{name_of(options.source)}{kind}"
 
 
 def check(options: Options, typed: frozenset[str]) -> None:
@@ -190,8 +191,12 @@ def check(options: Options, typed: frozenset[str]) -> None:
         check_groups(options.training.batch_size)
 
 
-def resumed(out: Path, options: Options) -> dict[str, Any]:
-    """The state to go on from; InputError for a flag that is not as it was when the run in `out` began."""
+def resumed(out: Path, options: Options, content: dict[str, Any]) -> dict[str, Any]:
+    """The state to go on from; InputError for a flag, or for content, that is not as it was when the run in
+    `out` began.
+
+    content   `pictures`, how many there are, and `first_stage`, a hash of its weights or None
+    """
     state = load_checkpoint(out / "checkpoint.pt", options.training.iterations)
     known = state.get("options", {})
     for name, wanted in flat(options).items():
@@ -199,6 +204,11 @@ def resumed(out: Path, options: Options) -> dict[str, Any]:
             given = "source" if name == "source" else flag(name)
             raise InputError(f"{given} {wanted}: the run in {out} has {known[name]}; --resume takes the same "
                              "flags")
+    of = dict(pictures=options.source, first_stage=f"--first-stage {options.latent.first_stage}")
+    for name, value in content.items():
+        if state.get(name, value) != value:
+            raise InputError(f"{of[name]}: is not what it was when the run in {out} began; start anew with "
+                             "--overwrite or another --output-dir")
     return state
 
 

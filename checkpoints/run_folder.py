@@ -21,7 +21,7 @@ from checkpoints.load import load_network, load_source
 from checkpoints.network import Network, check_finite, fingerprint, load_strictly
 from checkpoints.weights_file import read_tensors
 from plumbing import distributed
-from plumbing.files import load_checkpoint, remove_unfinished, write_atomic
+from plumbing.files import check_replaceable, load_checkpoint, remove_unfinished, write_text
 from plumbing.options import InputError, check_types, flag, flat, replace
 from plumbing.shell import quoted
 
@@ -102,9 +102,7 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
         raise InputError(f"--output-dir {out}: is no UTF-8; choose another name")
     state = read_state(out, options, belongs) if options["resume"] else None
     is_run = (out / "options.json").exists()
-    if is_run and not options["resume"] and not options["overwrite"]:
-        raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with "
-                         "--overwrite, or choose --output-dir")
+    check_replaceable(out, ("options.json",), options["resume"], options["overwrite"])
     if not is_run and any((out / name).exists() for name in FILES + FOLDERS):
         raise InputError(f"{out}: holds files with the names a run would write, but is not a run; choose "
                          "another --output-dir")
@@ -122,7 +120,7 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
             # A finished run that goes on is not finished.
             (out / "weights.safetensors").unlink(missing_ok=True)
         text = json.dumps(dict(options, resume=False, overwrite=False), indent=1)
-        write_atomic(out / "options.json", lambda temporary: temporary.write_text(text))
+        write_text(out / "options.json", text)
     distributed.barrier()
     return state
 

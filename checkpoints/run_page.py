@@ -13,6 +13,7 @@ from checkpoints.run_folder import best_stage, stages
 from domains import judge
 from plumbing.files import read_metrics, write_atomic
 from plumbing.options import flag
+from plumbing.picture_folder import name_of
 from plumbing.shell import quoted
 
 TEMPLATE = Path(__file__).with_name("run_page.html")
@@ -35,7 +36,7 @@ def write_page(out: Path, options: dict[str, Any], command: str) -> None:
     command   that makes it again
     """
     metrics, kept = read_metrics(out / "metrics.jsonl"), stages(out)
-    target, source = Path(options["target"]).name, title_of(options["source"])
+    target, source = name_of(options["target"]), title_of(options["source"])
     seconds = sum(line["seconds"] for line in metrics)
     page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"{source} to {target}, {options['method']}"),

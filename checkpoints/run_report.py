@@ -6,11 +6,11 @@ loss of pictures that were held out.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 import adaptor
@@ -25,9 +25,9 @@ from metrics import nearest_rms
 from plumbing import distributed, progress
 from plumbing.board import Board
 from plumbing.figures import save_curve
-from plumbing.files import read_metrics, write_atomic
+from plumbing.files import read_metrics
 from plumbing.memory import fitting
-from plumbing.pictures import read_array, save_grid, to_tensor, to_uint8
+from plumbing.pictures import read_array, save_grid, save_picture, to_tensor, to_uint8
 from plumbing.seeds import generator
 from plumbing.shell import quoted
 from plumbing.training import EMA
@@ -41,7 +41,7 @@ class Report:
 
     options   flat, as options.json has them; those that the method uses
     source    the network that is adapted, a diffusion model or a GAN
-    theta     its fingerprint from before
+    fingerprint   of the source, from before
     targets   the training pictures (K, 3, H, W)
     held_out  pictures kept from training, or none (K', 3, H, W)
     command   that makes the run again
@@ -49,10 +49,11 @@ class Report:
     ema       averages of what learns; they are what the pictures, the losses and the weights show
     """
 
-    def __init__(self, out: Path, options: dict[str, Any], source: Network | GAN, theta: str, targets: Tensor,
-                 held_out: Tensor, ema: EMA, device: torch.device, command: str = "",
+    def __init__(self, out: Path, options: dict[str, Any], source: Network | GAN, fingerprint: str,
+                 targets: Tensor, held_out: Tensor, ema: EMA, device: torch.device, command: str = "",
                  board: Board | None = None):
-        self.out, self.options, self.source, self.theta, self.ema = out, options, source, theta, ema
+        self.out, self.options, self.source, self.ema = out, options, source, ema
+        self.fingerprint = fingerprint
         self.targets, self.held_out, self.device = targets, held_out, device
         self.command, self.board = command, board
         self.steps = options.get("sample_steps", 1)  # a GAN draws in one
@@ -86,8 +87,8 @@ class Report:
     def save(self, path: Path, **more: Any) -> None:
         """The weights that the network has now, psi alone or all, with a description."""
         weights = adaptor.state_dict(self.source.model) or self.source.model.state_dict()
-        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        save_tensors(path, tensors, dict(method=self.options["method"], source=self.theta, **more))
+        description = dict(method=self.options["method"], source=self.fingerprint, **more)
+        save_tensors(path, weights, {"description": json.dumps(description)})
 
     def preview(self, done: int, saved: bool = False) -> None:
         """One more stage and row of progress.png, if one is due after so many iterations."""
@@ -121,7 +122,7 @@ class Report:
         """Pictures (8, 3, H, W) as one more file in progress/, and all of these as progress.png."""
         strip.parent.mkdir(exist_ok=True)
         pixels = torch.cat(list(to_uint8(drawn)), dim=1)                         # (8, H, W, 3) -> (H, 8W, 3)
-        write_atomic(strip, lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
+        save_picture(strip, pixels)
         rows, labels = [], []
         for record in stages(self.out):
             if (file := strip.with_name(f"{record['iteration']:06d}.png")).exists():

@@ -22,7 +22,7 @@ from checkpoints import run_folder
 from checkpoints.load import ASSETS, load_network, load_source
 from checkpoints.network import Network, fingerprint
 from metrics import IntraLPIPS, frechet_distance, intra_lpips, kernel_distance
-from plumbing.files import write_atomic
+from plumbing.files import write_text
 from plumbing.options import InputError
 from plumbing.pictures import to_tensor
 from plumbing.progress import bar
@@ -236,5 +236,5 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
     of_source = source_samples(source, min(n, PAIRED), steps, device, network.precision)
     figures = score(samples, of_source, target, options.get("hold_out", 0))
     found = dict(run=run, score=figures)
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(found, indent=1)))
+    write_text(path, json.dumps(found, indent=1))
     return found

@@ -191,7 +191,9 @@ def main() -> None:
     network, of_run = run_folder.load_model(options.model, options.arch)
     network = need_diffusion_model(network, options.model)
     target = target_of(options, of_run)
-    pictures = domains.target_images(target, network.image_size)
+    of_target = of_run if of_run and target == of_run["target"] else {}
+    pictures, _ = domains.training_images(target, network.image_size, of_target.get("hold_out", 0),
+                                          of_target.get("recursive", False))
     ascended = of_run and settings.METHODS[of_run["method"]].adversarial_noise
     chosen = options.norm or (of_run["norm"] if ascended else settings.suited(
         settings.Options(target=target, method="tan"), network).adversarial_noise.norm)

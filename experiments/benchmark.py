@@ -37,6 +37,7 @@ from adversarial_noise import denoising_loss, norm, worst_case_noise
 from checkpoints.load import load_diffusion_model
 from checkpoints.network import Network, build
 from checkpoints.published import ARCHITECTURES
+from checkpoints.run_stats import Stats
 from classifier import Classifier, from_unet, guided_loss, similarity_guidance
 from ddpm import Schedule, predict_eps
 from experiments.measuring import convolutions, device_name, floor, flops, peak_memory, seconds
@@ -45,7 +46,7 @@ from plumbing.markdown import markdown
 from plumbing.options import InputError, Unset, at_least, parse, run
 from plumbing.progress import bar, say
 from plumbing.seeds import generator
-from plumbing.training import EMA, Stats, hold_frozen_in_bf16
+from plumbing.training import EMA, hold_frozen_in_bf16
 from unet import UNet
 
 PUBLISHED = tuple(name for name, known in ARCHITECTURES.items() if known["network"] == "UNet")

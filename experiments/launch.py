@@ -4,6 +4,7 @@ they are as of today."""
 import dataclasses
 import functools
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection
@@ -62,10 +63,17 @@ def relevant_today(**flags: Any) -> dict[str, Any]:
     return relevant(flat(program.suited(options, known_source(options.source))))
 
 
+def heed_signals() -> None:
+    """From now on SIGTERM and a closed terminal are a Ctrl-C, too: the run that is being trained saves."""
+    for name in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(name) != signal.SIG_IGN:
+            signal.signal(name, signal.default_int_handler)
+
+
 def call_train(program: Program, arguments: list[str], log: Path) -> int:
     """Exit status of a program with these arguments, its output added to `log`.
 
-    When this program is told to stop, so is that one, which then saves.
+    When this program is told to stop (`heed_signals`), so is that one, which then saves.
     """
     with open(log, "a") as file:
         process = subprocess.Popen([sys.executable, *program.words, *arguments], stdout=file, stderr=file,

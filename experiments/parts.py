@@ -44,7 +44,8 @@ class Options:
     """Built-in targets; the first is that of Table 3, Figure 1 and the curves."""
     methods: Annotated[tuple[Literal[ALL_METHODS], ...], tyro.conf.arg(
         help="; ".join(f"{name}: {method.text} ({method.loss})" for name, method in METHODS.items())
-             + "; GANs: " + "; ".join(f"{name}: {text}" for name, text in gan_methods.METHODS.items()) + ".",
+             + "; GANs: "
+             + "; ".join(f"{name}: {method.text}" for name, method in gan_methods.METHODS.items()) + ".",
     )] = ALL_METHODS
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of the runs."""

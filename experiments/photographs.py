@@ -28,8 +28,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from checkpoints.load import load_source
-from checkpoints.network import Network, fingerprint
+from checkpoints.load import load_diffusion_model, pinned
+from checkpoints.network import Network, digest, fingerprint
 from checkpoints.perceptual import load_lpips, lpips_last_features
 from checkpoints.run_folder import load_run
 from domains import judge
@@ -38,9 +38,9 @@ from experiments import launch
 from experiments.results import Row
 from experiments.tables_report import difference_table, score_table
 from plumbing import distributed
-from plumbing.files import write_atomic
-from plumbing.options import InputError, Positional, Unset, at_least, check_seed, parse, run, short
-from plumbing.picture_folder import ImageFolder
+from plumbing.files import write_text
+from plumbing.options import InputError, Positional, Unset, at_least, check_seed, parse, replace, run, short
+from plumbing.picture_folder import ImageFolder, name_of
 from plumbing.pictures import save_grid
 from plumbing.progress import bar
 from settings import METHODS
@@ -76,9 +76,9 @@ class Options:
     """auto, cpu, cuda or mps."""
 
 
-def name_of(folder: str) -> str:
-    """What a target is called."""
-    return Path(folder).resolve().name
+def digest_of(pictures: ImageFolder) -> str:
+    """A short hash of the pictures as they are seen."""
+    return digest({"pictures": pictures.batch(range(len(pictures)))})
 
 
 class Target:
@@ -89,12 +89,27 @@ class Target:
         self.pictures = ImageFolder(folder, size)
         others = [other for other in options.reference if name_of(other) == self.name]
         self.others = ImageFolder(others[0], size, recursive=True) if others else None
+        self.keep_to_pictures(Path(options.output_dir) / self.name / "pictures.txt")
+        if others and len(self.others) < 2:
+            raise InputError(f"--reference {others[0]}: has one picture; KID needs at least two")
         features = functools.partial(lpips_last_features, lpips) if others else None
         self.scorer = scorer(lpips, self.pictures, size, features, self.others)
 
+    def keep_to_pictures(self, file: Path) -> None:
+        """InputError if the training pictures are not those of the runs beside this file."""
+        found = digest_of(self.pictures)
+        if file.exists() and file.read_text() != found:
+            raise InputError(f"{self.folder}: the pictures have changed since the runs in {file.parent} "
+                             "began; choose another --output-dir")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, found)
+
     def score(self, samples: Tensor | ImageFolder) -> dict[str, float]:
         """Intra-LPIPS and nearest, and KID (times 1000) if there are other pictures."""
-        figures = self.scorer(samples)[1]
+        try:
+            figures = self.scorer(samples)[1]
+        except ValueError as error:
+            raise InputError(f"{self.folder}: {len(samples)} samples cannot be scored ({error})") from None
         return figures | ({"KID": 1000 * figures["KID"]} if self.others else {})
 
 
@@ -108,12 +123,12 @@ def scored(options: Options, target: Target, network: Network, file: Path,
            draw: Callable[[], Tensor]) -> dict[str, float]:
     """The figures of what `draw` gives, which are kept in this file: nothing is drawn if it has them."""
     how = dict(n=options.n, steps=options.steps, lpips=options.lpips_net, weights=fingerprint(network),
-               others=len(target.others or ()))
+               others=target.others and digest_of(target.others))
     known = json.loads(file.read_text()) if file.exists() else {}
     if known.get("how") != how:
         file.parent.mkdir(parents=True, exist_ok=True)
         known = dict(how=how, score=target.score(draw()))
-        write_atomic(file, lambda temporary: temporary.write_text(json.dumps(known, indent=1)))
+        write_text(file, json.dumps(known, indent=1))
     return known["score"]
 
 
@@ -151,10 +166,13 @@ def main() -> None:
     if len({*names}) < len(names):
         raise InputError(f"{', '.join(options.targets)}: two targets of the same name; rename a folder")
     for folder in options.reference:
-        if name_of(folder) not in names:
-            raise InputError(f"--reference {folder}: there is no target {name_of(folder)}")
+        if name_of(folder) not in names or [*map(name_of, options.reference)].count(name_of(folder)) > 1:
+            raise InputError(f"--reference {folder}: give one folder of a target's name, {', '.join(names)}")
+    launch.heed_signals()
     device = distributed.setup(options.device)
-    source = load_source(options.source).to(device)
+    options = replace(options, source=pinned(options.source))
+    source = load_diffusion_model(options.source).to(device)
+    source.check_steps(options.steps)
     lpips = load_lpips(options.lpips_net, options.lpips_backbone, options.download).to(device)
     targets = [Target(folder, source.image_size, options, lpips) for folder in options.targets]
     found = []
@@ -179,8 +197,7 @@ def main() -> None:
     how = (f"LPIPS-{options.lpips_net} at {size}; {options.n} samples of each "
            f"run, DDIM in {options.steps} steps; mean ± standard deviation over seeds (their number).")
     text = "\n\n".join([*tables(found), how])
-    write_atomic(Path(options.output_dir) / "photographs.md",
-                 lambda temporary: temporary.write_text(text + "\n"))
+    write_text(Path(options.output_dir) / "photographs.md", text + "\n")
     print(f"{text}\n\nall in {options.output_dir}/")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from domains import judge
 from experiments import launch
-from plumbing.files import write_atomic
+from plumbing.files import write_text
 
 Row = dict[str, Any]
 """One scored run: "run" (method, target, seed ...), "score" (figures by name), "rate", "seconds", and the
@@ -23,7 +23,7 @@ def add(file: Path, part: str, found: Row) -> None:
     results = read(file)  # another command may have added to it meanwhile
     known = {identity(row): row for row in results.get(part, [])} | {identity(found): found}
     text = json.dumps(results | {part: list(known.values())}, indent=1)
-    write_atomic(file, lambda temporary: temporary.write_text(text))
+    write_text(file, text)
 
 
 def identity(found: Row) -> str:

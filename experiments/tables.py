@@ -17,12 +17,11 @@ paper's, which stand beside them.  The tables have the runs with the present -n,
 commands so far; the pictures have the methods of the last command.
 """
 
-import signal
 from pathlib import Path
 from typing import Any
 
 from checkpoints.load import BUILT_IN, load_source
-from experiments import results
+from experiments import launch, results
 from experiments.parts import WORK, Options
 from experiments.tables_report import (
     ablation_tables,
@@ -34,7 +33,7 @@ from experiments.tables_report import (
     passes_tables,
 )
 from plumbing import distributed
-from plumbing.files import write_atomic
+from plumbing.files import write_text
 from plumbing.options import InputError, at_least, check_seed, parse, replace, run
 
 # The tables that come of each part.
@@ -66,10 +65,7 @@ def main() -> None:
     if options.latent:
         options = replace(options, methods=tuple(options.diffusion_methods))
     check(options)
-    # A closed terminal, too, lets training save.
-    for name in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(name) != signal.SIG_IGN:
-            signal.signal(name, signal.default_int_handler)
+    launch.heed_signals()
     device = distributed.setup(options.device)
     if distributed.world() > 1:
         raise InputError("torchrun: the tables are made by one process; start python -m experiments.tables")
@@ -87,7 +83,7 @@ def main() -> None:
                  "± standard deviation over seeds (their number; one where none is given).")
     text = "\n\n".join(texts)
     tables = out / options.file.with_suffix(".md").name.replace("results", "tables")
-    write_atomic(tables, lambda temporary: temporary.write_text(text + "\n"))
+    write_text(tables, text + "\n")
     print(f"{text}\n\nall in {out}/")
 
 

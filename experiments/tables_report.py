@@ -18,7 +18,7 @@ from settings import METHODS
 
 ALL_METHODS = (*gan_methods.METHODS, *METHODS)  # GANs first, as in the paper's tables
 # Forward passes through the U-Net or the generator in an iteration; 1 for those not named, 1 + J for tan.
-PASSES = {**dict.fromkeys(gan_methods.METHODS, 2), "cdc": 3, "dcl": 4, "pa": 2}
+PASSES = {**{name: method.passes for name, method in gan_methods.METHODS.items()}, "pa": 2}
 # What the paper has on photographs: method and parameter rate, and what it measured in this order.
 PAPER = (("TGAN", "100%"), ("TGAN+ADA", "100%"), ("EWC", "100%"), ("CDC", "100%"), ("DCL", "100%"),
          ("DDPM-PA", "100%"), ("TAN", "1.3%"), ("LMD-TAN", "1.6%"))
@@ -273,8 +273,9 @@ def iterations_table(found: list[Row]) -> list[str]:
 
 def draw_iterations(path: Path, target: str, found: list[Row]) -> None:
     """Toy FID against iterations and training time: a point a run, a line through the means over seeds."""
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for i, method in enumerate(METHODS):
         runs = of(found, method=method)
         if not runs:
@@ -298,11 +299,11 @@ def draw_iterations(path: Path, target: str, found: list[Row]) -> None:
 
 def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations: list[int]) -> None:
     """Figure 1: pictures of two noises (2, 3, H, W) at each stage, with how near a training picture is."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     network = judge.load_judge(domains.TARGETS[target])
     shots = judge.reference(target, stages[0].shape[2]).shots
-    size = (1.35 * len(iterations), 3.2)
-    figure, axes = plt.subplots(2, len(iterations), figsize=size, layout="constrained")
+    figure = Figure(figsize=(1.35 * len(iterations), 3.2), layout="constrained")
+    axes = figure.subplots(2, len(iterations))
     for column, (pictures, count) in enumerate(zip(stages, iterations)):
         distances = judge.nearest(network, pictures, shots)
         for ax, pixels, distance in zip(axes[:, column], to_uint8(pictures), distances):

@@ -29,7 +29,7 @@ from ddpm import Model
 from experiments.toy2d_report import draw_measured, summarise, tables
 from gaussians import MEANS, MLP, SCHEDULE, angle, draw_points, output_gradient
 from plumbing import options as flags
-from plumbing.files import write_atomic
+from plumbing.files import write_text
 from plumbing.progress import bar
 from plumbing.seeds import generator
 
@@ -199,8 +199,8 @@ def main() -> None:
     results = dict(options=flags.flat(options), predictor_error=errors,
                    **summarise(angles, noise, adaptation), seconds=seconds)
     text = tables(results)
-    write_atomic(out / "measured.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-    write_atomic(out / "tables.md", lambda path: path.write_text(text + "\n"))
+    write_text(out / "measured.json", json.dumps(results, indent=1))
+    write_text(out / "tables.md", text + "\n")
     on_target = ", ".join(f"{error:.3f} at t = {t}" for t, error in errors["target"].items())
     print(f"noise predictor, root mean square from the closed form (eps itself has 1): {errors['source']:.3f}"
           f" on the source; on the target {on_target}\n\n{text}\n\n{options.draws} draws of ten shots, "

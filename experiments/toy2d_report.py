@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from plumbing.figures import save_figure
@@ -149,7 +149,8 @@ def draw_distances(axes: Axes, rows: list[dict], methods: list[str]) -> None:
 
 def draw_measured(path: Path, angles: list[dict], adaptation: list[dict]) -> None:
     """Angle against timestep for both batches, and distance against iterations."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
     methods = list(dict.fromkeys(row["method"] for row in adaptation))
     draw_angles(axes[0], "ten shots, repeated", select(angles, batch="repeated"), methods)
     draw_angles(axes[1], "ten shots, one noise each", select(angles, batch="one noise each"), methods)

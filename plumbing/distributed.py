@@ -48,7 +48,7 @@ def setup(device: str = "auto") -> torch.device:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
-                                timeout=datetime.timedelta(hours=2))  # others wait while rank 0 trains p_phi
+                                timeout=datetime.timedelta(hours=2))  # others wait while rank 0 draws
     return torch.device(device)
 
 

@@ -1,6 +1,7 @@
 """Figures: curves and matplotlib pages as PNG.
 
-matplotlib is imported where it draws: that takes a second, and most commands draw nothing.
+matplotlib is imported where it draws: that takes a second, and most commands draw nothing.  Unlike pyplot its
+Figure asks for no window, whatever the user's settings.
 """
 
 from pathlib import Path
@@ -15,10 +16,8 @@ if TYPE_CHECKING:
 
 
 def save_figure(path: Path, figure: "Figure", dpi: int = 110) -> None:
-    """A matplotlib figure as PNG, and closed."""
-    import matplotlib.pyplot as plt
+    """A matplotlib figure as PNG."""
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
-    plt.close(figure)
 
 
 def save_panels(path: Path, x: list[float], curves: dict[str, list[float]], xlabel: str,
@@ -37,7 +36,7 @@ def save_panels(path: Path, x: list[float], curves: dict[str, list[float]], xlab
 
 def save_curve(path: Path, values: list[float], ylabel: str, smooth: int = 25) -> None:
     """A curve over iterations as PNG: each value faint, its running mean over `smooth` of them on top."""
-    from matplotlib.figure import Figure  # unlike pyplot it asks for no window, whatever the user's settings
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(values, color="tab:blue", alpha=0.25, linewidth=0.8)

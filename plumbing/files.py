@@ -5,7 +5,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,18 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file of text, atomically.  Names in it may be no UTF-8."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
+
+
+def check_replaceable(out: Path, files: Iterable[str], resume: bool, overwrite: bool) -> None:
+    """InputError if `out` has one of these files, of a run that is neither resumed nor given up."""
+    if not (resume or overwrite) and any((out / name).exists() for name in files):
+        raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with "
+                         "--overwrite, or choose --output-dir")
+
+
 def remove_unfinished(folder: Path) -> None:
     """What a killed process left half written.  For a folder that one run at a time writes to."""
     for temporary in Path(folder).glob(".*.tmp"):
@@ -70,6 +82,8 @@ def load_checkpoint(path: Path, iterations: float = math.inf) -> dict[str, Any]:
         done = state["iteration"]
     except FileNotFoundError:
         raise InputError(f"{path}: no checkpoint to resume from; leave out --resume to start anew") from None
+    except (OSError, MemoryError):  # not the file's fault
+        raise
     except Exception as error:  # on damaged bytes torch's unpickler raises nearly every type there is
         reason = type(error).__name__
         raise InputError(f"{path}: damaged checkpoint ({reason}); start anew with --overwrite") from None
@@ -81,7 +95,7 @@ def load_checkpoint(path: Path, iterations: float = math.inf) -> dict[str, Any]:
 def trim_metrics(path: Path, iterations: int) -> None:
     """Leave the lines of so many iterations in a metrics.jsonl: a run goes on from its checkpoint."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["iteration"] < iterations]
-    write_atomic(path, lambda temporary: temporary.write_text("".join(kept)))
+    write_text(path, "".join(kept))
 
 
 def add_metrics(path: Path, **line: Any) -> None:

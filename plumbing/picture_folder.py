@@ -99,6 +99,11 @@ def load_folder(folder: str | Path, size: int, recursive: bool = False) -> Tenso
     return images
 
 
+def name_of(folder: str | Path) -> str:
+    """What to call a folder of pictures: its own name, also where it is given as "."."""
+    return os.fsencode(Path(folder).resolve().name).decode("utf-8", "replace")
+
+
 class ImageFolder:
     """A folder of any size, read as needed: `folder[i]` is one picture, float32 (3, size, size).
 

@@ -17,6 +17,7 @@ from plumbing.options import InputError
 
 pillow_heif.register_heif_opener()  # the photos of phones
 # Colour profiles and texts beside a picture may be large; Pillow's limits take that for an attack.
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of faulty EXIF, and of many pixels, which we refuse
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
 # Pillow "opens" these without decoding them, except for EPS and WMF, which it hands to another program.
 NOT_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
@@ -46,6 +47,11 @@ def read_array(path: str | Path) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB")))
 
 
+def save_picture(path: Path, pixels: Tensor) -> None:
+    """uint8 (H, W, 3) -> PNG, atomically."""
+    write_atomic(path, lambda temporary: Image.fromarray(pixels.numpy()).save(temporary, "PNG"))
+
+
 def size_of(path: str | Path) -> tuple[int, int]:
     """Width and height, without decoding; InputError for what is no picture."""
     try:
@@ -68,17 +74,16 @@ def load_image(path: str | Path, size: int) -> Tensor:
 def read_pixels(path: str | Path, size: int) -> Tensor:
     """As load_image, but as a uint8 tensor (size, size, 3)."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of faulty EXIF
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                # Before decoding: turning it upright does not change the shorter side.
-                if min(image.size) < size / 2:
-                    raise InputError(f"{path}: too small ({image.width}x{image.height}) for size {size}; "
-                                     f"its shorter side must be at least {(size + 1) // 2} pixels")
-                image.load()
-                upright = _to_rgb(_upright(image), path)
-                square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            # Before decoding: turning it upright does not change the shorter side.
+            if min(image.size) < size / 2:
+                raise InputError(f"{path}: too small ({image.width}x{image.height}) for size {size}; "
+                                 f"its shorter side must be at least {(size + 1) // 2} pixels")
+            image.load()
+            upright = _to_rgb(_upright(image), path)
+            square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
     except InputError:
         raise
     except FileNotFoundError:
@@ -91,7 +96,7 @@ def read_pixels(path: str | Path, size: int) -> Tensor:
     except UnidentifiedImageError:
         raise InputError(f"{path}: is not an image, or of a kind that cannot be read; "
                          "remove or convert it") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise InputError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
         cause = " ".join(str(error).split())

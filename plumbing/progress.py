@@ -1,12 +1,13 @@
 """Progress bars: tqdm's on a terminal, a plain line now and then in a log file; rank 0 alone shows them."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterable
 from typing import TextIO
 
 from tqdm import tqdm
+
+from plumbing import distributed
 
 EVERY = 30  # seconds between the lines in a log file
 LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -32,7 +33,8 @@ class Lines:
 
 def say(text: str) -> None:
     """Print a line above the bars that are shown."""
-    tqdm.write(text)
+    if distributed.rank() == 0:
+        tqdm.write(text)
 
 
 def bar(steps: Iterable | None, text: str, leave: bool = False, total: int | None = None,
@@ -41,9 +43,7 @@ def bar(steps: Iterable | None, text: str, leave: bool = False, total: int | Non
 
     leave    the bar stays when it is done
     """
-    alone = "WORLD_SIZE" not in os.environ  # torchrun numbers the processes
-    first = alone or os.environ.get("RANK", "0") == "0"
-    shown = dict(desc=text, leave=leave, total=total, initial=initial, disable=not first)
+    shown = dict(desc=text, leave=leave, total=total, initial=initial, disable=distributed.rank() != 0)
     if sys.stderr.isatty():
         return tqdm(steps, mininterval=0.5, **shown)
     return tqdm(steps, file=Lines(sys.stderr), position=0, mininterval=EVERY, maxinterval=EVERY,

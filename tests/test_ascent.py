@@ -1,6 +1,7 @@
 """experiments/ascent.py against closed forms, and the program on the tiny source."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -134,6 +135,13 @@ def test_the_batch_size_changes_nothing(tiny):
 def test_on_a_run_its_own_target_is_the_default(finished, tiny, capsys):
     call(ascent.main, finished, *SMALL)
     assert f"5 pictures of {tiny.targets}" in capsys.readouterr().out
+
+
+def test_pictures_that_a_run_held_out_are_not_measured(train, tiny, tmp_path, capsys):
+    shutil.copytree(tiny.targets, tmp_path / "in" / "subfolder")
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", 1, "--hold-out", 2, "--recursive", "--target", tmp_path / "in")
+    call(ascent.main, run, *SMALL)
+    assert f"3 pictures of {tmp_path / 'in'}" in capsys.readouterr().out
 
 
 def test_latents_are_encoded(capsys):

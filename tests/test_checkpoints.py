@@ -159,6 +159,7 @@ def test_keys(tiny, tmp_path, change, says):
      r"is not the network of .*: it has network UNet \(expected GAN\)"),
     (json.dumps(dict(config=TINY, schedule=dict(name="sine"))), "unknown noise schedule 'sine'"),
     (json.dumps(dict(config=dict(TINY, norm_groups=7))), "does not describe a network .*divisible"),
+    (json.dumps(dict(config=dict(TINY, image_size=15))), "does not describe a network .*image_size 15 must be divisible by 2"),
     ("{", "nor a JSON file"),
 ])
 def test_architectures(tmp_path, arch, says):

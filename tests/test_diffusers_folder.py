@@ -186,6 +186,13 @@ def test_latent_pipelines(tmp_path, kind, how):
     if how == "old names":
         old_names(tmp_path / kind / "diffusion_pytorch_model.safetensors")
     name = tmp_path / "unet" / "diffusion_pytorch_model.safetensors" if how == "named" else tmp_path
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "LDMPipeline", kind: ["diffusers", "AModel"], "safety_checker": [None, None]}))
+    (tmp_path / kind).rename(tmp_path / "away")
+    with pytest.raises(InputError, match=f"model_index.json names a first stage, but {kind}/ has no weights; download it"):
+        load_source(str(name))
+    (tmp_path / "away").rename(tmp_path / kind)
+    with pytest.raises(InputError, match="--arch ddpm256: .*scheduler_config.json says how it was trained; leave it out"):
+        load_source(str(name), "ddpm256")
     network = load_source(str(name))
     assert network.image_size == 32 and network.scale_factor == stage.config.scaling_factor
     same_output(network.model, unet) if channels == 3 else None

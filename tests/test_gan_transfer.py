@@ -13,12 +13,14 @@ import pretrain
 import sample
 from baselines import gan_methods, gan_training, gan_transfer
 from baselines.gan_methods import METHODS
+from baselines.gan_training import check_groups
 from baselines.stylegan2 import Discriminator, Generator
 from checkpoints import __main__ as checkpoints_main
 from checkpoints import export, gan, run_folder
 from checkpoints.load import load_gan, load_network, load_source
 from checkpoints.network import fingerprint, save_network
 from checkpoints.weights_file import read_tensors
+from plumbing import distributed
 from plumbing.files import read_metrics
 from plumbing.options import InputError
 
@@ -223,7 +225,8 @@ def test_nothing_in_a_file_is_run(files, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, says", [
     (["--method", "tgan", "--cdc-weight", 3], "--cdc-weight: --method tgan does not use it, only cdc; leave it out"),
     (["--batch-size", 1], "--batch-size 1: must be at least 2"),
-    (["--batch-size", 7], "--batch-size 7: the discriminator compares pictures in groups"),
+    (["--method", "tgan", "--batch-size", 7], "--batch-size 7: the discriminator compares pictures in groups .* and would see 7 at once"),
+    (["--batch-size", 20], "--batch-size 20: the discriminator compares pictures in groups .* and would see 5 at once"),  # whole ones of cdc
     (["--method", "ada", "--ada-target", "nan"], "--ada-target nan: must be at least -1"),
     (["--patch-block", 3], "--patch-block 3: must be below 3"),
     (["--dcl-weights", 1, "--method", "dcl"], "--dcl-weights: give two numbers"),
@@ -234,6 +237,14 @@ def test_what_is_refused(files, tmp_path, flags, says):
     with pytest.raises(InputError, match=says):
         transfer(files, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_each_process_has_pictures_to_compare(monkeypatch):
+    check_groups(40)
+    monkeypatch.setattr(distributed, "world", lambda: 8)
+    check_groups(32)
+    with pytest.raises(InputError, match="--batch-size 40: .* would see 5 at once"):
+        check_groups(40)
 
 
 def test_a_gan_where_a_diffusion_model_belongs(files, tmp_path, train):

@@ -1,5 +1,6 @@
 """experiments.photographs: every method on folders of pictures, scored without a judge."""
 
+import json
 import re
 import shutil
 
@@ -16,7 +17,7 @@ from checkpoints.network import save_network
 from checkpoints.perceptual import load_lpips, lpips_last_features
 from domains import judge
 from experiments import photographs
-from plumbing.options import InputError
+from plumbing.options import InputError, parse
 
 
 @pytest.fixture
@@ -52,9 +53,28 @@ def test_photographs(trained, tiny, backbone, tmp_path, capsys, monkeypatch):
     assert "finetune | +" in text.split("less that of adaptors")[1] or "finetune | -" in text.split("less that of adaptors")[1]
 
     judge.source_samples.cache_clear()
-    monkeypatch.setattr(judge, "draw", lambda *a: pytest.fail("drawn again"))
-    call(photographs.main, *flags)  # everything is there: nothing is drawn to be scored
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "draw", lambda *a: pytest.fail("drawn again"))
+        call(photographs.main, *flags)  # everything is there: nothing is drawn to be scored
     assert len(trained) == 2 and (tmp_path / "out" / "photographs.md").read_text() == text
+    far = photographs.Target(str(tiny.targets), 32, parse(photographs.Options, "", [str(tiny.targets)] + ["--source", "x", "--output-dir", str(tmp_path)])[0],
+                             load_lpips("squeeze", backbone))
+    with pytest.raises(InputError, match="targets: 1 samples cannot be scored"):  # no cluster has two to compare
+        far.score(torch.zeros(1, 3, 32, 32))
+
+    changed = shutil.copytree(tiny.targets, tmp_path / "changed" / "targets")
+    Image.new("RGB", (32, 32)).save(changed / "0.png")
+    with pytest.raises(InputError, match="targets: the pictures have changed since the runs in .*; choose another --output-dir"):
+        call(photographs.main, changed, *flags[1:])
+
+
+def test_a_name_of_the_hub_means_the_same_commit_in_every_run(trained, tiny, backbone, tmp_path, monkeypatch):
+    source = tmp_path / "source.safetensors"
+    save_network(source, tiny_network(image_size=32))
+    monkeypatch.setattr(photographs, "pinned", lambda name: str(source))  # as owner/name@commit
+    call(photographs.main, tiny.targets, "--source", "owner/name", "--methods", "adaptor", "--seeds", 1, "-n", 12, "--steps", 2,
+         "--lpips-backbone", backbone, "--output-dir", tmp_path / "out", "--device", "cpu")
+    assert json.loads((tmp_path / "out" / "targets" / "adaptor-1" / "options.json").read_text())["source"] == str(source)
 
 
 def test_what_kid_compares_are_the_last_features_of_the_backbone(backbone):
@@ -68,7 +88,9 @@ def test_what_kid_compares_are_the_last_features_of_the_backbone(backbone):
 
 
 @pytest.mark.parametrize("flags, says", [(["-n", 1], "-n 1: must be at least 2"), (["--seeds"], "give at least one folder"),
-                                         (["--reference", "a/other"], "--reference a/other: there is no target other")])
+                                         (["--reference", "a/other"], "--reference a/other: give one folder of a target's name, targets"),
+                                         (["--reference", "a/targets", "b/targets"], "--reference a/targets: give one folder"),
+                                         (["--steps", 5000], "--steps 5000: this model has 1000")])
 def test_what_is_refused(flags, says, tiny, tmp_path):
     with pytest.raises(InputError, match=says):
         call(photographs.main, tiny.targets, "--source", tiny.source, "--output-dir", tmp_path, *flags)

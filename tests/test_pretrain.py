@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import call
+from PIL import Image
 
 import pretrain
 from checkpoints.load import load_network
@@ -119,6 +120,24 @@ def test_a_first_stage_is_shown_and_saved_with_averaged_weights(tmp_path):
     call(pretrain.main, "toyfaces", *flags, "--iterations", 2, "--device", "cpu", "--output-dir", tmp_path)
     average = load_checkpoint(tmp_path / "checkpoint.pt")["ema"]["average"]
     assert all(torch.equal(a, b) for a, b in zip(saved_parameters(tmp_path), average, strict=True))
+
+
+def test_resume_takes_the_same_pictures_and_first_stage(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    small = "--size 16 --channels 8 --channel-mult 1 2 --norm-groups 4 --batch-size 2 --device cpu".split()
+    stage, run = tmp_path / "stage", ["--output-dir", tmp_path / "run", "--first-stage", tmp_path / "stage" / "model.safetensors"]
+    call(pretrain.main, folder, "--network", "kl", *small, "--iterations", 1, "--output-dir", stage)
+    call(pretrain.main, folder, *small, "--attention", 2, "--head-channels", 8, "--iterations", 1, *run)
+    Image.new("RGB", (16, 16)).save(folder / "more.png")
+    with pytest.raises(InputError, match="photos: is not what it was when the run in .* began"):
+        call(pretrain.main, folder, *small, "--attention", 2, "--head-channels", 8, "--iterations", 2, *run, "--resume")
+    (folder / "more.png").unlink()
+    call(pretrain.main, folder, "--network", "kl", *small, "--iterations", 2, "--output-dir", stage, "--resume")
+    with pytest.raises(InputError, match="--first-stage .*: is not what it was when the run in .* began"):
+        call(pretrain.main, folder, *small, "--attention", 2, "--head-channels", 8, "--iterations", 2, *run, "--resume")
 
 
 def test_resumed_it_is_the_same_run(tmp_path):

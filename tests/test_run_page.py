@@ -75,6 +75,7 @@ def test_the_command_makes_the_run_again(train, shown, tmp_path):
     assert same[0] == same[1]
     assert command_of(Options(target="it's", flip=False, method="adaptor")) == (
         """python train_tan.py --target 'it'"'"'s' --method adaptor --no-flip""")
+    assert "--paper" in command_of(Options(paper=True, method="adaptor")).split()  # else psi would be wider
 
 
 def test_tensorboard_has_the_names_of_the_metrics(shown):

@@ -424,6 +424,15 @@ def test_a_resume_that_fails_leaves_the_finished_run_alone(train, tmp_path):
     assert run_folder.load_run(run)[1]["method"] == "adaptor"
 
 
+def test_the_classifier_that_guides_is_as_the_options_say(train, tmp_path, monkeypatch):
+    seen, make, guide = {}, train_tan.make_classifier, train_tan.similarity_guidance
+    monkeypatch.setattr(train_tan, "make_classifier", lambda *a, **options: seen.update(options) or make(*a, **options))
+    monkeypatch.setattr(train_tan, "similarity_guidance", lambda model, *a: seen.update(model=model) or guide(model, *a))
+    train(tmp_path / "run", "--method", "guided", "--iterations", 1, "--checkpoint-blocks", "--augment")
+    assert seen["model"].use_checkpoint and not any(p.requires_grad for p in seen["model"].parameters())
+    assert tuple(seen["kinds"]) == ()  # not the default ones
+
+
 def test_without_the_classifier_check_nothing_is_held_out(train, tmp_path):
     run = train(tmp_path / "run", "--method", "guided", "--iterations", "0", "--no-classifier-check")
     assert run_folder.load_classifier(run).description["held_out_accuracy"] is None

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from checkpoints.run_stats import Stats
 from plumbing import distributed, progress
 from plumbing.files import (
     add_metrics,
@@ -21,7 +22,7 @@ from plumbing.files import (
 )
 from plumbing.options import InputError
 from plumbing.seeds import generator
-from plumbing.training import EMA, Loop, Stats, cosine_decay, warmup
+from plumbing.training import EMA, Loop, cosine_decay, warmup
 
 
 def follow(decay, updates):
@@ -96,6 +97,9 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(InputError, match="checkpoint.pt: damaged"):
         load_checkpoint(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "created").exists()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):  # what cannot be read is not damaged
+        load_checkpoint(tmp_path / "folder")
 
 
 def test_metrics_drop_what_lies_past_the_checkpoint(tmp_path):
@@ -251,8 +255,7 @@ def test_a_state_of_a_bar_is_one_line():
 
 
 def test_the_first_process_alone_shows_bars(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert list(progress.bar(range(3), "quiet")) == [0, 1, 2] and capsys.readouterr().err == ""
 
 
