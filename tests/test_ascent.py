@@ -140,6 +140,7 @@ def test_on_a_run_its_own_target_is_the_default(finished, tiny, capsys):
 def test_pictures_that_a_run_held_out_are_not_measured(train, tiny, tmp_path, capsys):
     shutil.copytree(tiny.targets, tmp_path / "in" / "subfolder")
     run = train(tmp_path / "run", "--method", "adaptor", "--iterations", 1, "--hold-out", 2, "--recursive", "--target", tmp_path / "in")
+    capsys.readouterr()
     call(ascent.main, run, *SMALL)
     assert f"3 pictures of {tmp_path / 'in'}" in capsys.readouterr().out
 
