@@ -33,9 +33,8 @@ from torch import Tensor
 
 import domains
 from checkpoints import run_folder
-from checkpoints.perceptual import inception_features, load_inception, load_lpips
+from checkpoints.perceptual import inception_features, load_inception, load_lpips, scorer
 from domains import judge
-from domains.comparison import scorer
 from metrics import Images, IntraLPIPS
 from plumbing import distributed
 from plumbing.figures import save_panels

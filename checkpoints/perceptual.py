@@ -1,11 +1,14 @@
-"""The published networks that pictures are compared by: LPIPS (Zhang et al. 2018) and the Inception of FID.
+"""The published networks that pictures are compared by, LPIPS (Zhang et al. 2018) and the Inception of FID,
+and the figures of section 5.2 that they give of samples of any domain.
 
 Their packages are imported where they are needed: that takes a second, and the built-in domains do without.
 """
 
+import functools
 import io
 import re
 import socket
+import statistics
 import warnings
 from collections.abc import Callable, Iterable
 from http.client import HTTPException
@@ -15,9 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.weights_file import read_tensors
-from metrics import Images, stack
+from metrics import (
+    Images,
+    IntraLPIPS,
+    frechet_distance,
+    intra_lpips,
+    kernel_distance,
+    nearest,
+    stack,
+)
+from plumbing.memory import device_memory
 from plumbing.options import InputError
 from plumbing.pictures import to_uint8
+from plumbing.progress import bar
 
 BACKBONES = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -144,3 +157,39 @@ def inception_features(model: nn.Module, images: Images, batch_size: int = 32,
         pixels = to_uint8(stack(images, rows)).permute(0, 3, 1, 2)           # (B, 3, H, W)
         features.append(model(pixels.to(device))[0].cpu())                   # (B, 2048)
     return torch.cat(features)
+
+
+def scorer(lpips: nn.Module, targets: Images, size: int, features: Callable[[Images], Tensor] | None = None,
+           reference: Images | None = None, cluster_size: int | None = None,
+           seed: int = 0) -> Callable[[Images], tuple[IntraLPIPS, dict[str, float]]]:
+    """A function that gives the figures of samples around the training pictures, all of them at this size.
+
+    They are Intra-LPIPS; nearest, the median LPIPS to the nearest target or its mirror image; and if there is
+    a reference, FID and KID to it by `features`: N pictures -> (N, D).
+    cluster_size, seed   as of `intra_lpips`
+    Raises InputError for targets that do not fit in memory; the function ValueError as `intra_lpips` does.
+    """
+    embed = functools.partial(lpips_features, lpips)
+    check_memory(embed, targets, size)
+    expected = features(reference) if reference else None
+
+    def score(samples: Images) -> tuple[IntraLPIPS, dict[str, float]]:
+        found = intra_lpips(embed, samples, targets, cluster_size, seed,
+                            progress=functools.partial(bar, text="Intra-LPIPS"))
+        distances = nearest(embed, samples, targets, progress=functools.partial(bar, text="nearest"))
+        figures = {"Intra-LPIPS": found.mean, "nearest": statistics.median(distances)}
+        if reference:
+            seen = features(samples)
+            figures |= {"FID": frechet_distance(seen, expected), "KID": kernel_distance(seen, expected)}
+        return found, figures
+    return score
+
+
+def check_memory(embed: Callable[[Tensor], Tensor], targets: Images, size: int) -> None:
+    """InputError if what Intra-LPIPS keeps, two rows of features for each training picture, cannot fit."""
+    one = embed(targets[0][None])
+    needed, there = 2 * len(targets) * one.nbytes, device_memory(one.device)
+    if needed > there:
+        raise InputError(
+            f"{len(targets)} training pictures at --size {size} need {needed / 2**30:.1f} GiB of "
+            f"memory, there are {there / 2**30:.1f}; give fewer (the paper has ten), or a smaller --size")

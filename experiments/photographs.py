@@ -30,10 +30,9 @@ from torch import Tensor
 
 from checkpoints.load import load_diffusion_model, pinned
 from checkpoints.network import Network, digest, fingerprint
-from checkpoints.perceptual import load_lpips, lpips_last_features
+from checkpoints.perceptual import load_lpips, lpips_last_features, scorer
 from checkpoints.run_folder import load_run
 from domains import judge
-from domains.comparison import scorer
 from experiments import launch
 from experiments.results import Row
 from experiments.tables_report import difference_table, score_table

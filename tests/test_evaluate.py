@@ -16,10 +16,10 @@ from PIL import Image
 import domains
 import evaluate
 import sample
-from checkpoints import run_report
+from checkpoints import perceptual, run_report
 from checkpoints.network import save_network
 from checkpoints.perceptual import load_lpips, lpips_features
-from domains import comparison, judge
+from domains import judge
 from metrics import intra_lpips
 from plumbing import distributed
 from plumbing.memory import device_memory
@@ -96,9 +96,9 @@ def test_too_few_pictures(folders, tmp_path):
 def test_training_pictures_that_do_not_fit_in_memory(folders, tmp_path, backbone, monkeypatch):
     """Two rows of features of each of the 3 targets: one byte less than they take is refused."""
     row = lpips_features(load_lpips("squeeze", backbone), torch.zeros(1, 3, 32, 32)).nbytes
-    monkeypatch.setattr(comparison, "device_memory", lambda device: 6 * row)
+    monkeypatch.setattr(perceptual, "device_memory", lambda device: 6 * row)
     call(evaluate.main, *folders)
-    monkeypatch.setattr(comparison, "device_memory", lambda device: 6 * row - 1)
+    monkeypatch.setattr(perceptual, "device_memory", lambda device: 6 * row - 1)
     with pytest.raises(InputError, match="^3 training pictures at --size 32 need .* GiB"):
         call(evaluate.main, *folders)
 
