@@ -86,7 +86,7 @@ def first_stage_objective(latent: Latent, device: torch.device) -> Callable[...,
 
 
 def losses_of(network: Network, x0: Tensor, labels: Tensor | None, t: Tensor, eps: Tensor,
-              of_first_stage: Callable[..., tuple[Tensor, dict]]) -> Tensor:
+              of_first_stage: Callable[..., tuple[Tensor, dict]], p2: float) -> Tensor:
     """What is descended, for each picture.
 
     x_0 (B, ...), labels (B, attributes), t (B,), eps like x_0 or the latents -> (B,)
@@ -98,7 +98,9 @@ def losses_of(network: Network, x0: Tensor, labels: Tensor | None, t: Tensor, ep
     xt = network.schedule.add_noise(x0, t, eps)
     if "attributes" in network.description:
         return attribute_loss(model(xt, t).float(), labels, network.description["attributes"])
-    return guided_loss(eps, predict_eps(model, xt, t, network.schedule), guidance=0.0)              # Eq. 1
+    losses = guided_loss(eps, predict_eps(model, xt, t, network.schedule), guidance=0.0)            # Eq. 1
+    # Choi et al. 2022: 1 / (1 + SNR)^gamma, where the signal-to-noise ratio is alpha_bar / (1 - alpha_bar).
+    return losses * (1 - network.schedule.at(t, losses)) ** p2
 
 
 def latent_shape(network: Network, x0: Tensor) -> tuple[int, ...]:
@@ -236,7 +238,7 @@ def main() -> None:
         labels = None if labels is None else labels.to(device)
 
         with distributed.autocast(device, training.precision):
-            loss = losses_of(network, x0, labels, t, eps, of_first_stage).sum() / b
+            loss = losses_of(network, x0, labels, t, eps, of_first_stage, training.p2).sum() / b
         loss.backward()
         distributed.sum_gradients(parameters)
         total = distributed.sum_over_ranks(loss.detach().clone()).item()

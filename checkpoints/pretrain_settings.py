@@ -103,6 +103,9 @@ class Training:
     """Iterations of linear warm-up."""
     ema: float = 0.999
     """Decay of the average of the weights that is saved."""
+    p2: float = 0.0
+    """Of a unet: exponent of the weight (1 - alpha_bar_t)^p2 of a picture's loss (P2, Choi et al. 2022).
+    With 1 the noisy timesteps, which decide on what is where, count most; with 0 all count alike."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 autocast."""
     device: str = "auto"
@@ -160,7 +163,7 @@ def check(options: Options, typed: frozenset[str]) -> None:
     at_least(options, size=8, images=judged, channels=1, channel_mult=1, res_blocks=1, head_channels=1,
              norm_groups=1, latent_channels=1, codes=1, kl_weight=0, perceptual_weight=0, iterations=1,
              batch_size=distributed.world(), warmup=0, ema=0, threads=1, save_every=1, style_dim=1,
-             mapping_layers=1, r1=0, r1_every=1, path_length=0)
+             mapping_layers=1, r1=0, r1_every=1, path_length=0, p2=0)
     below(options, ema=1)
     positive(options, "learning_rate")
     check_seed(options)
@@ -178,7 +181,7 @@ def check(options: Options, typed: frozenset[str]) -> None:
              **dict.fromkeys(("attention", "head_channels"), ("unet", *CLASSIFIERS)),
              **dict.fromkeys(("latent_channels", "perceptual", "perceptual_weight", "lpips_backbone"),
                              ("kl", "vq")),
-             "codes": ("vq",), "kl_weight": ("kl",)}
+             "codes": ("vq",), "kl_weight": ("kl",), "p2": ("unet",)}
     for name, networks in users.items():
         if name in typed and options.network not in networks:
             raise InputError(f"{flag(name)}: --network {options.network} does not use it; leave it out")

@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, tiny_network
 from PIL import Image
 
 import pretrain
@@ -120,6 +121,15 @@ def test_a_first_stage_is_shown_and_saved_with_averaged_weights(tmp_path):
     call(pretrain.main, "toyfaces", *flags, "--iterations", 2, "--device", "cpu", "--output-dir", tmp_path)
     average = load_checkpoint(tmp_path / "checkpoint.pt")["ema"]["average"]
     assert all(torch.equal(a, b) for a, b in zip(saved_parameters(tmp_path), average, strict=True))
+
+
+def test_p2_weighs_each_picture_by_its_signal_to_noise_ratio():
+    network, g = tiny_network(), torch.Generator().manual_seed(0)
+    x0, eps, t = torch.randn(3, 3, 16, 16, generator=g), torch.randn(3, 3, 16, 16, generator=g), torch.tensor([0, 300, 999])
+    plain, weighted = (pretrain.losses_of(network, x0, None, t, eps, None, p2).detach() for p2 in (0.0, 2.0))
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    snr = alpha_bar / (1 - alpha_bar)
+    np.testing.assert_allclose(weighted / plain, 1 / (1 + snr[t]) ** 2, rtol=1e-3)
 
 
 def test_resume_takes_the_same_pictures_and_first_stage(tmp_path):
