@@ -139,7 +139,7 @@ class Options:
     training: Training = dataclasses.field(default_factory=Training)
 
 
-MAY_CHANGE = {"output_dir", "resume", "overwrite", "iterations", "learning_rate", "device", "threads",
+MAY_CHANGE = {"output_dir", "resume", "overwrite", "iterations", "learning_rate", "p2", "device", "threads",
               "save_every"}
 CLASSIFIERS = {"classifier", "judge"}  # networks that learn attributes, which mirroring would change
 
