@@ -69,18 +69,18 @@ class Adaptor(nn.Module):
         self.up = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        # About half of x's size, at most 16 tokens a side, and all of x up to 8.  Each attends to at most 8x8
-        # averages of them: attention costs the product of both numbers.
-        g = min(16, max(8, max(x.shape[2:]) // 2))
-        h = self.down(F.silu(self.norm_in(pool(x, g))))                         # (B, C, H, W) -> (B, d, g, g)
+        # On a grid (h, w) of about half of x's sides, at most 16, or all of x up to 8.  Its tokens attend to
+        # at most 8x8 averages of themselves, which bounds the cost.
+        longest = min(16, max(8, max(x.shape[2:]) // 2))
+        h = self.down(F.silu(self.norm_in(pool(x, longest))))                   # (B, C, H, W) -> (B, d, h, w)
         h = h + self.time(F.silu(emb))[:, :, None, None]
         grid, attended = h.shape[2:], tokens(pool(h, 8))                        # (B, at most 64, d)
-        h = tokens(h)                                                           # -> (B, g*g, d)
-        q = self.query(self.norm_attention(h))[:, None]                         # (B, 1, g*g, d)
+        h = tokens(h)                                                           # -> (B, h*w, d)
+        q = self.query(self.norm_attention(h))[:, None]                         # (B, 1, h*w, d)
         k, v = self.key_value(self.norm_attention(attended))[:, None].chunk(2, dim=3)
         h = h + self.proj(F.scaled_dot_product_attention(q, k, v)[:, 0])
         h = h + self.mlp(self.norm_mlp(h))
-        h = h.transpose(1, 2).unflatten(2, grid)                                # -> (B, d, g, g)
+        h = h.transpose(1, 2).unflatten(2, grid)                                # -> (B, d, h, w)
         size = [int(side * self.scale) for side in x.shape[2:]]
         h = F.interpolate(h, size, mode="bilinear") if [*grid] != size else h   # -> (B, d, H', W')
         return self.up(F.silu(self.norm_out(h)))                                # -> (B, C', H', W')
@@ -129,8 +129,8 @@ class LowRank(nn.Module):
 
 
 def default_width(unet: UNet) -> int:
-    """The multiple of 8, which GPUs multiply fast, nearest to the d at which psi has 1.4 % of theta's
-    parameters; at least 4.  On the published networks that gives 1.2 to 1.9 % (the paper: 1.3 and 1.6).
+    """The d with which psi has 1.4 % of theta's parameters, rounded to a multiple of 8, which GPUs multiply
+    fast, or 4 where that is 0.  The published networks get 1.2 to 1.9 % (the paper: 1.3 and 1.6).
     """
     # The two 3x3 convolutions and the time layer; the rest of psi^l is small beside them.
     per_channel = sum(9 * (b.channels + b.out_channels) + b.emb_channels for b in blocks(unet).values())
@@ -217,7 +217,8 @@ def load_state_dict(unet: UNet, psi: dict[str, Tensor]) -> None:
 
 def source_model(unet: UNet) -> UNet:
     """eps_theta without psi: another U-Net that shares all weights of theta with this one."""
-    theta = copy.deepcopy(unet, memo={id(p): p for p in unet.parameters()})
+    shared = {id(p): p for p in unet.parameters()}  # as if copied already
+    theta = copy.deepcopy(unet, memo=shared)
     for layer in _layers_with_psi(theta):
         _detach(layer)
     return theta

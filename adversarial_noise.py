@@ -70,10 +70,12 @@ def worst_case_noise(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor,
     The loss is summed over each image and never averaged over the batch: omega means the same at every batch
     size, and with the default dims an image's noise does not depend on the images beside it.
 
-    own    Norm gives each noise its own drawn mean and standard deviation back, instead of 0 and 1: if
-           it is always 0, the mean of x_t tells the network how bright x_0 is; in sampling it does not
+    own    Norm restores the mean and standard deviation that each noise was drawn with, instead of 0 and 1.
+           With a mean of exactly 0 the network could read from that of x_t how bright x_0 is, which fails
+           in sampling
     """
-    losses, like = [], eps if own else None
+    losses: list[Tensor] = []
+    like = eps if own else None
     with frozen(model), torch.enable_grad():
         for _ in range(J):
             eps = eps.detach().requires_grad_()

@@ -225,7 +225,9 @@ class VQ(Autoencoder):
         return codebook(torch.stack(nearest)).transpose(1, 2).reshape(z.shape)  # -> (B, embed_dim, h, w)
 
     def bottleneck(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images -> what the decoder is trained on, and the parts of the loss that shape it; no noise."""
+        """Images (B, C, H, W) -> quantised latents (B, embed_dim, h, w), straight-through, and the codebook's
+        losses.  `noise` is not used.
+        """
         z = self.moments(x)
         entries = self.quantise(z)
         parts = dict(codebook=F.mse_loss(entries, z.detach()), commitment=F.mse_loss(z, entries.detach()))
@@ -246,7 +248,9 @@ class KL(Autoencoder):
         return mean, logvar.clamp(-30, 20)
 
     def bottleneck(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images -> a draw from q(z|x), or its mean if noise is None; KL(q(z|x) || N(0, I)), nats a value."""
+        """Images (B, C, H, W) -> latents (B, embed_dim, h, w), drawn from q(z|x) with `noise` or its mean for
+        None, and KL(q(z|x) || N(0, I)) in nats per value of x.
+        """
         mean, logvar = self.posterior(x)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / x.numel()
         return mean if noise is None else mean + (0.5 * logvar).exp() * noise, dict(kl=kl)

@@ -18,7 +18,8 @@ from ddpm import Schedule
 from unet import Encoder, UNet, attend
 
 SOURCE, TARGET = 0, 1
-BATCHES, ACCURACY, ENCODING = 2, 3, 4  # streams of random numbers
+BATCHES, ACCURACY, ENCODING = 2, 3, 4  # streams of random numbers; 0 is that of the iterations
+VERSIONS = 2, 16  # of each source and target picture, where changed copies are encoded once
 AUGMENTATIONS = ("flip", "shift", "colour")
 
 
@@ -49,18 +50,20 @@ def similarity_guidance(classifier: Callable | None, schedule: Schedule, xt: Ten
 def fade(done: float, over: float) -> float:
     """Factor on gamma that falls linearly from 1 to 0 over the first `over` of a run; always 1 for over = 0.
 
-    Not in the paper.  The pictures are the target's own: a gamma that stays would end in a model of the
-    target sharpened by p_phi, as classifier guidance sharpens samples.  One that fades is a head start.
+    Not in the paper.  Training on the target's own pictures ends at the target without guidance, too.  A
+    gamma that stays moves that end towards what p_phi is surest of; one that fades only gives a head start.
     """
     return max(0.0, 1 - done / over) if over else 1.0
 
 
 def limited(guidance: Tensor | float, residual: Tensor, limit: float | None) -> Tensor | float:
-    """The guidance (B, ...), of no image longer than `limit` times its residual eps - eps_theta (B, ...)."""
+    """The guidance (B, ...), shortened for each image to at most `limit` times the length of its residual
+    eps - eps_theta (B, ...).
+    """
     if limit is None or not isinstance(guidance, Tensor):
         return guidance
-    pull, left = (x.flatten(1).norm(dim=1) for x in (guidance, residual))
-    factor = (limit * left / pull.clamp(min=1e-12)).clamp(max=1)
+    length, of_residual = (x.flatten(1).norm(dim=1) for x in (guidance, residual))
+    factor = (limit * of_residual / length.clamp(min=1e-12)).clamp(max=1)
     return guidance * factor.view(-1, *[1] * (residual.dim() - 1))
 
 
@@ -166,12 +169,13 @@ def augment(x: Tensor, kinds: Collection[str], g: torch.Generator) -> Tensor:
 def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor, iterations: int,
               batch_size: int, learning_rate: float, kinds: Collection[str], g: torch.Generator,
               micro_batch_size: int | None = None, progress: Callable[[Iterable], Iterable] = iter,
-              share: Callable[[int], slice] = slice, sum_gradients: Callable[[list], object] = len) -> None:
+              share: Callable[[int], slice] = slice,
+              sum_gradients: Callable[[list], object] = lambda parameters: None) -> None:
     """Teach source against target at all timesteps, every batch half source and half target.
 
     source (N, C, H, W), target (M, C, H, W), on the model's device.  `kinds` are augmentations; randomness
     comes from g.  micro_batch_size limits the pictures that go through the network at once.  Of several
-    processes each takes its share of a batch, and all then sum_gradients.
+    processes each takes its `share` of a batch (default: all), and `sum_gradients` adds up over them.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
     model.train().requires_grad_(True)
@@ -251,7 +255,8 @@ def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source:
 
     def train(source: Tensor, target: Tensor, text: str) -> Classifier:
         model = start()
-        fine_tune(model, schedule, as_x0(source, 2), as_x0(target, 16), iterations, batch_size, learning_rate,
+        source, target = as_x0(source, VERSIONS[SOURCE]), as_x0(target, VERSIONS[TARGET])
+        fine_tune(model, schedule, source, target, iterations, batch_size, learning_rate,
                   kinds if encode is None else (), stream(BATCHES), micro_batch_size,
                   lambda steps: progress(steps, text), **processes)
         return model

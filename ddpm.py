@@ -17,15 +17,6 @@ Model = Callable[[Tensor, Tensor], Tensor]
 PREDICTIONS = ("eps", "v", "x0")
 
 
-def predict_eps(model: Model, xt: Tensor, t: Tensor, schedule: "Schedule") -> Tensor:
-    """eps_theta(x_t, t), float32.  A network with learned variance gives 2C channels; eps is the first C.
-
-    What a network gives that predicts v or x_0 is turned into eps.
-    """
-    out = model(xt, t)[:, : xt.shape[1]]
-    return schedule.to_eps(out if out.dtype == torch.float64 else out.float(), xt, t)
-
-
 class Schedule:
     """The noise levels alpha_bar_0..alpha_bar_{T-1} (float64, CPU) and what follows from them alone.
 
@@ -107,11 +98,11 @@ class Schedule:
 
     def sigma_hat(self, t: Tensor, x: Tensor) -> Tensor:
         """Eq. 6: sigma_hat_t = (1 - alpha_bar_{t-1}) sqrt(alpha_t / (1 - alpha_bar_t)), shaped like `at`."""
-        a, b = self.at(t, x), self.at(t - 1, x)
-        return (1 - b) * (a / b / (1 - a)).sqrt()
+        a, b = self.at(t, x), self.at(t - 1, x)                      # alpha_bar_t, alpha_bar_{t-1}
+        return (1 - b) * (a / b / (1 - a)).sqrt()                    # a / b = alpha_t
 
     def reverse_step(self, xt: Tensor, t: Tensor, s: Tensor, eps: Tensor, noise: Tensor | None = None,
-                     eta: float | str = 0.0, clip: bool = False, gradient: Tensor | None = None) -> Tensor:
+                     eta: float | str = 0.0, clip: bool = False, guidance: Tensor | None = None) -> Tensor:
         """x_s from x_t (Song et al. 2020), s < t, s = -1 for the last step.
 
         With s = t - 1, eta = 1 and no clip its mean is mu_theta of Eq. 3, with 1 / sqrt(alpha_t).
@@ -121,15 +112,15 @@ class Schedule:
         clip        limit the predicted x_0 to [-1, 1], for images.  The direction keeps the model's own eps:
                     one derived anew from the clipped x_0 leaves speckle in few-step sampling.  So where the
                     clip bites, eta = 1 is not the clipped posterior mean of Ho et al.
-        gradient    gamma times grad log p(y|x_t), which corrects eps by -sqrt(1 - alpha_bar_t) times it
+        guidance    gamma times grad log p(y|x_t), which corrects eps by -sqrt(1 - alpha_bar_t) times it
                     (Dhariwal & Nichol 2021, Algorithm 2): with gamma = 1, E[eps | x_t, y].  From one timestep
                     to the next with eta = 1 this moves the mean by beta_t / sqrt(alpha_t) times it: Eq. 2
                     with the variance beta_t, but for a factor 1 / sqrt(alpha_t) that is nearly 1.  Unlike
                     Eq. 2 it is right for every eta, and for steps of any length.
         """
-        a, b = self.at(t, xt), self.at(s, xt)
-        if gradient is not None:
-            eps = eps - (1 - a).sqrt() * gradient
+        a, b = self.at(t, xt), self.at(s, xt)                        # alpha_bar_t, alpha_bar_s
+        if guidance is not None:
+            eps = eps - (1 - a).sqrt() * guidance
         x0 = self.predict_x0(xt, t, eps)
         if clip:
             x0 = x0.clamp(-1, 1)
@@ -139,7 +130,7 @@ class Schedule:
         xs = b.sqrt() * x0 + (1 - b - sigma ** 2).clamp(min=0).sqrt() * eps
         if eta == 0:
             return xs
-        if eta == "large":
+        if eta == "large":  # variance beta_t; none in the last step, where b = 1
             sigma = torch.where(b < 1, (1 - a / b).sqrt(), 0.0)
         return xs + sigma * noise
 
@@ -148,6 +139,15 @@ class Schedule:
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"{steps} sampling steps: choose 1 to {self.timesteps}")
         return torch.linspace(self.timesteps - 1, 0, steps).round().long().tolist()
+
+
+def predict_eps(model: Model, xt: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """eps_theta(x_t, t), float32.  A network with learned variance gives 2C channels; eps is the first C.
+
+    A prediction of v or x_0 is turned into eps.
+    """
+    out = model(xt, t)[:, : xt.shape[1]]
+    return schedule.to_eps(out if out.dtype == torch.float64 else out.float(), xt, t)
 
 
 def draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -173,20 +173,20 @@ def sample(model: Model, schedule: Schedule, shape: Sequence[int], seeds: Sequen
     finished = []
     for first in range(0, len(seeds), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[first:first + batch_size]]
-        x = draw(shape, generators)
+        x = draw(shape, generators)  # in any case, so that later draws are the same
         if noise is not None:
             x = noise[first:first + batch_size].cpu()
         with torch.inference_mode():
             x = x.to(device)
             for t, s in progress(list(zip(timesteps, timesteps[1:] + [-1]))):
                 t_batch, s_batch = (torch.full((len(x),), i, device=device) for i in (t, s))
-                g = None
+                guidance = None
                 if gradient is not None:
-                    with torch.inference_mode(False):
-                        g = gamma * gradient(x.clone(), t_batch)
+                    with torch.inference_mode(False):  # there a copy has a gradient
+                        guidance = gamma * gradient(x.clone(), t_batch)
                 step_noise = draw(shape, generators).to(device) if eta != 0 else None
                 eps = predict_eps(model, x, t_batch, schedule)
-                x = schedule.reverse_step(x, t_batch, s_batch, eps, step_noise, eta, clip, g)
+                x = schedule.reverse_step(x, t_batch, s_batch, eps, step_noise, eta, clip, guidance)
                 if on_step is not None:
                     on_step(s, x)
         finished.append(x.clone().cpu())

@@ -5,7 +5,8 @@ the best predictor and, on a target sample, its residual are
 
     eps*(x_t, t) = sqrt(1-a) (x_t - sqrt(a) mu_S)        eps - eps* = a eps - sqrt(a (1-a)) (x_0 - mu_S)
 
-The first gradient by the output layer's bias is -2 mean(eps - eps_theta - guidance):
+The first gradient by the output layer's bias is -2 mean(eps - eps_theta - guidance).  It points to the
+target: descent takes it from eps_theta, and samples move along it.
  1. Without guidance it points along mean(x_0) - mu_S - sqrt(a / (1-a)) mean(eps).  Ten shots, repeated a
     thousand times, leave the error of their mean: an angle of standard deviation sqrt(1/10) / |mu_T - mu_S|
     = 6.4 degrees, 5.1 on average.
@@ -130,7 +131,8 @@ def output_gradient(model: Model, x0: Tensor, t: Tensor, eps: Tensor, classifier
     bias = torch.zeros(x0.shape[1:], requires_grad=True)
     guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma)
     losses = guided_loss(eps, predict_eps(model, xt, t, SCHEDULE) + bias, guidance)  # means over E and 2
-    return torch.autograd.grad(losses.mean() * bias.numel(), bias)[0]       # of their sums: ||.||^2
+    # Times their number: ||.||^2 of each point, summed over E.
+    return torch.autograd.grad(losses.mean() * bias.numel(), bias)[0]
 
 
 def angle(u: Tensor, v: Tensor) -> Tensor:
@@ -155,10 +157,14 @@ def wasserstein(x: Tensor) -> Tensor:
 def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor, t: int, repeats: int,
                       g: torch.Generator, gamma: float, omega: float, steps: int,
                       own: bool = False) -> dict[str, Tensor]:
-    """First gradients (E, 2) by method, of shots (10, E, 2) repeated so often, at the same t and noise.
+    """First gradients (E, 2) by name, of shots (10, E, 2) repeated `repeats` times, at one t, with one noise.
 
-    "reference" has 10,000 different target points instead.  "norm only" normalises the noise and stops there,
-    which shows what of "adversarial" is the ascent.  Under "worst" the worst-case noise (B, E, 2) itself.
+    reference      of 10,000 different target points
+    baseline       of the shots
+    norm only      with the noise normalised, without any ascent
+    adversarial    with the worst-case noise, without guidance
+    guided, NAME   with this one of the classifiers;  TAN, NAME: and with the worst-case noise
+    worst          the worst-case noise (B, E, 2) itself
     """
     x0, many = shots.repeat(repeats, 1, 1), draw_points(TARGET, 10_000, shots.shape[1], g)
     noises = torch.randn(max(len(many), len(x0)), *many.shape[1:], generator=g)
@@ -194,7 +200,7 @@ def adapt(model: MLP, shots: Tensor, g: torch.Generator, classifier: Model | Non
         guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma * fade(i, fading))  # Eq. 6
         losses = guided_loss(eps, predict_eps(model, xt, t, SCHEDULE), guidance)            # line 8, Eq. 9
         optimizer.zero_grad()
-        (experiments * losses.mean()).backward()
+        (experiments * losses.mean()).backward()  # a sum over E, and still the mean over two coordinates
         optimizer.step()                                                                    # line 9
         yield model
 

@@ -99,7 +99,7 @@ def losses_of(network: Network, x0: Tensor, labels: Tensor | None, t: Tensor, ep
     if "attributes" in network.description:
         return attribute_loss(model(xt, t).float(), labels, network.description["attributes"])
     losses = guided_loss(eps, predict_eps(model, xt, t, network.schedule), guidance=0.0)            # Eq. 1
-    # Choi et al. 2022: 1 / (1 + SNR)^gamma, where the signal-to-noise ratio is alpha_bar / (1 - alpha_bar).
+    # P2 weighting (Choi et al. 2022): 1 / (1 + SNR)^p2 = (1 - alpha_bar_t)^p2
     return losses * (1 - network.schedule.at(t, losses)) ** p2
 
 
@@ -148,9 +148,9 @@ def train_gan(out: Path, options: Options, network: gan.GAN, batch_of: Batch, co
               state: dict[str, Any] | None, device: torch.device) -> None:
     """The iterations of a StyleGAN2 on content["pictures"] pictures."""
     training, wanted = options.training, options.adversarial
-    b, players = training.batch_size, Players(
-        network.model.train(), network.discriminator.train(), Plain(), training.batch_size,
-        training.learning_rate, wanted.r1, wanted.r1_every, wanted.path_length)
+    b = training.batch_size
+    players = Players(network.model.train(), network.discriminator.train(), Plain(), b,
+                      training.learning_rate, wanted.r1, wanted.r1_every, wanted.path_length)
     ema = EMA(players.drawing, training.ema)
 
     def after(done: int, saved: bool) -> None:

@@ -28,15 +28,15 @@ from gaussians import MLP, SCHEDULE, angle, ellipse, trajectories
 from plumbing import options as flags
 from plumbing.seeds import generator
 
-# Whether gamma and J are used (Eqs. 6, 8), and whether gamma fades, which is ours
-METHODS = {"baseline": (False, False, False), "guided, ten": (True, False, False),
-           "TAN, ten": (True, True, False), "fading, ten": (True, False, True)}
-SHOWN = ("baseline", "guided, ten", "TAN, ten", "guided, bayes", "TAN, bayes")  # whose p_phi
+# What a method uses: guidance (Eq. 6), adversarial noise (Eq. 8), and a gamma that fades, which is ours
+METHODS = {"baseline": (), "guided, ten": ("guidance",), "TAN, ten": ("guidance", "adversarial noise"),
+           "fading, ten": ("guidance", "fading")}
+SHOWN = ("baseline", "guided, ten", "TAN, ten", "guided, bayes", "TAN, bayes")  # in (a); with whose p_phi
 COLOURS = {"reference": "cyan", "baseline": "darkblue", "guided": "sienna", "TAN": "orange",  # the caption's
            "fading": "green"}
 COLUMNS = (*SHOWN, "fading, ten")
 FEW = 3                                                            # iterations before Figures 2(b) and 2(c)
-STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # and the last: where panel (d) looks
+STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # where (d) looks; and at the last
 bar = functools.partial(tqdm, leave=False, mininterval=0.5, disable=None)  # no bar in a log file
 
 
@@ -73,11 +73,12 @@ class Options:
 
 def adapt(options: Options, method: str, model: MLP, ten: MLP, shots: Tensor, updates: int) -> Iterator[MLP]:
     """Algorithm 1 from shots (10, E, 2) and E classifiers that know them; the same draws for each method."""
-    guided, adversarial, fades = METHODS[method]
-    return gaussians.adapt(model, shots, generator(options.seed, 3), ten.class_logits if guided else None,
-                           options.gamma, options.omega, options.pgd_steps if adversarial else 0,
-                           options.learning_rate, updates, functools.partial(bar, desc=method),
-                           options.fade_iterations if fades else 0, options.norm == "own")
+    uses = METHODS[method]
+    return gaussians.adapt(model, shots, generator(options.seed, 3),
+                           ten.class_logits if "guidance" in uses else None, options.gamma, options.omega,
+                           options.pgd_steps if "adversarial noise" in uses else 0, options.learning_rate,
+                           updates, functools.partial(bar, desc=method),
+                           options.fade_iterations if "fading" in uses else 0, options.norm == "own")
 
 
 def compare(options: Options, model: MLP, ten: MLP, shots: Tensor, t: int) -> dict[str, Tensor]:
@@ -184,9 +185,10 @@ def main() -> None:
     curves = draw_distances(d, options, model, ten, shots)
     figure.savefig(out / "figure2.png", dpi=110)
 
-    # What it says of them: a number for each of SHOWN
+    # What it says of them: a number for each of COLUMNS, from the left; None where there is none
     half, long = ellipse(gradients[middle]["worst"])
-    ratio, along = half[:, 1] / half[:, 0], (angle(long, gradients[middle]["adversarial"]) - 90).abs() > 45
+    ratio, off = half[:, 1] / half[:, 0], angle(long, gradients[middle]["adversarial"])
+    along = (off - 90).abs() > 45  # nearer to the gradient's line than across it
     medians = [[median for _, _, median, _ in curves[name]] if name in curves else [] for name in COLUMNS]
     (peak_b, shift_b, spread_b), (peak_c, shift_c, spread_c) = drawn
     claims = {f"(a) closer to 10,000 samples, degrees, t = {t}":

@@ -87,30 +87,36 @@ def source_pictures(source: Network, options: Options) -> Tensor:
     return distributed.gather(drawn, count, next(source.model.parameters()).device)
 
 
-def classifier_inputs(source: Network, targets: Tensor, options: Options) -> tuple[Tensor, Network | None]:
-    """The classifier's target pictures, and the network it starts from (None without guidance).
+def classifier_inputs(source: Network, targets: Tensor,
+                      options: Options) -> tuple[Tensor, dict[str, Any] | None]:
+    """The classifier's target pictures, and the description of the network it starts from (None without
+    guidance).
 
     Raises InputError where the options are wrong: early, before anything is written.
     """
-    wanted = options.guidance
+    guide = options.guidance
     if not METHODS[options.method].guidance:
         return targets, None
-    if wanted.source_images:
-        domains.source_images(wanted.source_images, 1, source.image_size, 0)
-    if wanted.classifier_targets:
-        targets = domains.target_images(wanted.classifier_targets, source.image_size)
-    return targets, start_classifier(wanted.classifier, wanted.classifier_arch, options.source, source)
+    if guide.source_images:
+        domains.source_images(guide.source_images, 1, source.image_size, 0)
+    if guide.classifier_targets:
+        targets = domains.target_images(guide.classifier_targets, source.image_size)
+    begins = start_classifier(guide.classifier, guide.classifier_arch, options.source, source)
+    return targets, begins.description
 
 
-def obtain_classifier(source: Network, targets: Tensor, begins: Network, options: Options, out: Path,
+def obtain_classifier(source: Network, targets: Tensor, begins: dict[str, Any], options: Options, out: Path,
                       device: torch.device) -> Classifier:
-    """p_phi (Eq. 5) of the run in `out`; if it is not there yet, it is fine-tuned on the targets."""
-    wanted, path = options.guidance, out / "classifier.safetensors"
+    """p_phi (Eq. 5) of the run in `out`; if it is not there yet, it is fine-tuned on the targets.
+
+    begins   the description of the network that it starts from
+    """
+    guide, path = options.guidance, out / "classifier.safetensors"
     usual = domains.AUGMENT.get(options.target, ("flip", "shift"))
 
     def start() -> Classifier:
         torch.manual_seed(options.seed)  # the new head
-        model = start_classifier(wanted.classifier, wanted.classifier_arch, options.source, source).model
+        model = start_classifier(guide.classifier, guide.classifier_arch, options.source, source).model
         model.to(device).use_checkpoint = options.checkpoint_blocks
         # Pass by pass: a block of autocast around all steps would keep its copy of the first weights.
         model.forward = distributed.autocast(device, options.precision)(model.forward)
@@ -119,19 +125,19 @@ def obtain_classifier(source: Network, targets: Tensor, begins: Network, options
     def make(pictures: Tensor, at_once: int | None) -> tuple[Classifier, list[float] | None]:
         return make_classifier(
             start, source.schedule, pictures, targets.to(device),
-            kinds=usual if wanted.augment is None else wanted.augment,
-            iterations=wanted.classifier_iterations, batch_size=wanted.classifier_batch_size,
-            learning_rate=wanted.classifier_learning_rate, stream=functools.partial(generator, options.seed),
-            encode=source.encode if source.first_stage else None, check=wanted.classifier_check,
+            kinds=usual if guide.augment is None else guide.augment,
+            iterations=guide.classifier_iterations, batch_size=guide.classifier_batch_size,
+            learning_rate=guide.classifier_learning_rate, stream=functools.partial(generator, options.seed),
+            encode=source.encode if source.first_stage else None, check=guide.classifier_check,
             micro_batch_size=at_once, progress=progress.bar,
             share=distributed.share, sum_gradients=distributed.sum_gradients)
 
     if distributed.any_rank(not path.exists(), device):
         work = functools.partial(make, source_pictures(source, options).to(device))
-        at_once = options.micro_batch_size or wanted.classifier_batch_size
+        at_once = options.micro_batch_size or guide.classifier_batch_size
         # Of several processes one cannot begin anew: the others wait for its gradients.
         model, accuracy = fitting(work, at_once) if distributed.world() == 1 else work(at_once)
-        description = dict(begins.description, held_out_accuracy=accuracy)
+        description = dict(begins, held_out_accuracy=accuracy)
         if distributed.rank() == 0:
             save_network(path, Network(model, source.schedule, description))
     distributed.barrier()
@@ -181,10 +187,11 @@ def learning_rate(options: Options, iteration: int) -> float:
 
 def losses_of(model: UNet, ascended: UNet, classifier: Classifier | None, pairwise: PairwiseLosses | None,
               schedule: Schedule, options: Options, gamma: float, x0: Tensor, t: Tensor,
-              eps: Tensor) -> tuple:
-    """Lines 5 to 8: the loss (B,) of pictures x0, timesteps t and noises eps, and what Stats wants to know.
+              eps: Tensor) -> tuple[Tensor, Tensor | float, Tensor, list[Tensor]]:
+    """Lines 5 to 8 for pictures x0 (B, ...) at t (B,) with noises eps: the loss (B,) of each and, for Stats,
+    the guidance, the residual eps - eps_theta (B, ...) and the losses (B,) at each step of the ascent.
 
-    ascended    the network whose worst noise is sought
+    ascended    the network whose worst noise is sought: `model`, or theta alone
     """
     guide, pgd, ascent = options.guidance, options.adversarial_noise, []
     if METHODS[options.method].adversarial_noise:                          # lines 5-7, Eq. 8
@@ -199,7 +206,7 @@ def losses_of(model: UNet, ascended: UNet, classifier: Classifier | None, pairwi
     losses = guided_loss(eps, eps_theta, guidance)                         # line 8, Eq. 9
     if pairwise:
         losses = losses + pairwise(xt, t, eps_theta, x0)
-    # The gain is that of one network: theta's own losses do not compare with those of theta and psi.
+    # Stats compares the ascent's losses with the residual, which takes one and the same network.
     return losses, guidance, residual, ascent if ascended is model else []
 
 
@@ -278,10 +285,10 @@ def main() -> None:
             with micro_batches:
                 for x0_, t_, eps_ in parts:                                # lines 5-8
                     with distributed.autocast(device, options.precision):
-                        losses, *seen = losses_of(model, ascended, classifier, pairwise, schedule, options,
-                                                  gamma, x0_, t_, eps_)
+                        losses, guidance, residual, ascent = losses_of(
+                            model, ascended, classifier, pairwise, schedule, options, gamma, x0_, t_, eps_)
                     (losses.sum() / b).backward()
-                    stats.add(t_, losses.detach(), *seen)
+                    stats.add(t_, losses.detach(), guidance, residual, ascent)
         distributed.sum_gradients(psi)
 
         line = stats.reduce()

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:
     """Sinusoids of the timestep: int (B,) -> float32 (B, dim), dim even.
 
-    guided-diffusion has the cosines first and frequencies 10000^(-i / half); Ho et al. 2020 have the sines
-    first and half - 1 (freq_shift 1).
+    guided-diffusion: cosines first, frequencies 10000^(-i / half).  Ho et al. 2020: sines first
+    (flip_sin_to_cos False), 10000^(-i / (half - 1)) (freq_shift 1).
     """
     half = dim // 2
     i = torch.arange(half, device=t.device, dtype=torch.float32)
@@ -58,7 +58,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided 3x3 convolution or by averaging; padding 0 pads right and bottom alone."""
+    """Half the size by a strided 3x3 convolution or by averaging; padding 0: one pixel, right and bottom."""
 
     def __init__(self, channels: int, with_conv: bool, padding: int = 1):
         super().__init__()
@@ -161,7 +161,7 @@ class Encoder(nn.Module):
                  resblock_updown: bool = False, dropout: float = 0.0, norm_groups: int = 32,
                  use_checkpoint: bool = False, flip_sin_to_cos: bool = True, freq_shift: int = 0,
                  norm_eps: float = 1e-5, downsample_padding: int = 1, middle_attention: str = "norm"):
-        options = {**locals()}
+        options = {**locals()}  # the arguments: must stay the first line
         super().__init__()
         not_of_config = ("self", "__class__", "use_checkpoint")
         self.config = {name: value for name, value in options.items() if name not in not_of_config}

@@ -8,7 +8,8 @@ paper compares with, and FreezeD, which it cites.
     CDC       Ojha et al. 2021      pictures that are as alike as the source's; patches for most of them
     DCL       Zhao et al. 2022      contrastive losses between source and adapted networks
 
-Where a paper leaves something open, docs/reading-notes.md says what is done here.
+What each function means and when it is called: gan_training.Plain and Players.  Where a paper leaves
+something open, docs/reading-notes.md says what is done here.
 """
 
 import copy
@@ -132,8 +133,8 @@ class CDC(Plain):
         y_i = softmax over j != i of cos(G^l(z_i), G^l(z_j))
         weight * mean over l and i of KL(y_i adapted || y_i source)
 
-    And there are only enough training pictures for a few latents: around as many anchors the discriminator
-    judges whole pictures, elsewhere patches alone.
+    Drawn pictures are judged whole only near a few fixed latents, the anchors, as many as there are training
+    pictures; elsewhere patch by patch.
     """
 
     def __init__(self, source: Generator, discriminator: Discriminator, anchors: int, weight: float,
@@ -248,7 +249,7 @@ METHODS = {
 
 def make(name: str, generator: Generator, discriminator: Discriminator, targets: int, numbers: Numbers,
          seed: int) -> Plain:
-    """A method, before the source's networks have learnt anything else.
+    """The method of this name.  To be made before training: EWC, CDC and DCL keep the source as it is now.
 
     targets   number of training pictures
     """

@@ -53,7 +53,8 @@ def high_frequency(x: Tensor) -> Tensor:
 def log_similarities(x: Tensor) -> Tensor:
     """Log-softmax over the other pictures of each one's cosine similarity to them: (B, ...) -> (B, B - 1)."""
     x, n = F.normalize(x.flatten(1), dim=1), len(x)
-    others = (x @ x.T).flatten()[1:].view(n - 1, n + 1)[:, :-1]     # (B, B) without its diagonal, row by row
+    # Without its first entry and folded at n + 1, the matrix has its diagonal in the last column.
+    others = (x @ x.T).flatten()[1:].view(n - 1, n + 1)[:, :-1]
     return others.reshape(n, n - 1).log_softmax(1)
 
 
@@ -75,10 +76,12 @@ def pairwise_loss(adapted: Tensor, source: Tensor, x0: Tensor, image_weight: flo
                   detail_weight: float, mse_weight: float) -> Tensor:
     """(B, C, H, W) predicted x_0 of the adapted and of the source network, and the training pictures -> (B,).
 
-    The weights are those of KL(adapted || source) of the similarities, as Zhu et al. print it, of pictures
-    and of their detail, and of the detail's mean squared error.  With one picture the first two are 0.
+    image_weight     of KL(adapted || source), the direction Zhu et al. print, of the pictures' similarities
+    detail_weight    of the same for their `high_frequency`
+    mse_weight       of the mean squared error of `high_frequency` against the training pictures
+    With one picture the first two terms are 0.
     """
-    fine = high_frequency(adapted)
-    mse = (fine - high_frequency(x0)).square().flatten(1).mean(1)
-    of_pictures, of_detail = divergence(adapted, source), divergence(fine, high_frequency(source))
+    detail = high_frequency(adapted)
+    mse = (detail - high_frequency(x0)).square().flatten(1).mean(1)
+    of_pictures, of_detail = divergence(adapted, source), divergence(detail, high_frequency(source))
     return image_weight * of_pictures + detail_weight * of_detail + mse_weight * mse

@@ -84,7 +84,7 @@ def test_sigma_hat_enters_in_its_first_power(t):
     torch.testing.assert_close(mean(eps - sigma_hat * gamma * g), guided, rtol=1e-9, atol=1e-9)
     assert (mean(eps - sigma_hat ** 2 * gamma * g) - guided).abs().max() > 1e-4
     # reverse_step's own correction of eps is Eq. 2 with the variance beta_t in place of sigma_t^2
-    step = SCHEDULE.reverse_step(x, full(t), full(t - 1), eps, 0 * x, eta=1, gradient=gamma * g)
+    step = SCHEDULE.reverse_step(x, full(t), full(t - 1), eps, 0 * x, eta=1, guidance=gamma * g)
     torch.testing.assert_close(step, mean(eps) + (1 - alpha) * gamma * g / np.sqrt(alpha))
 
 
@@ -198,7 +198,7 @@ def test_guided_step(t, s):
     x, eps, noise, g = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2), torch.ones(2, 3, 4, 4)
 
     def effect(eta):
-        guided, free = (SCHEDULE.reverse_step(x, full(t), full(s), eps, noise, eta, gradient=gradient)
+        guided, free = (SCHEDULE.reverse_step(x, full(t), full(s), eps, noise, eta, guidance=gradient)
                         for gradient in (g, None))
         return (guided - free).flatten()[0].item()
 
