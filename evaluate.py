@@ -15,8 +15,8 @@
 The paper's figures (section 5.2): 1,000 samples (sample.py -n 1000) at 256x256, LPIPS-VGG around the ten
 training pictures, FID to 2,500 (sunglasses) and 2,700 (babies) pictures.  The weights of LPIPS's backbone and
 of Inception are downloaded if --download allows it, else the message says which file to put where.  GAN
-samples are scored the same way: only the folders matter.  python -m experiments.tables makes all tables and
-figures of section 5.
+samples are scored the same way: only the folders matter.  python -m experiments.tables makes the tables and
+figures of sections 5.2 to 5.4.
 """
 
 import dataclasses

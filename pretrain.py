@@ -42,6 +42,7 @@ from domains.judge import attribute_loss
 from plumbing import distributed, progress
 from plumbing.figures import save_curve
 from plumbing.files import check_replaceable, read_metrics, remove_unfinished
+from plumbing.memory import fitting
 from plumbing.options import flat, parse, run
 from plumbing.picture_folder import keep_apart
 from plumbing.pictures import save_grid
@@ -80,7 +81,7 @@ def first_stage_objective(latent: Latent, device: torch.device) -> Callable[...,
     """`first_stage_loss` as --kl-weight and --perceptual want it.  InputError as load_lpips raises it."""
     distance = None
     if latent.perceptual != "none":
-        distance = load_lpips(latent.perceptual, latent.lpips_backbone).to(device)
+        distance = load_lpips(latent.perceptual, latent.lpips_backbone, latent.download).to(device)
     weights = dict(LOSS_WEIGHTS, kl=latent.kl_weight, perceptual=latent.perceptual_weight)
     return functools.partial(first_stage_loss, weights=weights, perceptual=distance)
 
@@ -123,7 +124,8 @@ def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
     save_network(out / "model.safetensors", network)
     model.eval()
     if network.description["network"] in ("UNet", gan.NAME):
-        save_grid(out / "samples.png", network.sample(range(64)), columns=16)
+        drawn = fitting(lambda at_once: network.sample(range(64), batch_size=at_once), 64)
+        save_grid(out / "samples.png", drawn, columns=16)
     elif network.description["network"] in FIRST_STAGES:  # pictures above, what comes back below
         device = next(model.parameters()).device
         decoded = model.decode(model.encode(images.to(device))).cpu()

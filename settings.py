@@ -124,7 +124,7 @@ class PictureOptions:
     sample_steps: int = 50
     """DDIM steps for them."""
     previews: int = 5
-    """Rows of progress.png after the first."""
+    """Rows of progress.png after the first, and stages that are kept."""
 
 
 @dataclasses.dataclass

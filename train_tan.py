@@ -15,8 +15,8 @@ that are not the paper's.
 A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below),
 progress.png (the same noises at several iterations, with their median distance to the nearest training
 picture or its mirror image, rms over pixels: 0 are copies), report.html (all of it on one page), stages/ (the
-weights of each row), loss.png, metrics.jsonl, options.json, checkpoint.pt, weights.safetensors,
-classifier.safetensors.
+weights of each row), loss.png, metrics.jsonl, options.json, checkpoint.pt, weights.safetensors, and
+of a method with guidance classifier.safetensors.
 
   python sample.py runs/TARGET -n 64            more pictures from it; from a stage with --at 96
   python evaluate.py runs/TARGET --at all       its stages compared; --hold-out 2 shows where copying begins

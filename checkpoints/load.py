@@ -157,7 +157,7 @@ def need_diffusion_model(network: Network | GAN, name: str) -> Network:
     """The network, if it is a diffusion model that can be adapted; InputError otherwise."""
     if isinstance(network, GAN):
         raise InputError(f"{name}: a StyleGAN2, not a diffusion model; python -m baselines.gan_transfer "
-                         "adapts it")
+                         "adapts it, and it is not exported")
     if not isinstance(network.model, UNet):
         raise InputError(f"{name}: a {network.description['network']}, not a diffusion model")
     channels = network.first_stage.embed_dim if network.first_stage else 3

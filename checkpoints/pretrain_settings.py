@@ -71,6 +71,8 @@ class Latent:
     """Of LPIPS, beside the mean absolute error."""
     lpips_backbone: Unset[str] = None
     """File of torchvision's weights for --perceptual (default: that of torch hub's cache)."""
+    download: bool = False
+    """Fetch these weights from their publisher if they are missing."""
 
 
 @dataclasses.dataclass
@@ -129,7 +131,8 @@ class Options:
     output_dir: Unset[str] = None
     """Where the run goes (default: runs/pretrain-SOURCE, with -latent or -NETWORK)."""
     resume: bool = False
-    """Continue the run in --output-dir from its checkpoint, with the same flags."""
+    """Continue the run in --output-dir from its checkpoint, with the same flags but for --iterations,
+    --learning-rate, --p2, --save-every, --device and --threads."""
     overwrite: bool = False
     """Replace the run in --output-dir."""
     data: Data = dataclasses.field(default_factory=Data)
@@ -139,8 +142,8 @@ class Options:
     training: Training = dataclasses.field(default_factory=Training)
 
 
-MAY_CHANGE = {"output_dir", "resume", "overwrite", "iterations", "learning_rate", "p2", "device", "threads",
-              "save_every"}
+MAY_CHANGE = {"output_dir", "resume", "overwrite", "iterations", "learning_rate", "p2", "save_every",
+              "device", "threads", "download"}
 CLASSIFIERS = {"classifier", "judge"}  # networks that learn attributes, which mirroring would change
 
 
@@ -179,13 +182,13 @@ def check(options: Options, typed: frozenset[str]) -> None:
     users = {**dict.fromkeys(flat(options.adversarial), ("stylegan2",)),
              **dict.fromkeys(("res_blocks", "norm_groups", "precision"), layered),
              **dict.fromkeys(("attention", "head_channels"), ("unet", *CLASSIFIERS)),
-             **dict.fromkeys(("latent_channels", "perceptual", "perceptual_weight", "lpips_backbone"),
-                             ("kl", "vq")),
+             **dict.fromkeys(("latent_channels", "perceptual", "perceptual_weight", "lpips_backbone",
+                              "download"), ("kl", "vq")),
              "codes": ("vq",), "kl_weight": ("kl",), "p2": ("unet",)}
     for name, networks in users.items():
         if name in typed and options.network not in networks:
             raise InputError(f"{flag(name)}: --network {options.network} does not use it; leave it out")
-    for name in ("perceptual_weight", "lpips_backbone"):
+    for name in ("perceptual_weight", "lpips_backbone", "download"):
         if name in typed and options.latent.perceptual == "none":
             raise InputError(f"{flag(name)}: is for --perceptual; give that, too")
     if "images" in typed and options.source not in domains.SOURCES:

@@ -23,6 +23,7 @@ from checkpoints.load import ASSETS, load_network, load_source
 from checkpoints.network import Network, fingerprint
 from metrics import IntraLPIPS, frechet_distance, intra_lpips, kernel_distance
 from plumbing.files import write_text
+from plumbing.memory import fitting
 from plumbing.options import InputError
 from plumbing.pictures import to_tensor
 from plumbing.progress import bar
@@ -189,7 +190,8 @@ def protocol(target: str, n: int, steps: int) -> dict[str, int | str]:
 def draw(network: Network, n: int, steps: int, name: str) -> Tensor:
     """Samples (n, 3, H, W) from the noises that all runs are scored with."""
     seeds = range(FIRST_SEED, FIRST_SEED + n)
-    return network.sample(seeds, steps, progress=functools.partial(bar, text=name))
+    progress = functools.partial(bar, text=name)
+    return fitting(lambda at_once: network.sample(seeds, steps, batch_size=at_once, progress=progress), 64)
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,6 +1,6 @@
-"""Malformed inputs for every program: how each is answered.
+"""Malformed inputs for the programs that read files: how each is answered.
 
-  python -m experiments.malformed              a hundred and more, a few minutes on two cores
+  python -m experiments.malformed              some 350, a few minutes on two cores
   python -m experiments.malformed --show       each with its answer
 
 Files of weights, folders, pictures and JSON that are truncated, have flipped bits, wrong types, or each

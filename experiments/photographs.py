@@ -12,9 +12,9 @@ pictures of --reference, of the last features of LPIPS's backbone, averaged over
 itself only, not with KID on Inception.  "source model": what adapting starts from; "other pictures": those of
 --reference, the best there can be.
 
-In runs/photographs/ (--output-dir): TARGET/METHOD-SEED/ are the runs with their photographs.json, TARGET/
-source.json the figures of the source, photographs.md the tables, TARGET.png every method's samples from the
-same noises.  The same command goes on where it stopped.
+In runs/photographs/ (--output-dir): TARGET/METHOD-SEED/ are the runs with their photographs.json,
+TARGET/source.json the figures of the source, photographs.md the tables, TARGET.png samples of every method
+from the same noises.  The same command goes on where it stopped.
 """
 
 import dataclasses

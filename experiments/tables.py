@@ -1,4 +1,4 @@
-"""All tables and figures of section 5 on the built-in domains: trains what is missing, scores it, draws.
+"""The tables and figures of sections 5.2 to 5.4 on the built-in domains: trained, scored and drawn.
 
   python -m experiments.tables              everything, from three seeds; many hours on a laptop
   python -m experiments.tables --targets sunglasses --seeds 1 --parts tables figures

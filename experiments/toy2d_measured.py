@@ -1,6 +1,6 @@
 """The claims of section 5.1 in two dimensions, measured from every side; toy2d.py prints the gist.
 
-  python -m experiments.toy2d_measured            two minutes
+  python -m experiments.toy2d_measured            four minutes
   python -m experiments.toy2d_measured --quick    the same from fewer repetitions, in twenty seconds
 
  - the angle of the first gradient to that of 10,000 samples: ten shots repeated, and with one noise each;
@@ -66,7 +66,7 @@ class Options:
     iterations: int = 256
     """Updates when adapting."""
     learning_rate: float = 0.02
-    """Of plain gradient descent when adapting (Algorithm 1, line 9)."""
+    """Of plain gradient descent when adapting; twice the eta of Algorithm 1, line 9 (toy2d.py)."""
     seed: int = 0
     """Seed of everything random."""
     quick: bool = False

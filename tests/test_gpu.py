@@ -49,7 +49,7 @@ def test_latent(tmp_path):
     stage, unet = tmp_path / "stage", tmp_path / "unet"
     call(pretrain.main, "toyfaces", "--network", "kl", *on("cuda", STAGE), "--output-dir", stage)
     call(pretrain.main, "toyfaces", "--first-stage", stage / "model.safetensors", *on("cuda", UNET), "--output-dir", unet)
-    call(train_tan.main, "--source", unet / "model.safetensors", "--target", "sunglasses", "--iterations", 2,
+    call(train_tan.main, "--source", unet / "model.safetensors", "--target", "sunglasses", "--method", "tan", "--iterations", 2,
          "--batch-size", 4, "--classifier-iterations", 2, "--source-count", 8, "--samples", 2, "--sample-steps", 2,
          "--device", "cuda", "--output-dir", tmp_path / "run")
     assert load_run(tmp_path / "run")[0].shape == (4, 8, 8)

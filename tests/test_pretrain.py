@@ -185,7 +185,7 @@ def test_large_gradients_are_limited(tmp_path, monkeypatch):
 def test_sample_pictures_are_drawn_with_the_average(tmp_path, monkeypatch):
     drawn = []
 
-    def record(network, seeds):
+    def record(network, seeds, **how):
         drawn.extend(p.detach().clone() for p in network.model.parameters())
         return torch.zeros(len(seeds), 3, 16, 16)
     monkeypatch.setattr(Network, "sample", record)
@@ -204,6 +204,6 @@ def test_a_first_stage_learns_with_lpips(tmp_path, monkeypatch):
     call(pretrain.main, *flags, "--output-dir", tmp_path / "without")
     call(pretrain.main, *flags, "--output-dir", tmp_path / "with", "--perceptual", "squeeze", "--perceptual-weight", 0.5, "--lpips-backbone", "f.pth")
     without, with_ = (read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("without", "with"))
-    assert asked == [("squeeze", "f.pth")] and with_ == pytest.approx(without + 0.5 * 3.0, rel=1e-5)
+    assert asked == [("squeeze", "f.pth", False)] and with_ == pytest.approx(without + 0.5 * 3.0, rel=1e-5)
     with pytest.raises(InputError, match="--perceptual: --network unet does not use it"):
         call(pretrain.main, "toyfaces", "--perceptual", "vgg", "--output-dir", tmp_path / "unet")
