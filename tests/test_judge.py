@@ -1,5 +1,7 @@
 """The judge's figures on pictures of which the truth is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -70,3 +72,14 @@ def test_larger_pictures_are_reduced():
     of_small, of_large = judge.attributes(network, small), judge.attributes(network, large)
     assert np.mean([torch.equal(of_small[name], of_large[name]) for name in of_small]) > 0.5
     assert (judge.fit(network, large) - small).abs().mean() < 0.05  # lines round to whole pixels
+
+
+def test_fewer_samples_at_once_where_memory_is_short():
+    sizes = []
+
+    def sample(seeds, steps, batch_size, progress):
+        sizes.append(batch_size)
+        if batch_size > 16:
+            raise torch.OutOfMemoryError
+        return torch.zeros(len(seeds), 3, 8, 8)
+    assert judge.draw(SimpleNamespace(sample=sample), 5, 2, "name").shape == (5, 3, 8, 8) and sizes == [64, 32, 16]
