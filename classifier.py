@@ -202,8 +202,8 @@ def fine_tune(model: Classifier, schedule: Schedule, source: Tensor, target: Ten
 
 @torch.no_grad()
 def accuracy_by_quarter(model: Classifier, schedule: Schedule, source: Tensor, target: Tensor,
-                         g: torch.Generator, repeats: int = 32,
-                         micro_batch_size: int | None = None) -> list[float]:
+                        g: torch.Generator, repeats: int = 32,
+                        micro_batch_size: int | None = None) -> list[float]:
     """Share of right answers on noised pictures by quarter of the timesteps, classes counting equally.
 
     0.5 is chance: there the guidance means nothing.  In each quarter every target picture is noised
@@ -268,5 +268,5 @@ def make_classifier(start: Callable[[], Classifier], schedule: Schedule, source:
         parts = source[:n_source], target[:n_target]
         held_out = parts if encode is None else [encode(part) for part in parts]
         accuracy = accuracy_by_quarter(trial, schedule, *held_out, stream(ACCURACY),
-                                        micro_batch_size=micro_batch_size)
+                                       micro_batch_size=micro_batch_size)
     return train(source, target, "classifier"), accuracy

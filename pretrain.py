@@ -33,7 +33,15 @@ from baselines.gan_training import Plain, Players, play
 from checkpoints import gan
 from checkpoints.network import FIRST_STAGES, Network, digest, save_network
 from checkpoints.perceptual import load_lpips
-from checkpoints.pretrain_settings import Latent, Options, check, folder_of, learning_rate, resumed
+from checkpoints.pretrain_settings import (
+    Latent,
+    Options,
+    check,
+    check_content,
+    folder_of,
+    learning_rate,
+    resumed,
+)
 from checkpoints.untrained import new_network
 from classifier import guided_loss
 from ddpm import predict_eps
@@ -185,6 +193,7 @@ def main() -> None:
     check(options, typed)
     if training.threads:
         torch.set_num_threads(training.threads)
+    state = resumed(out, options) if options.resume else None
     network, of_first_stage = untrained(options), first_stage_objective(options.latent, device)
     data = options.data
     batch_of, n, read_ahead = load_pictures(options.source, data.size, data.images, training.seed,
@@ -192,7 +201,8 @@ def main() -> None:
     shown = batch_of(torch.arange(min(16, n)))[0]
     network.to(device)
     content = dict(pictures=n, first_stage=network.first_stage and digest(network.first_stage.state_dict()))
-    state = resumed(out, options, content) if options.resume else None
+    if state:
+        check_content(out, options, state, content)
     latents = encode_all(batch_of, n, network, options.data.flip, device) if network.first_stage else None
 
     prepare(out, () if state else FILES)

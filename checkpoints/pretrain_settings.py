@@ -197,12 +197,8 @@ def check(options: Options, typed: frozenset[str]) -> None:
         check_groups(options.training.batch_size)
 
 
-def resumed(out: Path, options: Options, content: dict[str, Any]) -> dict[str, Any]:
-    """The state to go on from; InputError for a flag, or for content, that is not as it was when the run in
-    `out` began.
-
-    content   `pictures`, how many there are, and `first_stage`, a hash of its weights or None
-    """
+def resumed(out: Path, options: Options) -> dict[str, Any]:
+    """The state to go on from; InputError for a flag that is not as it was when the run in `out` began."""
     state = load_checkpoint(out / "checkpoint.pt", options.training.iterations)
     known = state.get("options", {})
     for name, wanted in flat(options).items():
@@ -210,12 +206,19 @@ def resumed(out: Path, options: Options, content: dict[str, Any]) -> dict[str, A
             given = "source" if name == "source" else flag(name)
             raise InputError(f"{given} {wanted}: the run in {out} has {known[name]}; --resume takes the same "
                              "flags")
+    return state
+
+
+def check_content(out: Path, options: Options, state: dict[str, Any], content: dict[str, Any]) -> None:
+    """InputError if this content is not what it was when the run in `out` began.
+
+    content   `pictures`, how many there are, and `first_stage`, a hash of its weights or None
+    """
     of = dict(pictures=options.source, first_stage=f"--first-stage {options.latent.first_stage}")
     for name, value in content.items():
         if state.get(name, value) != value:
             raise InputError(f"{of[name]}: is not what it was when the run in {out} began; start anew with "
                              "--overwrite or another --output-dir")
-    return state
 
 
 def learning_rate(training: Training, iteration: int) -> float:

@@ -1,7 +1,7 @@
 """Every method on folders of ten pictures each, from one source; scored by what folders alone can tell.
 
   python -m experiments.photographs few_shot/babies few_shot/sunglasses --reference eval/sunglasses \\
-      --lpips-backbone squeezenet1_1-features.pth
+      --source runs/pretrain-faces/model.safetensors --lpips-backbone squeezenet1_1-features.pth
 
 Each folder is a target and is called by its name.  --reference: more pictures of a target, which no run sees,
 in a folder of the same name.
@@ -88,9 +88,10 @@ class Target:
         self.pictures = ImageFolder(folder, size)
         others = [other for other in options.reference if name_of(other) == self.name]
         self.others = ImageFolder(others[0], size, recursive=True) if others else None
-        self.keep_to_pictures(Path(options.output_dir) / self.name / "pictures.txt")
         if others and len(self.others) < 2:
             raise InputError(f"--reference {others[0]}: has one picture; KID needs at least two")
+        self.digest_of_others = self.others and digest_of(self.others)
+        self.keep_to_pictures(Path(options.output_dir) / self.name / "pictures.txt")
         features = functools.partial(lpips_last_features, lpips) if others else None
         self.scorer = scorer(lpips, self.pictures, size, features, self.others)
 
@@ -122,10 +123,9 @@ def scored(options: Options, target: Target, network: Network, file: Path,
            draw: Callable[[], Tensor]) -> dict[str, float]:
     """The figures of what `draw` gives, which are kept in this file: nothing is drawn if it has them."""
     how = dict(n=options.n, steps=options.steps, lpips=options.lpips_net, weights=fingerprint(network),
-               others=target.others and digest_of(target.others))
+               others=target.digest_of_others)
     known = json.loads(file.read_text()) if file.exists() else {}
     if known.get("how") != how:
-        file.parent.mkdir(parents=True, exist_ok=True)
         known = dict(how=how, score=target.score(draw()))
         write_text(file, json.dumps(known, indent=1))
     return known["score"]
