@@ -21,7 +21,8 @@ from checkpoints.run_folder import stages as stages_of
 from domains import judge
 from experiments import launch, results
 from experiments.results import Row
-from experiments.tables_report import ALL_METHODS, PASSES, draw_figure1, draw_iterations
+from experiments.tables_curves import draw_figure1, draw_iterations
+from experiments.tables_report import ALL_METHODS, PASSES
 from plumbing.files import read_metrics
 from plumbing.options import short
 from plumbing.pictures import save_grid, to_tensor

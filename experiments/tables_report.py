@@ -1,19 +1,13 @@
-"""The tables and curves of section 5 from what parts.py measured: rows of figures, each with its run."""
+"""The tables of section 5 from what parts.py measured: rows of figures, each with its run."""
 
 import itertools
 import statistics
-from pathlib import Path
 from typing import Any
-
-import torch
 
 import domains
 from baselines import gan_methods
-from domains import judge
 from experiments.results import Row
-from plumbing.figures import save_figure
 from plumbing.markdown import markdown
-from plumbing.pictures import to_uint8
 from settings import METHODS
 
 ALL_METHODS = (*gan_methods.METHODS, *METHODS)  # GANs first, as in the paper's tables
@@ -51,6 +45,11 @@ def scores(found: list[Row], name: str, **what: Any) -> list[float]:
     return [row["score"][name] for row in of(found, **what)]
 
 
+def by_pair(found: list[Row], name: str) -> dict[tuple[str, int], float]:
+    """This figure of the runs of one method, by target and seed."""
+    return {(row["run"]["target"], row["run"]["seed"]): row["score"][name] for row in found}
+
+
 # ---- Tables 1 and 2 --------------------------------------------------------------------------------------
 
 def score_table(found: list[Row], name: str, title: str, paper: dict[str, tuple] | None = None,
@@ -85,13 +84,12 @@ def targets_of(found: list[Row]) -> list[str]:
 def pairs_table(found: list[Row], name: str, title: str, sign: int) -> str:
     """In how many pairs of runs (same target and seed) the row's method has the larger sign * figure."""
     trained = [method for method in ALL_METHODS if of(found, method=method)]
-    values = {method: {(row["run"]["target"], row["run"]["seed"]): sign * row["score"][name]
-                       for row in of(found, method=method)} for method in trained}
+    values = {method: by_pair(of(found, method=method), name) for method in trained}
 
     def cell(a: str, b: str) -> str:
         if a == b:
             return ""
-        won = [values[a][pair] > values[b][pair] for pair in values[a] if pair in values[b]]
+        won = [sign * values[a][pair] > sign * values[b][pair] for pair in values[a] if pair in values[b]]
         return f"{sum(won)} of {len(won)}"
 
     return markdown(title, ["", *trained], [[a, *(cell(a, b) for b in trained)] for a in trained])
@@ -120,9 +118,8 @@ def stand_alike(found: list[Row], name: str, target: str, theirs: tuple, i: int,
     """Whether methods i and j of OURS stand as their figures in the paper, by seed; [] for equal ones."""
     if theirs[i] == theirs[j]:
         return []
-    first, second = ({row["run"]["seed"]: row["score"][name]
-                      for row in of(found, target=target, method=OURS[k])} for k in (i, j))
-    return [(first[seed] > second[seed]) == (theirs[i] > theirs[j]) for seed in first.keys() & second.keys()]
+    first, second = (by_pair(of(found, target=target, method=OURS[k]), name) for k in (i, j))
+    return [(first[pair] > second[pair]) == (theirs[i] > theirs[j]) for pair in first.keys() & second.keys()]
 
 
 def time_table(found: list[Row]) -> str:
@@ -242,7 +239,7 @@ def main_tables(found: list[Row]) -> list[str]:
             order_table(found), time_table(found)]
 
 
-# ---- Table 3, and the curves -----------------------------------------------------------------------------
+# ---- Table 3, and the points of the curves -----------------------------------------------------------------
 
 def classifier_table(found: list[Row]) -> list[str]:
     """Table 3."""
@@ -269,47 +266,3 @@ def iterations_table(found: list[Row]) -> list[str]:
             cells = [mean_std(scores(found, name, **what)) for name in names]
             rows.append([target, method, str(count), f"{seconds:.0f}", *cells])
     return [markdown("Against iterations", ["target", "method", "iterations", "seconds", *names], rows)]
-
-
-def draw_iterations(path: Path, target: str, found: list[Row]) -> None:
-    """Toy FID against iterations and training time: a point a run, a line through the means over seeds."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for i, method in enumerate(METHODS):
-        runs = of(found, method=method)
-        if not runs:
-            continue
-        counts = sorted({row["run"]["iterations"] for row in runs})
-        means = [statistics.mean(scores(runs, "toy FID", iterations=count)) for count in counts]
-        points = [(row["run"]["iterations"], row["score"]["toy FID"]) for row in runs]
-        seconds = statistics.median(row["seconds"] for row in runs)
-        for ax, unit in zip(axes, (1, seconds)):
-            ax.plot([unit * count for count in counts], means, color=f"C{i}", label=method)
-            at, fids = [unit * count for count, _ in points], [fid for _, fid in points]
-            ax.plot(at, fids, ".", color=f"C{i}", alpha=0.6)
-    for ax, label in zip(axes, ("iterations", "seconds of training on this machine, classifier left out")):
-        ax.set(xscale="log", xlabel=label)
-        ax.set_ylim(bottom=0)
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel(f"toy FID, {target}")
-    axes[1].legend(frameon=False)
-    save_figure(path, figure)
-
-
-def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations: list[int]) -> None:
-    """Figure 1: pictures of two noises (2, 3, H, W) at each stage, with how near a training picture is."""
-    from matplotlib.figure import Figure
-    network = judge.load_judge(domains.TARGETS[target])
-    shots = judge.reference(target, stages[0].shape[2]).shots
-    figure = Figure(figsize=(1.35 * len(iterations), 3.2), layout="constrained")
-    axes = figure.subplots(2, len(iterations))
-    for column, (pictures, count) in enumerate(zip(stages, iterations)):
-        distances = judge.nearest(network, pictures, shots)
-        for ax, pixels, distance in zip(axes[:, column], to_uint8(pictures), distances):
-            ax.imshow(pixels.numpy())
-            ax.set(xticks=[], yticks=[], xlabel=f"{distance:.2f}")
-        axes[0, column].set_title(f"{count}", fontsize=10)
-    figure.suptitle("iterations of finetune; below each picture its toy LPIPS to the nearest training "
-                    "picture or its mirror image", fontsize=10)
-    save_figure(path, figure)
