@@ -209,9 +209,11 @@ def score_folders(options: Folders, device: torch.device) -> None:
         found, figures = score(samples)
     except ValueError as error:
         raise InputError(f"--samples {options.samples}: {error}") from None
+    few = len(targets) <= 20
+    sizes = f"sizes {' '.join(map(str, found.sizes))}" if few else f"the largest of {max(found.sizes)}"
     print(f"Intra-LPIPS ({options.lpips_net}, {size}x{size}, {len(samples)} samples): "
           f"{found.mean:.3f} ± {found.std:.3f} over {len(targets) - found.dropped} clusters, "
-          f"{found.dropped} dropped; sizes {' '.join(map(str, found.sizes))}\n"
+          f"{found.dropped} dropped; {sizes}\n"
           f"LPIPS to the nearest training picture or its mirror image, median: {figures['nearest']:.3f}")
     if reference:
         print(f"FID {figures['FID']:.2f}, KID {figures['KID']:.5f}: "

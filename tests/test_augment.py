@@ -59,6 +59,37 @@ def test_each_transform_comes_as_often_as_it_should():
     assert abs(kept - 0.7 ** 5 * 0.85 * 0.775) < 0.01
 
 
+def the_only(step, monkeypatch):
+    """Of the transforms, counted from 0, this one alone, always."""
+    calls = iter(range(8))
+    monkeypatch.setattr(A.Draw, "sometimes", lambda self, p, matrix: matrix if next(calls) == step
+                        else torch.eye(matrix.shape[1]).expand(self.n, -1, -1))
+
+
+@pytest.mark.parametrize("step, allowed", [
+    (0, lambda m: torch.equal(m.abs(), torch.eye(3).expand_as(m)) and {*m[:, 0, 0].tolist()} == {-1, 1}
+        and {*m[:, 1, 1].tolist()} == {1}),                                                  # from left to right
+    (1, lambda m: {*map(tuple, m[:, :2, 0].round().int().tolist())} == {(1, 0), (0, 1), (-1, 0), (0, -1)}),
+    (2, lambda m: 0.12 < (m[:, :2, 2] / 2).abs().max() <= 0.125),                            # an eighth of the side
+    (3, lambda m: torch.equal(m[:, 0, 0], m[:, 1, 1]) and abs(m[:, 0, 0].log2().std() - 0.2) < 0.01),
+    (4, lambda m: m[:, 1, 0].atan2(m[:, 0, 0]).abs().max() > 3.1),
+    (5, lambda m: (m.det() - 1).abs().max() < 1e-5 and abs(m[:, 0, 0].log2().std() - 0.2) < 0.01),
+    (7, lambda m: abs((m[:, :2, 2] / 2).std() - 0.125) < 0.005)])
+def test_each_geometric_transform(step, allowed, monkeypatch):
+    """The ranges of Karras et al. 2020a, appendix B."""
+    the_only(step, monkeypatch)
+    assert allowed(A.random_geometry(4000, 1.0, 64, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("step, of, deviation", [
+    (0, lambda m: m[:, 0, 3], 0.2), (1, lambda m: m[:, 0, 0].log2(), 0.5),
+    (4, lambda m: (m[:, 0, 0] - m[:, 0, 1]).log2(), 1.0)])                                   # saturation
+def test_each_transform_of_colours(step, of, deviation, monkeypatch):
+    the_only(step, monkeypatch)
+    found = of(A.random_colour(4000, 1.0, torch.Generator().manual_seed(0)))
+    assert abs(found.mean()) < 0.05 and found.std() == pytest.approx(deviation, rel=0.05)
+
+
 def test_gradients_flow_through():
     x = SMOOTH.clone().requires_grad_()
     A.augment(x, 1.0, torch.Generator().manual_seed(0)).square().sum().backward()

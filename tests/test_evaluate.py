@@ -47,10 +47,17 @@ def test_folders(folders, tmp_path, backbone, capsys):
     expected = intra_lpips(embed, *(load_folder(tmp_path / name, 32) for name in ("samples", "targets")))
     out = capsys.readouterr().out
     assert f"(squeeze, 32x32, 8 samples): {expected.mean:.3f} ± {expected.std:.3f}" in out
-    assert " ".join(map(str, expected.sizes)) in out and "warning" not in out
+    assert f"sizes {' '.join(map(str, expected.sizes))}\n" in out and "warning" not in out
     (tmp_path / "weights.safetensors").touch()  # as if the samples came from a run that has gone on since
     call(evaluate.main, *folders)
     assert "samples has pictures older than" in capsys.readouterr().out
+
+
+def test_of_many_clusters_the_sizes_are_not_listed(folders, tmp_path, capsys):
+    for i in range(3, 21):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / "targets" / f"{i}.png")
+    call(evaluate.main, *folders)
+    assert re.search("dropped; the largest of [2-8]\n", capsys.readouterr().out)
 
 
 SAMPLES, TARGET = ["--samples", "docs/images"], ["--target", "docs/images"]

@@ -21,10 +21,10 @@ def networks(seed=0):
     return made
 
 
-def step(method, generator, discriminator, iteration=0):
+def step(method, generator, discriminator, iteration=0, r1_every=1):
     """One iteration with this method; which parameters moved, by name, of both."""
     before = [{name: p.detach().clone() for name, p in model.named_parameters()} for model in (generator, discriminator)]
-    players, g = Players(generator, discriminator, method, 8, 1e-2, 0.1, 1, 0.5), stream(0, iteration)
+    players, g = Players(generator, discriminator, method, 8, 1e-2, 0.1, r1_every, 0.5), stream(0, iteration)
     z, noise = players.draw(g)
     measured = players.discriminator_turn(torch.rand(8, 3, 16, 16, generator=g) * 2 - 1, z, noise, iteration, g)
     players.optimizer.step()
@@ -33,6 +33,71 @@ def step(method, generator, discriminator, iteration=0):
     moved = [{name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
              for model, old in zip((generator, discriminator), before)]
     return (*moved, measured)
+
+
+class Everything(Plain):
+    """Does something in every place where a method may, and keeps what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.parameters, self.judged = [self.weight], []
+
+    def augment(self, images, g):
+        return images + 1
+
+    def judge(self, discriminator, images, fake):
+        self.judged.append((images.detach(), fake))
+        return [discriminator(images)]
+
+    def discriminator_term(self, discriminator, real, fake, z, noise):
+        self.pictures = real, fake
+        return 100 * self.weight
+
+    def generator_term(self, generator, features, z, noise):
+        self.features = features
+        return torch.tensor(1000.0)
+
+    def observe(self, real):
+        self.real = real
+        return dict(seen=1.0)
+
+
+def test_a_method_is_asked_in_every_place():
+    generator, discriminator = networks()
+    before = copy.deepcopy(generator), copy.deepcopy(discriminator)
+    g, everything = stream(0, 0), Everything()
+    players = Players(generator, discriminator, everything, 8, 1e-2, 0.0, 16, 0.0)
+    z, noise = players.draw(g)
+    real = torch.rand(8, 3, 16, 16, generator=g)
+    with torch.no_grad():
+        fake, features = before[0].synthesize(before[0].style(z), noise)
+        logits, of_fake = before[1](real + 1), before[1](fake + 1)
+        discriminator_loss = gan_training.discriminator_loss(logits, of_fake) + 100
+    line = players.discriminator_turn(real, z, noise, 0, g)
+    players.optimizer.step()
+    loss = players.generator_turn(z, noise, 0, g)
+    torch.testing.assert_close(torch.tensor(line["discriminator_loss"]), discriminator_loss)
+    torch.testing.assert_close(torch.tensor(loss - 1000), gan_training.generator_loss(discriminator(fake + 1)), rtol=0, atol=1e-3)
+    for (images, of), expected in zip(everything.judged, ((real, False), (fake, True), (fake, True)), strict=True):
+        torch.testing.assert_close(images, expected[0] + 1)
+        assert of == expected[1]
+    torch.testing.assert_close(everything.real, logits)
+    assert line["seen"] == 1 and torch.equal(everything.pictures[0], real)
+    torch.testing.assert_close(everything.pictures[1], fake)
+    torch.testing.assert_close(everything.features, features)
+    torch.testing.assert_close(everything.weight.detach(), torch.tensor(0.99))  # Adam's first step is its learning rate
+
+
+def test_the_numbers_reach_their_method():
+    generator, discriminator = networks()
+    numbers = M.Numbers(0.1, 20, 3, 4.0, 5, 6.0, 0.7, 2, (8.0, 9.0))
+    made = {name: M.make(name, generator, discriminator, 10, numbers, 0) for name in M.METHODS}
+    assert (made["ada"].target, made["ada"].images, made["freezed"].blocks, made["ewc"].weight) == (0.1, 20, 3, 4.0)
+    assert (made["cdc"].weight, made["cdc"].spread, made["cdc"].block, len(made["cdc"].anchors)) == (6.0, 0.7, 2, 10)
+    assert (made["dcl"].of_generator, made["dcl"].of_discriminator) == (8.0, 9.0)
+    for f, g in zip(made["ewc"].fisher, M.fisher_information(generator, discriminator, 5, 0), strict=True):
+        assert torch.equal(f, g)
 
 
 @pytest.mark.parametrize("name", M.METHODS)
@@ -136,6 +201,30 @@ def test_contrastive_losses_against_cross_entropy():
     torch.testing.assert_close(found, F.cross_entropy(logits, torch.tensor([0, 0])))
 
 
+def test_dcl_contrasts_with_the_source_in_every_layer():
+    generator, discriminator = networks()
+    source = copy.deepcopy(generator)
+    for p in generator.parameters():
+        p.data += 0.3 * torch.randn(p.shape)
+    dcl = M.DCL(source, (2.0, 3.0))
+    z, noise, real = torch.randn(4, 8), generator.draw_noise(4), torch.rand(5, 3, 16, 16)
+    (fake, ours), (of_source, theirs) = (model.synthesize(model.style(z), noise) for model in (generator, source))
+    alike = lambda a, b: F.cosine_similarity(a.flatten(), b.flatten(), 0) / 0.07
+    total = 0.0
+    for a, b in zip(ours, theirs):
+        for i in range(4):
+            logits = torch.stack([alike(a[i], b[j]) for j in range(4)])
+            total += 2.0 / len(ours) / 4 * F.cross_entropy(logits[None], torch.tensor([i]))
+    torch.testing.assert_close(dcl.generator_term(generator, ours, z, noise), total)
+    layers = [discriminator.features(images) for images in (fake, of_source, real)]
+    total = 0.0
+    for a, b, x in zip(*layers):
+        for i in range(4):
+            logits = torch.stack([alike(a[i], b[i]), *(alike(a[i], x[j]) for j in range(5))])
+            total += 3.0 / len(layers[0]) / 4 * F.cross_entropy(logits[None], torch.tensor([0]))
+    torch.testing.assert_close(dcl.discriminator_term(discriminator, real, fake, z, noise), total)
+
+
 def test_ada_follows_the_sign_of_the_logits():
     ada = M.ADA(target=0.6, images=100)
     assert ada.observe(torch.tensor([1.0, 2.0, 3.0, -1.0]))["ada_p"] == 0           # r = 0.5
@@ -160,19 +249,20 @@ def test_r1_is_the_mean_over_the_pictures_that_are_judged_whole():
     torch.testing.assert_close(*penalties)
 
 
-def test_an_iteration_is_two_steps_of_adam_with_both_penalties():
+@pytest.mark.parametrize("r1_every", [1, 2])
+def test_an_iteration_is_two_steps_of_adam_with_both_penalties(r1_every):
     """Against the losses written out, with torch's own Adam, one network at a time."""
     discriminator_loss, generator_loss, r1_penalty = (
         getattr(gan_training, name) for name in ("discriminator_loss", "generator_loss", "r1_penalty"))
     generator, discriminator = networks()
     ours = copy.deepcopy(generator), copy.deepcopy(discriminator)
-    step(Plain(), *ours)
+    step(Plain(), *ours, r1_every=r1_every)
     g = stream(0, 0)
     z, noise = torch.randn(8, 8, generator=g), generator.draw_noise(8, g)
     real = (torch.rand(8, 3, 16, 16, generator=g) * 2 - 1).requires_grad_()
     logits = discriminator(real)
     fake = generator.synthesize(generator.style(z), noise)[0].detach()
-    (discriminator_loss(logits, discriminator(fake)) + 0.05 * r1_penalty(logits, real)).backward()
+    (discriminator_loss(logits, discriminator(fake)) + 0.05 * r1_every * r1_penalty(logits, real)).backward()
     torch.optim.Adam(discriminator.parameters(), 1e-2, (0.0, 0.99)).step()
     w = generator.style(z)
     images, _ = generator.synthesize(w, noise)

@@ -23,6 +23,7 @@ from checkpoints.weights_file import read_tensors
 from plumbing import distributed
 from plumbing.files import read_metrics
 from plumbing.options import InputError
+from plumbing.picture_folder import load_folder
 
 CHANNELS = dict(size=16, channel_base=64, channel_max=16)
 SHORT = "--iterations 4 --batch-size 4 --samples 4 --previews 2 --save-every 2 --device cpu".split()
@@ -114,6 +115,23 @@ def test_a_run_goes_on_bit_for_bit(files, tmp_path, method, monkeypatch):
     assert states[0]["gan"] == states[1]["gan"]
     assert all(torch.equal(value, read_tensors(first / "weights.safetensors")[0][key])
                for key, value in read_tensors(whole / "weights.safetensors")[0].items())
+
+
+def test_a_run_depends_on_its_seed_and_averages_once_an_iteration(files, tmp_path):
+    runs = [transfer(files, tmp_path / str(seed), "--method", "tgan", "--samples", 0, "--seed", seed) for seed in (0, 1)]
+    states = [torch.load(run / "checkpoint.pt", weights_only=True) for run in runs]
+    assert not any(torch.equal(a, b) for a, b in zip(*(state["parameters"] for state in states)) if a.numel() > 100)
+    assert states[0]["ema"]["updates"] == 4
+
+
+@pytest.mark.parametrize("flags, mirrored", [(["--no-flip"], False), ([], True)])
+def test_mirrored_pictures(files, tmp_path, flags, mirrored, monkeypatch):
+    seen, turn = [], gan_training.Players.discriminator_turn
+    monkeypatch.setattr(gan_training.Players, "discriminator_turn", lambda self, real, *rest: seen.append(real) or turn(self, real, *rest))
+    transfer(files, tmp_path / "run", "--method", "tgan", "--samples", 0, *flags)
+    shots = load_folder(files / "photos", 16)
+    plain, turned = ([any(torch.equal(x, shot) for shot in kind) for x in torch.cat(seen)] for kind in (shots, shots.flip(3)))
+    assert any(plain) and any(turned) == mirrored and all(a or b for a, b in zip(plain, turned))
 
 
 def test_stages_are_compared(files, tmp_path, capsys, monkeypatch):
