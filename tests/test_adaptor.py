@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import call
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.transforms.functional import resize
 
 import adaptor
 import sample
@@ -70,6 +71,25 @@ def test_every_residual_block_has_one():
     unet = attached("deep")
     assert len(adaptor.blocks(unet)) == 3 * 2 + 2 + 3 * 3  # down, middle, up
     assert all(block.adaptor is not None for block in adaptor.blocks(unet).values())
+
+
+def test_the_bottleneck_written_out():
+    """With torch's own attention, at a size where both poolings and the upsampling do something."""
+    psi, x, emb = adaptor.Adaptor(8, 32, 12, width=4, scale=1, norm_groups=4), randn(2, 8, 48, 48), randn(2, 32)
+    perturb(psi.parameters(), 0.5)
+    h = psi.down(F.silu(F.group_norm(x.unfold(2, 3, 3).unfold(3, 3, 3).mean((4, 5)), 4, psi.norm_in.weight, psi.norm_in.bias)))
+    h = h + psi.time(F.silu(emb))[:, :, None, None]
+    attended = h.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))                    # 16x16 tokens see 8x8 of them
+    h, attended = h.flatten(2).transpose(1, 2), attended.flatten(2).transpose(1, 2)
+    attention = nn.MultiheadAttention(4, 1, batch_first=True)
+    attention.in_proj_weight.data = torch.cat([psi.query.weight, psi.key_value.weight])
+    attention.in_proj_bias.data = torch.cat([psi.query.bias, psi.key_value.bias])
+    attention.out_proj = psi.proj
+    seen = psi.norm_attention(attended)
+    h = h + attention(psi.norm_attention(h), seen, seen)[0]
+    h = (h + psi.mlp(psi.norm_mlp(h))).transpose(1, 2).view(2, 4, 16, 16)
+    h = resize(h, [48, 48], antialias=False)                                     # bilinear
+    torch.testing.assert_close(psi(x, emb), psi.up(F.silu(psi.norm_out(h))), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale, size", [(1, (16, 24)), (2, (32, 48)), (0.5, (8, 12))])

@@ -108,6 +108,16 @@ def test_vq_loss_and_straight_through_gradient():
         assert [bool(g.abs().max() > 0) for g in gradients] == reached, part
 
 
+def test_the_codebook_pulls_harder_than_the_encoder():
+    """The default weights, against diffusers with the pulls as van den Oord et al. have them (not "legacy")."""
+    model, x = small("vq"), images()
+    loss, parts = first_stage_loss(model, x)
+    theirs = VectorQuantizer(32, 5, beta=0.25, legacy=False)
+    theirs.embedding.weight.data.copy_(model.quantize.embedding.weight)
+    _, pull, _ = theirs(model.moments(x))
+    torch.testing.assert_close(loss - parts["reconstruction"], pull)
+
+
 def test_kl_loss_draws_from_the_posterior():
     model, x = small("kl"), images()
     noise = torch.randn(2, 4, 4, 4)

@@ -238,6 +238,8 @@ def test_shift_moves_by_up_to_a_sixteenth():
     for across in (1, 2):
         centre = (y[:, 0].sum(across) * at).sum(1) / y[:, 0].sum((1, 2)) - 31.5
         assert 3 < centre.abs().max() < 4.5 and centre.min() < 0 < centre.max()
+    areas = y[:, 0].sum((1, 2)) / 16  # of a square whose side changes by up to 5 %: from 0.95^-2 to 1.05^-2
+    assert 0.9 < areas.min() < 0.93 and 1.07 < areas.max() < 1.11
 
 
 def test_colour_is_one_scale_and_shift_a_channel():
@@ -247,6 +249,8 @@ def test_colour_is_one_scale_and_shift_a_channel():
         scale = b.std() / a.std()
         torch.testing.assert_close(b, scale * a + (b.mean() - scale * a.mean()))
         assert 0.7 <= scale <= 1.3
+    moved = augment(torch.zeros(200, 3, 2, 2), ("colour",), torch.Generator().manual_seed(0))[:, :, 0, 0]  # grey: by the shift alone
+    assert moved.abs().max() <= 0.3 and moved.std() == pytest.approx(0.3 / 3 ** 0.5, rel=0.05)
 
 
 # ---- p_phi of a run --------------------------------------------------------------------------------------------------

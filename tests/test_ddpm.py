@@ -177,6 +177,7 @@ def test_steps_go_from_the_noisiest_to_the_image():
     sample(model, SCHEDULE, (2,), [0, 1], steps=3, on_step=lambda s, x: reached.append(s))
     assert [s[0] for s in seen] == SCHEDULE.subset(3) and all(s[0] == s[1] for s in seen)
     assert SCHEDULE.subset(3)[0] == 999 and SCHEDULE.subset(3)[-1] == 0 and reached == SCHEDULE.subset(3)[1:] + [-1]
+    assert SCHEDULE.subset(25)[:4] == [999, 957, 916, 874]  # 999 less 41.625 each, to the nearest
     assert SCHEDULE.subset(1) == [999] and SCHEDULE.subset(1000) == list(range(999, -1, -1))
 
 

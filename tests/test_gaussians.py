@@ -179,6 +179,14 @@ def test_select_copies_the_networks_it_names():
     assert model.weights[0].abs().sum() > 0
 
 
+def test_pretraining_learns_the_source():
+    torch.manual_seed(0)
+    model, x, t = gaussians.pretrain(200, generator(0, 1), progress=iter), draw_points(SOURCE, 500, 1, generator(2)), torch.full((500,), 300)
+    xt = SCHEDULE.add_noise(x, t, torch.randn(x.shape, generator=generator(3)))
+    errors = [(model(xt, t) - optimal_predictor(xt, t, domain)).square().mean() for domain in (SOURCE, TARGET)]
+    assert errors[0] < 0.1 * errors[1]
+
+
 def test_training_with_the_same_generator_gives_the_same_networks():
     """And classifiers of different shots differ, though they begin as the same."""
     shots = draw_points(TARGET, 10, 2, generator(1))

@@ -74,6 +74,22 @@ def test_published_sizes_and_their_recognition(name, millions, tmp_path):
         describe(tensors, layout, tmp_path / "a.pt", other)
 
 
+# What no shape shows, as the publishers' own configurations have it: guided-diffusion's flags for the 256x256 models,
+# the YAML files of latent-diffusion, the port of Ho et al.'s network.
+@pytest.mark.parametrize("name, heads, schedule", [
+    ("ffhq256", dict(num_head_channels=64), ("linear", 1000, 1e-4, 0.02)),
+    ("adm256", dict(num_head_channels=64), ("linear", 1000, 1e-4, 0.02)),
+    ("imagenet256-classifier", dict(num_head_channels=64), ("linear", 1000, 1e-4, 0.02)),
+    ("ddpm256", dict(num_heads=1), ("linear", 1000, 1e-4, 0.02)),
+    ("ldm-ffhq256", dict(num_head_channels=32), ("scaled-linear", 1000, 0.0015, 0.0195)),
+    ("ldm-church256", dict(num_heads=8), ("scaled-linear", 1000, 0.0015, 0.0155))])
+def test_what_no_shape_shows(name, heads, schedule):
+    known = ARCHITECTURES[name]
+    assert heads.items() <= known["config"].items()
+    assert len({"num_heads", "num_head_channels"} & known["config"].keys()) == 1
+    assert known["schedule"] == dict(zip(("name", "timesteps", "beta_start", "beta_end"), schedule))
+
+
 def test_every_known_network_is_in_the_test_above():
     assert len(ARCHITECTURES) == 6
 

@@ -100,6 +100,8 @@ def test_eta(finished, tmp_path):
 def test_guidance_uses_the_classifier_of_the_run(finished, tmp_path, monkeypatch):
     plain = draw(finished, tmp_path / "plain", "-n", "1")
     assert apart(draw(finished, tmp_path / "guided", "-n", "1", "--guidance", "100"), plain) > 0
+    weak = draw(finished, tmp_path / "weak", "-n", "1", "--guidance", "1")
+    assert apart(weak, plain) < apart(read(tmp_path / "guided"), plain)  # a hundredth of it
     seen = []
     monkeypatch.setattr(sample, "log_prob_gradient",
                         lambda model, x, t, label: seen.append(label) or torch.zeros_like(x))

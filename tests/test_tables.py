@@ -44,6 +44,10 @@ def test_tables(trained, tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
     assert "| finetune | 100.0% | " in text and "| paper, photographs: TAN | 1.3% | 20.06 |" in text and "| paper, photographs: LMD-TAN | 1.6% | 0.613 |" in text
     assert "| source model |" in text and "| fresh pictures |" in text and "12 samples of each run" in text and "Table 3" in text
+    share = {row["run"]["method"]: row["score"]["target"] for row in found["tables"]}
+    assert share["fresh pictures"] > 0.9 > 0.5 > share["source model"]  # of sunglasses
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "sunglasses" / "finetune-1" / "metrics.jsonl").read_text().splitlines()]
+    assert next(row for row in found["tables"] if row["run"]["method"] == "finetune")["seconds"] == statistics.median(seconds)
     stages = {method: [f["run"]["iterations"] for f in found["iterations"] if f["run"]["method"] == method] for method in ("finetune", "tan")}
     assert stages == {"finetune": [1, 2], "tan": [1, 2]}
     assert [(row["run"]["label"], row["settings"]["pgd_steps"], row["settings"]["norm"]) for row in found["ablation"]
@@ -163,6 +167,52 @@ def test_differences_are_paired():
     columns = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | ")))
     assert columns == {"less adaptor": "tan", "babies": "-0.150 ± 0.050", "sketches": "+0.600", "all": "+0.100 ± 0.252", "better": "2 of 3"} \
         or columns == {"less adaptor": "tan", "sketches": "+0.600", "babies": "-0.150 ± 0.050", "all": "+0.100 ± 0.252", "better": "2 of 3"}
+
+
+TABLE_1 = """
+TGAN 0.510 0.550 0.533 0.585 0.601
+TGAN+ADA 0.546 0.571 0.546 0.615 0.643
+EWC 0.560 0.550 0.541 0.579 0.596
+CDC 0.583 0.581 0.564 0.620 0.674
+DCL 0.579 0.574 0.558 0.616 0.626
+DDPM-PA 0.599 0.604 0.581 0.628 0.706
+TAN 0.592 0.613 0.621 0.648 0.723
+LMD-TAN 0.601 0.613 0.592 0.653 0.738"""
+TABLE_2 = """
+babies 104.79 102.58 87.41 74.39 52.56 48.92 46.70
+sunglasses 55.61 53.64 59.73 42.13 38.01 34.75 20.06"""
+
+
+def test_the_papers_numbers():
+    rows = [line.split() for line in TABLE_1.strip().splitlines()]
+    assert [row[0] for row in rows] == [name for name, _ in tables_report.PAPER]
+    columns = zip(*(map(float, row[1:]) for row in rows))
+    assert tables_report.PAPER_INTRA == dict(zip(("babies", "sunglasses", "raphael", "haunted-houses", "landscape-drawings"), columns))
+    rows = [line.split() for line in TABLE_2.strip().splitlines()]
+    assert tables_report.PAPER_FID == {target: (*map(float, values), None) for target, *values in rows}
+    assert tables_report.PAPER_CLASSIFIER == {"10": (0.621, 20.06), "100": (0.637, 22.84)}
+
+
+def test_times_and_signs():
+    """Two runs of TAN with J = 2: three passes; the mean of 0.2 and 0.4 seconds, not of their inverses."""
+    names = ("toy FID", "toy KID", "toy Intra-LPIPS", "target", "kept", "covered", "memorised")
+    found = [dict(run=dict(method=method, target="babies", seed=seed, iterations=80), score=dict.fromkeys(names, value), seconds=seconds,
+                  settings=dict(pgd_steps=2)) for method, seed, value, seconds in (("tan", 1, 0.2, 0.2), ("tan", 2, 0.3, 0.4), ("adaptor", 1, 0.5, 0.1),
+                                                                                  ("adaptor", 2, 0.25, 0.1))]
+    assert tables_report.time_table(found).splitlines()[4:] == ["| tan | 3 | 0.30 (80) |", "| adaptor | 1 | 0.10 (80) |"]
+    table, = tables_report.iterations_table(found)
+    assert [line.split(" | ")[:4] for line in table.splitlines()[4:]] == [["| babies", "tan", "80", "24"], ["| babies", "adaptor", "80", "8"]]
+    better = [table.splitlines()[-1].split(" | ")[-1] for table in tables_report.difference_tables(found, "x", "adaptor")]
+    assert better == ["1 of 2 |", "1 of 2 |", "1 of 2 |"]
+    better = [table.splitlines()[-1].split(" | ")[-1] for table in tables_report.difference_tables(found[:1] + found[2:3], "x", "adaptor")]
+    assert better == ["1 of 1 |", "0 of 1 |", "0 of 1 |"]  # lower FID, lower diversity, fewer in the target
+
+
+def test_a_folder_that_was_half_filled_is_filled_anew(tmp_path):
+    (tmp_path / "hundred.part").mkdir()
+    (tmp_path / "hundred.part" / "old").touch()
+    parts.fill(tmp_path / "hundred", lambda folder: (folder / "new").touch())
+    assert [path.name for path in tmp_path.rglob("*")] == ["hundred", "new"]
 
 
 def test_mean_and_standard_deviation():

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import classifier
 import ddpm
+import domains
 import train_tan
 import unet
 from checkpoints import network, run_folder, run_report
@@ -25,6 +27,7 @@ from classifier import guided_loss
 from plumbing.files import load_checkpoint
 from plumbing.options import InputError
 from plumbing.picture_folder import load_folder
+from plumbing.pictures import read_array
 from plumbing.seeds import generator
 from settings import METHODS
 
@@ -276,6 +279,7 @@ def test_an_iteration_is_algorithm_1(flags, train, finished, tmp_path, monkeypat
     torch.testing.assert_close(guidance, expected)
     assert expected.abs().max() > 0 and (t >= 500).any()
     assert any(".adaptor." in name for name, _ in adversary.named_parameters()) == ("source" not in flags)
+    assert ("pgd_gain" in metrics(tmp_path / "run")[0]) == ("source" not in flags)  # of another network it would mean nothing
 
 
 def test_gamma_and_learning_rate_fall_to_0(train, tmp_path, monkeypatch):
@@ -290,6 +294,13 @@ def test_gamma_and_learning_rate_fall_to_0(train, tmp_path, monkeypatch):
     constant = train(tmp_path / "constant", "--guidance-fade", "0", "--learning-rate-decay", "none", "--learning-rate", "1e-3")
     assert gammas[6:] == [5] * 6
     assert {line["learning_rate"] for line in metrics(constant)} == {1e-3}
+
+
+@pytest.mark.parametrize("fades, ratio, warned", [(False, 0.4, 0), (False, 0.6, 1), (True, 1.9, 0), (True, 2.1, 1)])
+def test_guidance_that_outweighs_the_pictures_is_warned_of(fades, ratio, warned):
+    warnings = []
+    train_tan.watch(SimpleNamespace(warn=warnings.append), dict(guidance_ratio=[None, 0.1, ratio, 0.1]), fades)
+    assert len(warnings) == warned and all("quarter 3" in text for text in warnings)
 
 
 def test_paper_is_the_printed_numbers_typed_out(train, tmp_path):
@@ -752,8 +763,37 @@ def test_the_pictures_and_numbers_of_the_classifier(made, train, tiny, tmp_path)
     assert torch.equal(made["target"], load_folder(tiny.sources, 16)) and len(made["source"]) == 8
     numbers = [made[name] for name in ("iterations", "batch_size", "learning_rate", "micro_batch_size", "check")]
     assert numbers == [3, 6, 0.5, 3, False] and made["encode"] is None and made["kinds"] == ("flip", "shift")
+    assert made["stream"](2).initial_seed() == generator(0, 2).initial_seed()
     first, second = (made["start"]().state_dict() for _ in range(2))  # the same new head each time
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_another_seed_gives_other_source_pictures_and_another_head(made, train, tmp_path):
+    found = []
+    for seed in (0, 1):
+        with pytest.raises(Enough):
+            train(tmp_path / "run", "--seed", seed, "--overwrite", "--source-images", "toyfaces")
+        found.append((made["source"], made["stream"](2).initial_seed(), *made["start"]().state_dict().values()))
+        assert torch.equal(made["source"], domains.source_images("toyfaces", 8, 16, seed))
+    assert not torch.equal(found[0][0], found[1][0]) and found[0][1] != found[1][1]
+    assert not all(torch.equal(a, b) for a, b in zip(found[0][2:], found[1][2:]))
+
+
+def test_pairs_are_the_source_above_and_the_adapted_below(train, tmp_path, monkeypatch):
+    drawn = []
+    white_then_black = lambda self, network, n, steps: drawn.append(network) or torch.full((n, 3, 16, 16), (-1.0, 1.0)[network is not self.source])
+    monkeypatch.setattr(run_report.Report, "draw", white_then_black)
+    run = train(tmp_path / "run", "--method", "adaptor", "--samples", "2", "--iterations", "1", "--previews", "1")
+    pixels = read_array(run / "samples.png")
+    assert pixels[10, 10].min() == 255 and pixels[-10, 10].max() == 0  # the source is white here
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
+    for name in ("score.json", "stages.json", "stages.png", "classifier.safetensors", "samples.png"):
+        (run / name).write_text("old")
+    train(run, "--method", "adaptor", "--iterations", "1", "--overwrite")
+    assert not any(path.read_bytes() == b"old" for path in run.iterdir() if path.is_file())
 
 
 def test_changes_that_keep_a_built_in_target(made, train, tmp_path):

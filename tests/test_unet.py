@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import adaptor
 from classifier import Classifier
-from unet import UNet, attend
+from unet import AttentionBlock, ResBlock, UNet, attend
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -45,6 +45,21 @@ def test_golden(name, cls):
     golden, x, t, expected = golden_case(name)
     with torch.no_grad():
         assert (filled(cls, golden)(x, t) - expected).abs().max() < 1e-4
+
+
+def test_a_new_network_begins_with_blocks_that_add_nothing():
+    """As in guided-diffusion: the last layer of each block, and of the whole, is 0."""
+    unet = UNet(**TINY)
+    last = [block.out_layers[-1] for block in unet.modules() if isinstance(block, ResBlock)]
+    last += [block.proj_out for block in unet.modules() if isinstance(block, AttentionBlock)] + [unet.out[-1]]
+    assert len(last) > 5 and not any(p.any() for layer in last for p in layer.parameters())
+
+
+def test_dropout_is_on_in_training_alone():
+    unet, x, t = UNet(**TINY, dropout=0.5), torch.ones(2, 3, 16, 16), torch.tensor([3, 800])
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    assert unet.eval()(x, t).equal(unet(x, t)) and not unet.train()(x, t).equal(unet(x, t))
 
 
 def test_checkpointing_gives_the_input_gradient_of_a_frozen_network():
