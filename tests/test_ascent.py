@@ -99,6 +99,23 @@ def test_the_conclusion(cosines, moves, fewest, says):
     assert re.search(says, conclusion(rows, REACH))
 
 
+def test_the_rise_that_is_promised_is_the_least():
+    rows = [Row(quarter, J, 1.0, 1.0, 0.1, 1.2, rise) for quarter, J, rise in (("a", 1, 0.9), ("b", 1, 0.7), ("a", 2, 1.0), ("b", 2, 1.0))]
+    assert "at least 70% of theirs" in conclusion(rows, REACH)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_ascended(own, tiny, monkeypatch):
+    """Timesteps from all over each quarter; noises with mean 0 and standard deviation 1 where Norm is as printed."""
+    network, seen = run_folder.load_model(str(tiny.source), None)[0], []
+    monkeypatch.setattr(ascent, "ascend", lambda model, schedule, x0, t, eps, steps, reach, own: seen.append((t, eps)) or ascend(
+        model, schedule, x0, t, eps, steps, reach, own))
+    ascent.measure(network, domains.target_images(tiny.targets, 16), ascent.Options(str(tiny.source), n=5, steps=(1, 2), batch_size=5), own, torch.device("cpu"))
+    assert [t.tolist() for t, _ in seen] == [[first + step for step in (0, 50, 100, 150, 200)] for first in (0, 250, 500, 750)]
+    means = torch.cat([eps.mean((1, 2, 3)) for _, eps in seen])
+    assert (means.abs().max() < 1e-6) == (not own)
+
+
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 SMALL = ("--n", 3, "--steps", 1, 3, "--batch-size", 2, "--device", "cpu")
@@ -141,8 +158,9 @@ def test_pictures_that_a_run_held_out_are_not_measured(train, tiny, tmp_path, ca
     shutil.copytree(tiny.targets, tmp_path / "in" / "subfolder")
     run = train(tmp_path / "run", "--method", "adaptor", "--iterations", 1, "--hold-out", 2, "--recursive", "--target", tmp_path / "in")
     capsys.readouterr()
-    call(ascent.main, run, *SMALL)
-    assert f"3 pictures of {tmp_path / 'in'}" in capsys.readouterr().out
+    call(ascent.main, run, *SMALL)  # the run had no ascent, so Norm is that of a small source
+    assert "norm own" in (out := capsys.readouterr().out)
+    assert f"3 pictures of {tmp_path / 'in'}" in out
 
 
 def test_latents_are_encoded(capsys):

@@ -116,6 +116,9 @@ def test_the_codebook_pulls_harder_than_the_encoder():
     theirs.embedding.weight.data.copy_(model.quantize.embedding.weight)
     _, pull, _ = theirs(model.moments(x))
     torch.testing.assert_close(loss - parts["reconstruction"], pull)
+    loss.backward()
+    pull.backward()
+    torch.testing.assert_close(model.quantize.embedding.weight.grad, theirs.embedding.weight.grad)  # the codebook's alone
 
 
 def test_kl_loss_draws_from_the_posterior():

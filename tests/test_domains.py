@@ -53,6 +53,21 @@ def test_ten_shots_are_fixed_and_varied():
             assert len(np.unique(column)) == len(domains.ATTRIBUTES["toyfaces"][name])
 
 
+@pytest.mark.parametrize("domain, colour, contrast", [
+    ("toyfaces", (174.7, 164.6, 157.0), 58.4), ("sunglasses", (150.9, 150.2, 144.9), 68.1), ("sketches", (208.2, 206.7, 203.7), 49.8),
+    ("babies", (170.1, 168.6, 159.7), 57.9), ("modigliani", (149.1, 122.7, 97.0), 43.2), ("raphael", (104.5, 77.0, 51.7), 44.1),
+    ("toychurches", (169.7, 162.8, 159.1), 58.5), ("haunted-houses", (87.1, 78.5, 87.0), 36.9), ("landscape-drawings", (208.2, 200.5, 187.9), 47.2)])
+def test_the_pictures_are_those_of_the_published_results(domain, colour, contrast):
+    """Mean colour and standard deviation of the ten shots, or of ten source pictures: the tables of docs/ were made with these."""
+    pictures = domains.ten_shots(domain)[0] if domain in domains.TARGETS else domains.draw(domain, 10, seed=0)[0]
+    assert pictures.mean((0, 1, 2)) == pytest.approx(colour, abs=0.5) and pictures.std() == pytest.approx(contrast, abs=0.5)
+
+
+def test_a_family_is_labelled_domain_by_domain():
+    pictures, labels = domains.draw_family("toychurches", 9, seed=0)
+    assert len(pictures) == 9 and labels[:, -1].tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
 def test_sunglasses_change_the_eye_band_only():
     faces, face_labels = domains.draw("toyfaces", 40, seed=1)
     glasses, labels = domains.draw("sunglasses", 40, seed=1)

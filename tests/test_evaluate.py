@@ -20,7 +20,7 @@ from checkpoints import perceptual, run_report
 from checkpoints.network import save_network
 from checkpoints.perceptual import load_lpips, lpips_features
 from domains import judge
-from metrics import intra_lpips
+from metrics import IntraLPIPS, intra_lpips
 from plumbing import distributed
 from plumbing.memory import device_memory
 from plumbing.options import InputError
@@ -98,6 +98,36 @@ def test_too_few_pictures(folders, tmp_path):
         call(evaluate.main, *folders, "--reference", tmp_path / "one")
     with pytest.raises(InputError, match="^--samples .*one: Intra-LPIPS of 1 samples: .*give more samples"):
         call(evaluate.main, *folders, "--samples", tmp_path / "one")
+
+
+def test_the_protocol_of_clusters_of_a_size(folders, tmp_path, backbone, capsys):
+    embed = functools.partial(lpips_features, load_lpips("squeeze", backbone))
+    expected = intra_lpips(embed, *(load_folder(tmp_path / name, 32) for name in ("samples", "targets")), cluster_size=2, seed=5)
+    call(evaluate.main, *folders, "--cluster-size", 2, "--seed", 5)
+    assert f"8 samples): {expected.mean:.3f} ± {expected.std:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("few", [9, 8])
+def test_fid_of_few_pictures_is_warned_of(few, folders, tmp_path, capsys, monkeypatch):
+    found = IntraLPIPS([0.1, 0.1, None], [4, 4, 0], [0] * 8)
+    monkeypatch.setattr(evaluate, "comparison", lambda *a: lambda samples: (found, dict(nearest=0.1, FID=3.0, KID=0.1)))
+    monkeypatch.setattr(evaluate, "FEW", few)
+    shutil.copytree(tmp_path / "samples", tmp_path / "reference")
+    call(evaluate.main, *folders, "--reference", tmp_path / "reference")
+    assert ("warning: FID on fewer than 9" in capsys.readouterr().out) == (few == 9)
+
+
+def test_pictures_are_averaged_when_they_shrink():
+    """Of four columns that sum to 0 a plain bilinear reading would take the middle two."""
+    stripes = torch.tensor([1.0, -1, -1, 1]).repeat(16).expand(1, 3, 64, 64)
+    assert evaluate.at_size(stripes, 16)[..., 2:-2].abs().max() < 0.3 and evaluate.at_size(stripes, 64) is stripes
+
+
+def test_nearest_is_a_median(backbone, monkeypatch):
+    monkeypatch.setattr(perceptual, "nearest", lambda *a, **how: [0.1, 0.2, 0.9])
+    pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    figures = perceptual.scorer(load_lpips("squeeze", backbone), pictures[:1], 32)(pictures)[1]
+    assert figures["nearest"] == 0.2
 
 
 def test_training_pictures_that_do_not_fit_in_memory(folders, tmp_path, backbone, monkeypatch):

@@ -31,6 +31,14 @@ def source(request, tmp_path_factory):
     return out / "unet" / "model.safetensors"
 
 
+def test_pictures_are_encoded_in_fp32_whatever_is_around():
+    network, pictures = load_source("toyfaces-latent"), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = network.encode(pictures)
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = network.encode(pictures)
+        assert torch.equal(latents, expected) and torch.equal(network.decode(latents), network.decode(expected)) and latents.dtype == torch.float32
+
+
 def test_what_pretraining_leaves(source):
     network, stage = load_source(str(source)), load_network(source.parents[1] / "stage" / "model.safetensors")
     assert network.shape == (4, 8, 8) and network.image_size == 16

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from conftest import call, tiny_network
 from PIL import Image
 
 import evaluate
+import metrics
 import sample
 import settings
 from checkpoints.network import save_network
 from checkpoints.perceptual import load_lpips, lpips_last_features
 from domains import judge
 from experiments import photographs
-from plumbing.options import InputError, parse
+from plumbing.options import InputError, parse, replace
 
 
 @pytest.fixture
@@ -37,6 +39,7 @@ def test_photographs(trained, tiny, backbone, tmp_path, capsys, monkeypatch):
     call(photographs.main, *flags)
     text = (tmp_path / "out" / "photographs.md").read_text()
     assert text.strip() in capsys.readouterr().out and [folder.name for folder in map(lambda f: tmp_path / f, trained)] == ["adaptor-1", "finetune-1"]
+    assert "6 samples of each run, DDIM in 2 steps" in text
     table = text[text.index("Intra-LPIPS"):]
     assert re.findall(r"^\| ([a-z ]+) \|", table, re.MULTILINE)[1:5] == ["source model", "adaptor", "finetune", "other pictures"]
     assert Image.open(tmp_path / "out" / "targets.png").height > 4 * 32
@@ -66,6 +69,34 @@ def test_photographs(trained, tiny, backbone, tmp_path, capsys, monkeypatch):
     Image.new("RGB", (32, 32)).save(changed / "0.png")
     with pytest.raises(InputError, match="targets: the pictures have changed since the runs in .*; choose another --output-dir"):
         call(photographs.main, changed, *flags[1:])
+
+
+def test_kid_is_a_thousandfold_and_lower_is_better(tiny, backbone, tmp_path):
+    shutil.copytree(tiny.sources, tmp_path / "more" / "targets")
+    options = parse(photographs.Options, "", [str(tiny.targets), "--source", "x", "--output-dir", str(tmp_path), "--reference", str(tmp_path / "more" / "targets")])[0]
+    lpips = load_lpips("squeeze", backbone)
+    target, samples = photographs.Target(str(tiny.targets), 32, options, lpips), torch.rand(8, 3, 32, 32) * 2 - 1
+    features = [lpips_last_features(lpips, pictures) for pictures in (samples, target.others)]
+    found = target.score(samples)
+    assert found["KID"] == pytest.approx(1000 * metrics.kernel_distance(*features), rel=1e-4) != 0
+
+    names = ("Intra-LPIPS", "KID", "nearest")
+    rows = [dict(run=dict(method=method, target="targets", seed=1), score=dict.fromkeys(names, value)) for method, value in (("adaptor", 2.0), ("finetune", 1.0))]
+    tables = photographs.tables(rows)
+    assert [text.splitlines()[-1].split(" | ")[-1] for text in tables[1::2]] == ["0 of 1 |", "1 of 1 |", "0 of 1 |"]
+
+
+def test_figures_are_kept_for_the_same_weights_and_pictures_alone(tmp_path):
+    drawn, network = [], tiny_network()
+    options = parse(photographs.Options, "", ["x", "--source", "y"])[0]
+
+    def score(network, others="a", n=250):
+        target = SimpleNamespace(digest_of_others=others, score=lambda samples: {"nearest": 0.1})
+        photographs.scored(replace(options, n=n), target, network, tmp_path / "f.json", lambda: drawn.append(1))
+        return len(drawn)
+
+    assert [score(network), score(network)] == [1, 1]
+    assert [score(network, "b"), score(network, "b", 7), score(tiny_network(1), "b", 7), score(tiny_network(1), "b", 7)] == [2, 3, 4, 4]
 
 
 def test_a_name_of_the_hub_means_the_same_commit_in_every_run(trained, tiny, backbone, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from plumbing import picture_folder
 from plumbing.options import InputError
@@ -107,6 +107,16 @@ def test_float_without_a_known_white(tmp_path, value):
     values[3, 3] = value
     Image.fromarray(values).save(tmp_path / "f.tif")
     fails(lambda: load_image(tmp_path / "f.tif", 8), tmp_path / "f.tif", "grey values")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_as_pillow_turns_it(orientation, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)  # no symmetry
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
+    torch.testing.assert_close(load_image(tmp_path / "turned.png", 16), to_tensor(np.array(expected)[None])[0], atol=1e-2, rtol=0)
 
 
 def test_exif_orientation_6_turns_clockwise(tmp_path):

@@ -15,8 +15,10 @@ from checkpoints.weights_file import read_tensors
 from ddpm import predict_eps
 from plumbing.files import load_checkpoint, read_metrics
 from plumbing.options import InputError
+from plumbing.picture_folder import load_folder
 
-TINY = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --images 16 --batch-size 4 --device cpu".split()
+SMALL = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --batch-size 4 --device cpu".split()
+TINY = [*SMALL, "--images", "16"]
 
 
 def weights(run):
@@ -121,6 +123,42 @@ def test_a_first_stage_is_shown_and_saved_with_averaged_weights(tmp_path):
     call(pretrain.main, "toyfaces", *flags, "--iterations", 2, "--device", "cpu", "--output-dir", tmp_path)
     average = load_checkpoint(tmp_path / "checkpoint.pt")["ema"]["average"]
     assert all(torch.equal(a, b) for a, b in zip(saved_parameters(tmp_path), average, strict=True))
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """What losses_of was given: x_0 and t of each iteration."""
+    seen, original = [], pretrain.losses_of
+    monkeypatch.setattr(pretrain, "losses_of", lambda network, x0, labels, t, *rest: seen.append((x0, t)) or original(network, x0, labels, t, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("flags, limit", [(["--network", "judge"], 50), (["--network", "classifier"], 1000), ([], 1000)])
+def test_the_judge_sees_little_noise(flags, limit, trained_on, tmp_path):
+    call(pretrain.main, "toyfaces", *TINY, *flags, "--iterations", 4, "--batch-size", 16, "--output-dir", tmp_path)
+    largest = max(t.max().item() for _, t in trained_on)
+    assert limit / 2 < largest < limit
+
+
+@pytest.mark.parametrize("flags", [[], ["--flip"]])
+def test_pictures_are_mirrored_on_request(flags, trained_on, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    call(pretrain.main, tmp_path / "photos", *SMALL, *flags, "--iterations", 2, "--batch-size", 8, "--output-dir", tmp_path / "run")
+    shots = load_folder(tmp_path / "photos", 16)
+    turned = [any(torch.equal(x, shot.flip(2)) for shot in shots) for x0, _ in trained_on for x in x0]
+    assert any(turned) == bool(flags) and not all(turned)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0
+
+
+def test_the_weight_of_kl(tmp_path):
+    flags = "toyfaces --network kl --size 16 --channels 8 --channel-mult 1 2 --norm-groups 4 --images 8 --batch-size 4 --iterations 1 --device cpu".split()
+    losses = []
+    for weight in (0, 1, 3):
+        call(pretrain.main, *flags, "--kl-weight", weight, "--output-dir", tmp_path / str(weight))
+        losses.append(read_metrics(tmp_path / str(weight) / "metrics.jsonl")[0]["loss"])
+    assert losses[1] > losses[0] and losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-3)
 
 
 def test_p2_weighs_each_picture_by_its_signal_to_noise_ratio():

@@ -16,6 +16,12 @@ from baselines.stylegan2 import Blur, Discriminator, Generator, ModulatedConv2d,
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def test_a_new_style_scales_by_1():
+    """As in Karras et al. 2020b, section B: the biases of the affine transforms begin at 1, all others at 0."""
+    biases = {key: value for key, value in Generator(16, 8, 2, channel_base=64, channel_max=16).state_dict().items() if key.endswith("bias")}
+    assert len(biases) > 10 and all((value == ("modulation" in key)).all() for key, value in biases.items())
+
+
 def filled(cls, name):
     """A golden file's network, filled by its rule, and the file."""
     golden = json.loads((GOLDEN / f"{name}.json").read_text())

@@ -93,6 +93,23 @@ def test_the_campaign_tabulates_every_method(run):
         assert row["quartiles"] == sorted(row["quartiles"])
 
 
+def test_the_predictors_error_is_measured_where_it_says():
+    """This one is right but for points whose coordinates sum to more than 0: most of the source's, few of the target's."""
+    wrong_above = lambda xt, t: optimal_predictor(xt, t) + (xt.sum(-1, keepdim=True) > 0)
+    errors = toy2d_measured.predictor_errors(wrong_above, [50], seed=0)
+    assert errors["source"] > 0.75 and errors["target"][50] < 0.35  # over all t, near the end only half of the points
+
+
+def test_samples_at_the_target_have_no_error(monkeypatch):
+    rates = []
+    monkeypatch.setattr(toy2d_measured.gaussians, "adapt", lambda *given: rates.append(given[7]) or iter([None]))
+    monkeypatch.setattr(toy2d_measured.gaussians, "trajectories", lambda model, noise, steps: (noise + MEANS[TARGET])[None])
+    options = toy2d_measured.Options(draws=2, iterations=1, learning_rate=1.0)
+    for row in toy2d_measured.measure_adaptation(options, None, lambda part: {}, None):
+        assert row["error"].max() < 1e-5 and row["w2"].max() < 0.3
+    assert rates == [2.2 if method == "faster baseline" else 1.0 for method in toy2d_measured.METHODS]
+
+
 def test_the_gradient_is_linear_in_gamma(monkeypatch):
     """So the angles at another gamma follow from those at --gamma: as if they had been asked for."""
     options = toy2d_measured.Options(draws=2, repeats=3, timesteps=(500,), gamma=5.0)

@@ -35,6 +35,14 @@ def follow(decay, updates):
     return p, ema
 
 
+def test_gathering_puts_every_rank_s_items_in_their_places(monkeypatch):
+    """As rank 1 of 2, whose items are the last two of five; the sum over ranks adds the first three."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "share", lambda n: slice(3, 5))
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda items: items + torch.tensor([1.0, 2, 3, 0, 0])[:, None])
+    assert distributed.gather(torch.tensor([[4.0], [5.0]]), 5, torch.device("cpu")).tolist() == [[1], [2], [3], [4], [5]]
+
+
 def test_ema_closed_form():
     decays = [min(0.5, (1 + i) / (10 + i)) for i in range(20)]  # the decay proper counts from update 8 on
     expected = sum((1 - d) * (i + 1) * math.prod(decays[i + 1:]) for i, d in enumerate(decays))
