@@ -137,7 +137,7 @@ class Options:
     source: Annotated[Unset[str], tyro.conf.arg(
         help=f"What to adapt: {', '.join(BUILT_IN)}, a file of weights, a folder of diffusers or a "
              "name on the Hugging Face Hub, owner/name (default: the source of a built-in target, else "
-             "toyfaces).",
+             "photofaces, photo-like faces at 64x64).",
     )] = None
     arch: Unset[str] = None
     """Network of a published file whose shapes do not show it: a name, or a JSON file.
@@ -225,8 +225,8 @@ CHURCHES = dict(iterations=640)
 
 
 def usual_source(target: str) -> str:
-    """What is adapted without --source: of a built-in target its own source, else drawn faces."""
-    return domains.TARGETS.get(target, "toyfaces")
+    """What is adapted without --source: of a built-in target its own source, else photo-like faces."""
+    return domains.TARGETS.get(target, "photofaces")
 
 
 def instead_of_paper(options: Options, source: Network) -> dict:

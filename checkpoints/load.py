@@ -21,7 +21,7 @@ from plumbing.options import InputError, did_you_mean
 from unet import UNet
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUILT_IN = ("toyfaces", "toyfaces-latent", "toychurches")  # source models in assets/
+BUILT_IN = ("toyfaces", "toyfaces-latent", "toychurches", "photofaces")  # source models in assets/
 BUILT_IN_GANS = ("toyfaces-stylegan2", "toychurches-stylegan2")  # the same for the GAN baselines
 USUAL_NAMES = {"model", "diffusion_pytorch_model", "unet", "unet_ema", "checkpoint", "last", "best", "ema",
                "weights", ".", "..", "/"}  # of files and folders, which do not tell one network from another

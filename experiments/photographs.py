@@ -8,9 +8,9 @@ in a folder of the same name.
 
 Intra-LPIPS is the mean over training pictures (section 5.2), nearest the median LPIPS of the samples to the
 nearest training picture or its mirror image, both at the size of the source.  KID (times 1000) is to the
-pictures of --reference, of the last features of LPIPS's backbone, averaged over pixels: it compares with
-itself only, not with KID on Inception.  "source model": what adapting starts from; "other pictures": those of
---reference, the best there can be.
+pictures of --reference, of the last features of LPIPS's backbone, averaged over pixels and with a mean square
+of 1 over the reference: it compares with itself only, not with KID on Inception.  "source model": what
+adapting starts from; "other pictures": those of --reference, the best there can be.
 
 In runs/photographs/ (--output-dir): TARGET/METHOD-SEED/ are the runs with their photographs.json,
 TARGET/source.json the figures of the source, photographs.md the tables, TARGET.png samples of every method
@@ -51,7 +51,7 @@ SHOWN = 10  # samples a row
 class Options:
     targets: Positional[tuple[str, ...]]
     """Folders of training pictures."""
-    source: str
+    source: str = "photofaces"
     """The diffusion model to adapt."""
     methods: tuple[Literal[tuple(METHODS)], ...] = tuple(METHODS)
     """As in train_tan.py."""
@@ -80,6 +80,16 @@ def digest_of(pictures: ImageFolder) -> str:
     return digest({"pictures": pictures.batch(range(len(pictures)))})
 
 
+def features_of_size_1(lpips: torch.nn.Module, reference: ImageFolder) -> Callable[[ImageFolder], Tensor]:
+    """Pictures -> what KID compares, (N, D), with a mean square of 1 over the reference.
+
+    KID's kernel (ab / D + 1)^3 is made for features of about this size, as those of Inception are; those of
+    LPIPS's backbones are far larger, and the cube would be all that is seen of them.
+    """
+    size = lpips_last_features(lpips, reference).square().mean().sqrt()
+    return lambda pictures: lpips_last_features(lpips, pictures) / size
+
+
 class Target:
     """A folder of training pictures, and of others if there are some; scores samples around them."""
 
@@ -92,7 +102,7 @@ class Target:
             raise InputError(f"--reference {others[0]}: has one picture; KID needs at least two")
         self.digest_of_others = self.others and digest_of(self.others)
         self.keep_to_pictures(Path(options.output_dir) / self.name / "pictures.txt")
-        features = functools.partial(lpips_last_features, lpips) if others else None
+        features = features_of_size_1(lpips, self.others) if others else None
         self.scorer = scorer(lpips, self.pictures, size, features, self.others)
 
     def keep_to_pictures(self, file: Path) -> None:

@@ -12,7 +12,7 @@ from plumbing.pictures import to_tensor
 
 
 @pytest.mark.parametrize("source, limit", [
-    ("toyfaces", 0.02), ("toychurches", 0.02), ("toyfaces-latent", 0.06)])
+    ("toyfaces", 0.02), ("toychurches", 0.02), ("toyfaces-latent", 0.06), ("photofaces", 0.5)])  # of photofaces: drawn ones
 def test_the_built_in_sources_denoise_fresh_pictures(source, limit):
     network = load_source(source)
     pixels, _ = domains.evaluation_pictures(domains.drawn_by(source) or "toyfaces", 64, network.image_size)
@@ -26,7 +26,7 @@ def test_the_built_in_sources_denoise_fresh_pictures(source, limit):
 
 
 @pytest.mark.parametrize("source, error, spread", [
-    ("toyfaces-latent", 0.04, 0.1)])
+    ("toyfaces-latent", 0.04, 0.1), ("photofaces", 0.1, 0.5)])  # photofaces has never seen a drawing
 def test_the_latent_sources_decode_what_they_encode(source, error, spread):
     network = load_source(source)
     pictures = to_tensor(domains.evaluation_pictures("toyfaces", 16, 64)[0])

@@ -66,7 +66,8 @@ def test_what_suits_the_forms_of_adaptors_on_small_sources(form, rate, width):
 @pytest.mark.parametrize("target, source, method, expected", [
     ("sunglasses", None, None, "runs/sunglasses"), ("sunglasses", "toyfaces", "tan", "runs/sunglasses-tan"),
     ("sunglasses", "toyfaces-latent", "pa", "runs/sunglasses-toyfaces-latent-pa"),
-    ("some/photos/", "x.pt", "guided", "runs/photos-x-guided"), ("some/photos/", "toyfaces", None, "runs/photos")])
+    ("some/photos/", "x.pt", "guided", "runs/photos-x-guided"), ("some/photos/", "photofaces", None, "runs/photos"),
+    ("some/photos/", "toyfaces", None, "runs/photos-toyfaces")])
 def test_where_a_run_goes(target, source, method, expected):
     assert str(settings.folder_of(Options(target=target, source=source, method=method))) == expected
     assert str(settings.folder_of(Options(target=target, output_dir="there"))) == "there"
