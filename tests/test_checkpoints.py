@@ -91,6 +91,9 @@ def test_fingerprint():
     assert fingerprint(tiny_network()) == before and len(before) == 16
     network.model.input_blocks[0][0].bias.data[0] += 1e-6
     assert fingerprint(network) != before
+    latent = load_source("toyfaces-latent")
+    before, latent.scale_factor = fingerprint(latent), 2 * latent.scale_factor  # other latents of the same pictures
+    assert fingerprint(latent) != before
 
 
 # ---- built-in names are a list -----------------------------------------------------------------------------

@@ -48,6 +48,10 @@ def test_at_takes_each_t_and_gives_one_before_the_first():
     np.testing.assert_allclose(a.flatten(), [1, A[0], A[7], A[999]], rtol=1e-12)
 
 
+def test_noise_levels_are_not_rounded_to_half_precision():
+    assert SCHEDULE.at(torch.tensor([999]), torch.zeros(1, dtype=torch.float16)).item() == pytest.approx(SCHEDULE.alpha_bar[999].item(), rel=1e-6)
+
+
 def test_add_noise_is_the_papers_second_line():
     x0, eps, t = randn(3, 2), randn(3, 2, seed=1), torch.tensor([0, 400, 999])
     expected = np.sqrt(A[t])[:, None] * x0.numpy() + np.sqrt(1 - A[t])[:, None] * eps.numpy()

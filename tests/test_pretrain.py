@@ -1,6 +1,8 @@
 """pretrain.py: what it refuses, and that an old run never comes back in place of a new one."""
 
+import contextlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from conftest import call, tiny_network
 from PIL import Image
 
 import pretrain
+from baselines.gan_training import Players
+from checkpoints import pretrain_settings
 from checkpoints.load import load_network
 from checkpoints.network import Network
 from checkpoints.weights_file import read_tensors
 from ddpm import predict_eps
 from plumbing.files import load_checkpoint, read_metrics
-from plumbing.options import InputError
+from plumbing.options import InputError, flat, replace
 from plumbing.picture_folder import load_folder
 
 SMALL = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --batch-size 4 --device cpu".split()
@@ -63,6 +67,19 @@ def test_resume_takes_the_same_flags(tmp_path, flags, says):
         call(pretrain.main, "toychurches", *TINY, "--iterations", 1, "--output-dir", tmp_path, "--resume")
     call(pretrain.main, "toyfaces", *TINY, "--iterations", 2, "--learning-rate", 1e-4, "--output-dir", tmp_path, "--resume")
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_may_change_when_a_run_goes_on(monkeypatch):
+    """All else decides on what is learnt, or on which random numbers are drawn: the run would be another."""
+    may = {"resume", "overwrite", "output_dir", "device", "threads", "download", "save_every",  # where and how
+           "iterations", "learning_rate", "p2"}                                                # what docs/built-in-weights.md did change
+    began = pretrain.Options("toyfaces")
+    monkeypatch.setattr(pretrain_settings, "load_checkpoint", lambda *a: dict(options=flat(began)))
+    changed = {name: not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "another" for name, value in flat(began).items()}
+    for name, value in changed.items():
+        expects = contextlib.nullcontext() if name in may else pytest.raises(InputError, match="--resume takes the same flags")
+        with expects:
+            pretrain_settings.resumed(Path("run"), replace(began, **{name: value}))
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -150,6 +167,19 @@ def test_pictures_are_mirrored_on_request(flags, trained_on, tmp_path):
     turned = [any(torch.equal(x, shot.flip(2)) for shot in shots) for x0, _ in trained_on for x in x0]
     assert any(turned) == bool(flags) and not all(turned)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--flip"]])
+def test_a_gan_sees_mirrored_pictures_on_request(flags, tmp_path, monkeypatch):
+    seen, turn = [], Players.discriminator_turn
+    monkeypatch.setattr(Players, "discriminator_turn", lambda self, real, *rest: seen.append(real) or turn(self, real, *rest))
+    (tmp_path / "photos").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    wanted = "--network stylegan2 --size 16 --channels 4 --channel-mult 1 4 --style-dim 8 --mapping-layers 2 --batch-size 8 --iterations 2 --device cpu".split()
+    call(pretrain.main, tmp_path / "photos", *wanted, *flags, "--output-dir", tmp_path / "run")
+    turned = [any(torch.equal(x, shot.flip(2)) for shot in load_folder(tmp_path / "photos", 16)) for real in seen for x in real]
+    assert any(turned) == bool(flags) and not all(turned)
 
 
 def test_the_weight_of_kl(tmp_path):
