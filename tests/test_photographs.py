@@ -42,6 +42,8 @@ def test_photographs(trained, tiny, backbone, tmp_path, capsys, monkeypatch):
     assert "6 samples of each run, DDIM in 2 steps" in text
     table = text[text.index("Intra-LPIPS"):]
     assert re.findall(r"^\| ([a-z ]+) \|", table, re.MULTILINE)[1:5] == ["source model", "adaptor", "finetune", "other pictures"]
+    kid = text[text.index("KID (lower is better)"):text.index("KID, less that")]
+    assert "| finetune |" in kid and "other pictures" not in kid  # of these to themselves it would mean nothing
     assert Image.open(tmp_path / "out" / "targets.png").height > 4 * 32
 
     # What evaluate.py says of the same samples as files.
