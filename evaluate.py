@@ -1,14 +1,14 @@
 """Measure adapted models: the paper's figures on any folders; on the drawn domains, what only drawings tell.
 
   python evaluate.py runs/sunglasses
-      a finished run from a built-in source to a built-in target: share of samples in the target, attributes
+      a finished run from a drawn source to a drawn target: share of samples in the target, attributes
       kept, toy FID, toy Intra-LPIPS (domains/judge.py)
   python evaluate.py runs/sunglasses --at all
       each of a run's stages, to see when it should have stopped: a table, and stages.png, stages.json in the
       run's folder.  Of a run on other pictures the figures of the next lines
   python evaluate.py --samples runs/photos/drawn --target photos/
       any folders: Intra-LPIPS of the samples around the training pictures, and how near they come to them (of
-      a small source also --size 32, or whatever size its samples have)
+      a small source also --size 64, or whatever size its samples have)
   python evaluate.py --samples DIR --target DIR --reference DIR
       and FID, KID to a larger set of pictures of the target domain
 
@@ -104,7 +104,7 @@ class Folders:
 @dataclasses.dataclass
 class Options:
     runs: Positional[Unset[tuple[str, ...]]] = None
-    """Folders of finished runs from a built-in source to a built-in target; with --at of any runs."""
+    """Folders of finished runs from a drawn source to a drawn target; with --at of any runs."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -210,7 +210,7 @@ def score_folders(options: Folders, device: torch.device) -> None:
     except ValueError as error:
         raise InputError(f"--samples {options.samples}: {error}") from None
     few = len(targets) <= 20
-    sizes = f"sizes {' '.join(map(str, found.sizes))}" if few else f"the largest of {max(found.sizes)}"
+    sizes = f"sizes {' '.join(map(str, found.sizes))}" if few else f"largest size {max(found.sizes)}"
     print(f"Intra-LPIPS ({options.lpips_net}, {size}x{size}, {len(samples)} samples): "
           f"{found.mean:.3f} ± {found.std:.3f} over {len(targets) - found.dropped} clusters, "
           f"{found.dropped} dropped; {sizes}\n"

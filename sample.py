@@ -2,7 +2,7 @@
 
   python sample.py runs/sunglasses -n 64           64 pictures in runs/sunglasses/drawn/, and a grid
   python sample.py runs/sunglasses --at 96         of an earlier stage, in runs/sunglasses/drawn-000096/
-  python sample.py toyfaces -n 64                  the built-in source
+  python sample.py toyfaces -n 64                  a built-in source
   python sample.py ffhq_p2.pt -n 8                 a published source
   python sample.py runs/sunglasses-cdc             a GAN of baselines/
   torchrun --nproc_per_node=8 sample.py runs/sunglasses -n 1000

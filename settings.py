@@ -80,8 +80,8 @@ class GuidanceOptions:
     classifier_check: bool = True
     """Train one with a fifth of the pictures held out first, to see whether guidance means anything."""
     source_images: Unset[str] = None
-    """Pictures of the source for the classifier: a folder or a built-in source.
-    Default: drawn for a built-in source, else sampled from the source model."""
+    """Pictures of the source for the classifier: a folder, or a drawn domain.
+    Default: drawn for a source that learned drawings, else sampled from the source model."""
     source_count: int = 256
     """How many source pictures the classifier sees."""
     classifier_targets: Unset[str] = None

@@ -2,7 +2,7 @@
 
   python train_tan.py --target sunglasses                    built-in faces and target; minutes on a laptop
   python train_tan.py --target sunglasses --method tan       all of the paper, which small sources do without
-  python train_tan.py --target photos/                       your own pictures: photo-like faces at 64x64
+  python train_tan.py --target photos/                       your own pictures; adapts photo-like faces, 64x64
   python train_tan.py --source toyfaces-latent               the same on a latent diffusion model
   python train_tan.py --source ffhq_p2.pt --target photos/ --precision bf16    a published checkpoint
   torchrun --nproc_per_node=8 train_tan.py --source ...      on 8 GPUs; --batch-size stays the global one

@@ -173,7 +173,7 @@ def start_classifier(name: str | None, arch: str | None, source_name: str, sourc
     """The classifier before it sees a target picture, with a fresh two-way head.
 
     name   a file (with `arch` if it is a published one); "encoder": the source U-Net's own encoder;
-           "scratch": random weights; None: the classifier of a built-in source, or else the encoder
+           "scratch": random weights; None: of toyfaces its own classifier, else the encoder
     Raises InputError for a file that holds no classifier, or one for other pictures than the source's x_0.
     """
     if name is None:

@@ -160,7 +160,7 @@ def folder_of(options: Options) -> Path:
 def check(options: Options, typed: frozenset[str]) -> None:
     """InputError for numbers that make no sense and for flags that the network does not use."""
     if options.network in CLASSIFIERS and options.source not in domains.SOURCES:
-        raise InputError(f"--network {options.network} learns attributes, which only built-in sources have: "
+        raise InputError(f"--network {options.network} learns attributes, which only drawn domains have: "
                          f"{', '.join(domains.SOURCES)}")
     judged = len(domains.family(options.source)) if options.network == "judge" else 1
     at_least(options, size=8, images=judged, channels=1, channel_mult=1, res_blocks=1, head_channels=1,

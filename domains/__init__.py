@@ -103,7 +103,7 @@ def draw_family(source: str, n: int, seed: int, size: int = 32,
 
 
 def drawn_by(source: str) -> str | None:
-    """The domain of a built-in source model (of toyfaces-latent: toyfaces); None for others."""
+    """The drawn domain that a source learned (of toyfaces-latent: toyfaces); None for others."""
     domain = source.removesuffix("-latent").removesuffix("-stylegan2")
     return domain if domain in SOURCES else None
 
@@ -144,7 +144,7 @@ def training_images(name_or_folder: str | Path, size: int, hold_out: int = 0,
 
 
 def source_images(name_or_folder: str | Path, n: int, size: int, seed: int) -> torch.Tensor:
-    """n pictures of a source -> float32 (n, 3, size, size): drawn for a built-in name, else from a folder.
+    """n pictures of a source -> float32 (n, 3, size, size): drawn for a domain, else from a folder.
 
     From a folder and its subfolders they are distinct, and all there are if fewer than n.  The same seed
     gives the same pictures.  Raises InputError as target_images does.

@@ -15,7 +15,7 @@ Batch = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 def attributes_of(source: str, with_targets: bool) -> dict[str, list[str]]:
-    """What the labels of a built-in source tell, in their order: attributes and their values; of others none.
+    """What the labels of a drawn source tell, in their order: attributes and their values; of others none.
 
     With its targets' pictures among them the last label is the domain.
     """

@@ -203,7 +203,7 @@ def source_samples(source: str, n: int, steps: int, device: torch.device, precis
 
 
 def knows(options: dict) -> bool:
-    """Whether a run with these (flat) options went from a built-in source to one of its targets."""
+    """Whether a run with these (flat) options went from a drawn source to one of its targets."""
     drawn = domains.drawn_by(options["source"])
     return drawn is not None and domains.TARGETS.get(options["target"]) == drawn
 
@@ -214,14 +214,14 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
 
     at    score its stage after so many iterations instead; kept beside the weights of that
     Samples are drawn anew only if the run, `n` or `steps` has changed.  Raises InputError for what is not a
-    finished run from a built-in source to one of its targets, for more steps than the model has, and as
+    finished run from a drawn source to one of its targets, for more steps than the model has, and as
     `score` does.
     """
     options = run_folder.read_options(folder)
     source, target = options["source"], options["target"]
     if not knows(options):
         raise InputError(
-            f"{folder}: from {source} to {target}; the judge knows built-in sources and their targets only. "
+            f"{folder}: from {source} to {target}; the judge knows drawn sources and their targets only. "
             f"For other pictures: python sample.py {quoted(folder)} -n 1000, then python evaluate.py "
             f"--samples {quoted(Path(folder) / 'drawn')} --target {quoted(target)} --download (--size, for a "
             "small source the size of its pictures)")

@@ -46,7 +46,7 @@ class Options:
     model: Positional[str]
     """Folder of a run, built-in source, file of weights or folder of diffusers."""
     target: Unset[str] = None
-    """Built-in target or folder of pictures (default: that of the run; a built-in source's first one)."""
+    """Built-in target or folder of pictures (default: that of the run; a drawn source's first one)."""
     arch: Unset[str] = None
     """Network of a published file that does not show it: see python -m checkpoints, or a JSON file."""
     reach: float = 0.2

@@ -191,9 +191,9 @@ def main() -> None:
                                          device))
         found.append(dict(run=dict(method="source model", target=target.name), score=score))
         if target.others:
-            others = target.score(target.others)
-            del others["KID"]  # it is to these very pictures
-            found.append(dict(run=dict(method="other pictures", target=target.name), score=others))
+            score = target.score(target.others)
+            del score["KID"]  # it is to these very pictures
+            found.append(dict(run=dict(method="other pictures", target=target.name), score=score))
     jobs = list(itertools.product(options.seeds, targets, options.methods))
     for seed, target, method in bar(jobs, "runs"):
         folder = run_of(options, target, method, seed)

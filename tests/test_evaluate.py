@@ -57,7 +57,7 @@ def test_of_many_clusters_the_sizes_are_not_listed(folders, tmp_path, capsys):
     for i in range(3, 21):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / "targets" / f"{i}.png")
     call(evaluate.main, *folders)
-    assert re.search("dropped; the largest of [2-8]\n", capsys.readouterr().out)
+    assert re.search("dropped; largest size [2-8]\n", capsys.readouterr().out)
 
 
 SAMPLES, TARGET = ["--samples", "docs/images"], ["--target", "docs/images"]
@@ -158,7 +158,7 @@ def test_several_processes_are_refused(what, folders, monkeypatch):
 
 
 def test_runs_from_other_sources_are_refused(finished):
-    with pytest.raises(InputError, match="the judge knows built-in sources"):
+    with pytest.raises(InputError, match="the judge knows drawn sources"):
         call(evaluate.main, finished, "-n", 2)
 
 
