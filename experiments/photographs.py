@@ -86,8 +86,8 @@ def features_of_size_1(lpips: torch.nn.Module, reference: ImageFolder) -> Callab
     KID's kernel (ab / D + 1)^3 is made for features of about this size, as those of Inception are; those of
     LPIPS's backbones are far larger, and the cube would be all that is seen of them.
     """
-    size = lpips_last_features(lpips, reference).square().mean().sqrt()
-    return lambda pictures: lpips_last_features(lpips, pictures) / size
+    rms = lpips_last_features(lpips, reference).square().mean().sqrt()
+    return lambda pictures: lpips_last_features(lpips, pictures) / rms
 
 
 class Target:

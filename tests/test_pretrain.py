@@ -157,28 +157,36 @@ def test_the_judge_sees_little_noise(flags, limit, trained_on, tmp_path):
     assert limit / 2 < largest < limit
 
 
-@pytest.mark.parametrize("flags", [[], ["--flip"]])
-def test_pictures_are_mirrored_on_request(flags, trained_on, tmp_path):
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two pictures."""
     (tmp_path / "photos").mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3), np.uint8)):
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
-    call(pretrain.main, tmp_path / "photos", *SMALL, *flags, "--iterations", 2, "--batch-size", 8, "--output-dir", tmp_path / "run")
-    shots = load_folder(tmp_path / "photos", 16)
-    turned = [any(torch.equal(x, shot.flip(2)) for shot in shots) for x0, _ in trained_on for x in x0]
+    return tmp_path / "photos"
+
+
+def mirrored(batches, photos):
+    """Whether each picture of these batches (B, 3, H, W) is the mirror image of one in the folder."""
+    shots = load_folder(photos, 16)
+    return [any(torch.equal(x, shot.flip(2)) for shot in shots) for batch in batches for x in batch]
+
+
+@pytest.mark.parametrize("flags", [[], ["--flip"]])
+def test_pictures_are_mirrored_on_request(flags, trained_on, photos, tmp_path):
+    call(pretrain.main, photos, *SMALL, *flags, "--iterations", 2, "--batch-size", 8, "--output-dir", tmp_path / "run")
+    turned = mirrored([x0 for x0, _ in trained_on], photos)
     assert any(turned) == bool(flags) and not all(turned)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize("flags", [[], ["--flip"]])
-def test_a_gan_sees_mirrored_pictures_on_request(flags, tmp_path, monkeypatch):
+def test_a_gan_sees_mirrored_pictures_on_request(flags, photos, tmp_path, monkeypatch):
     seen, turn = [], Players.discriminator_turn
     monkeypatch.setattr(Players, "discriminator_turn", lambda self, real, *rest: seen.append(real) or turn(self, real, *rest))
-    (tmp_path / "photos").mkdir()
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3), np.uint8)):
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
     wanted = "--network stylegan2 --size 16 --channels 4 --channel-mult 1 4 --style-dim 8 --mapping-layers 2 --batch-size 8 --iterations 2 --device cpu".split()
-    call(pretrain.main, tmp_path / "photos", *wanted, *flags, "--output-dir", tmp_path / "run")
-    turned = [any(torch.equal(x, shot.flip(2)) for shot in load_folder(tmp_path / "photos", 16)) for real in seen for x in real]
+    call(pretrain.main, photos, *wanted, *flags, "--output-dir", tmp_path / "run")
+    turned = mirrored(seen, photos)
     assert any(turned) == bool(flags) and not all(turned)
 
 

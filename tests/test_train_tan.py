@@ -780,9 +780,8 @@ def test_another_seed_gives_other_source_pictures_and_another_head(made, train, 
 
 
 def test_pairs_are_the_source_above_and_the_adapted_below(train, tmp_path, monkeypatch):
-    drawn = []
-    white_then_black = lambda self, network, n, steps: drawn.append(network) or torch.full((n, 3, 16, 16), (-1.0, 1.0)[network is not self.source])
-    monkeypatch.setattr(run_report.Report, "draw", white_then_black)
+    white_or_black = lambda self, network, n, steps: torch.full((n, 3, 16, 16), -1.0 if network is self.source else 1.0)
+    monkeypatch.setattr(run_report.Report, "draw", white_or_black)
     run = train(tmp_path / "run", "--method", "adaptor", "--samples", "2", "--iterations", "1", "--previews", "1")
     pixels = read_array(run / "samples.png")
     assert pixels[10, 10].min() == 255 and pixels[-10, 10].max() == 0  # the source is white here
