@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Model = Callable[[Tensor, Tensor], Tensor]
+SCHEDULES = ("linear", "scaled-linear", "cosine")
 PREDICTIONS = ("eps", "v", "x0")
 
 
@@ -45,7 +46,7 @@ class Schedule:
             f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
-            raise ValueError(f"unknown noise schedule '{name}': linear, scaled-linear or cosine")
+            raise ValueError(f"unknown noise schedule '{name}': {', '.join(SCHEDULES)}")
         self.timesteps = timesteps
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)
         self.tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}

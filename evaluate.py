@@ -76,12 +76,12 @@ class Sampling:
 
 @dataclasses.dataclass
 class Folders:
-    """Folders of pictures, instead of runs; all but samples and target also for stages of runs on photos."""
+    """Folders of pictures, instead of runs; all but samples also for stages of runs on photos."""
 
     samples: Unset[str] = None
     """Folder of samples."""
     target: Unset[str] = None
-    """Folder of the training pictures."""
+    """Folder of the training pictures; for stages of a run where they are now, if they have moved."""
     reference: Unset[str] = None
     """Folder of many other pictures of the target domain, for FID and KID."""
     size: Unset[int] = None
@@ -148,8 +148,8 @@ def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callab
 
     own = run_folder.load_run(folder, run_folder.stages(folder)[0]["iteration"], source)[0].image_size
     size = options.folders.size or max(32, own)
-    targets, _ = domains.training_images(run["target"], size, run.get("hold_out", 0),
-                                         run.get("recursive", False))
+    targets, _ = domains.training_images(options.folders.target or run["target"], size,
+                                         run.get("hold_out", 0), run.get("recursive", False))
     score = comparison(options.folders, targets, reference_of(options.folders, size), size, device)
 
     def compared(iteration: int) -> dict[str, float]:
@@ -276,7 +276,7 @@ def unused(options: Options) -> tuple[set[str], str]:
 def main() -> None:
     options, typed = parse(Options, __doc__)
     at = options.sampling.at
-    if bool(options.runs) == bool({"samples", "target", *(() if at else ("reference",))} & typed):
+    if bool(options.runs) == bool({"samples", *(() if at else ("target", "reference"))} & typed):
         raise InputError("what to score: give either folders of runs, or --samples DIR --target DIR")
     names, why = unused(options)
     for name in sorted(names & typed):

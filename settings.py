@@ -35,7 +35,7 @@ class Method:
 
     text: str
     loss: str                           # the equation it descends
-    adaptors: bool = True               # psi learns beside a frozen theta (section 4.3); else theta itself
+    adaptors: bool = True               # psi learns beside a frozen theta (section 4.3); else all of theta
     guidance: bool = False              # the classifier corrects the noise target (Eqs. 5, 6)
     adversarial_noise: bool = False     # the noise that is denoised worst (Eqs. 7, 8, 10)
     pairwise_losses: bool = False       # DDPM-PA (Zhu et al. 2022)

@@ -22,6 +22,7 @@ of a method with guidance classifier.safetensors.
   python evaluate.py runs/TARGET --at all       its stages compared; --hold-out 2 shows where copying begins
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from baselines.pairwise import PairwiseLosses
 from checkpoints import run_folder
 from checkpoints.load import load_diffusion_model, pinned, start_classifier
 from checkpoints.network import Network, save_network
+from checkpoints.run_folder import CLASSIFIER
 from checkpoints.run_report import Report
 from checkpoints.run_stats import Stats
 from classifier import Classifier, fade, guided_loss, limited, make_classifier, similarity_guidance
@@ -70,48 +72,51 @@ def speed_up(model: UNet, options: Options) -> None:
         model.compile()
 
 
-def source_pictures(source: Network, options: Options) -> Tensor:
-    """Source pictures (N, 3, H, W) for the classifier: of a folder, drawn, or sampled from the model."""
-    count = options.guidance.source_count
-    name = options.guidance.source_images or domains.drawn_by(options.source)
+@dataclasses.dataclass
+class ClassifierInputs:
+    """What the classifier is made of."""
+    targets: Tensor             # (K, 3, H, W)
+    sources: Tensor | None      # (N, 3, H, W) of a folder or drawn; None: sampled from the source model
+    begins: dict[str, Any]      # the description of the network that it starts from
+
+
+def classifier_inputs(source: Network, targets: Tensor, options: Options, out: Path,
+                      device: torch.device) -> ClassifierInputs | None:
+    """None without guidance, and for a resumed run in `out` that has its classifier: nothing is read again.
+
+    Raises InputError where the options are wrong: early, before anything is written.
+    """
+    guide = options.guidance
+    there = options.resume and (out / CLASSIFIER).exists()
+    if not METHODS[options.method].guidance or not distributed.any_rank(not there, device):
+        return None
+    if guide.classifier_targets:
+        targets = domains.target_images(guide.classifier_targets, source.image_size)
+    name, sources = guide.source_images or domains.drawn_by(options.source), None
     if name:
-        return domains.source_images(name, count, source.image_size, options.seed)
+        sources = domains.source_images(name, guide.source_count, source.image_size, options.seed)
+    begins = start_classifier(guide.classifier, guide.classifier_arch, options.source, source)
+    return ClassifierInputs(targets, sources, begins.description)
+
+
+def sampled_sources(source: Network, options: Options) -> Tensor:
+    """Source pictures (N, 3, H, W) for the classifier where there are no others: what the model draws."""
+    count, steps = options.guidance.source_count, min(25, source.schedule.timesteps)
     distributed.say(f"sampling {count} source pictures for the classifier "
                     "(--source-images FOLDER would save this)")
     # psi, which is attached already, is still zero: the network draws what the source model draws.
     seeds = range(10**6, 10**6 + count)
 
     bar = functools.partial(progress.bar, text="source pictures")
-    drawn = fitting(lambda at_once: source.sample(seeds[distributed.share(count)], 25, batch_size=at_once,
+    drawn = fitting(lambda at_once: source.sample(seeds[distributed.share(count)], steps, batch_size=at_once,
                                                   progress=bar), options.micro_batch_size or 64)
     return distributed.gather(drawn, count, next(source.model.parameters()).device)
 
 
-def classifier_inputs(source: Network, targets: Tensor,
-                      options: Options) -> tuple[Tensor, dict[str, Any] | None]:
-    """The classifier's target pictures, and the description of the network it starts from (None without
-    guidance).
-
-    Raises InputError where the options are wrong: early, before anything is written.
-    """
-    guide = options.guidance
-    if not METHODS[options.method].guidance:
-        return targets, None
-    if guide.source_images:
-        domains.source_images(guide.source_images, 1, source.image_size, 0)
-    if guide.classifier_targets:
-        targets = domains.target_images(guide.classifier_targets, source.image_size)
-    begins = start_classifier(guide.classifier, guide.classifier_arch, options.source, source)
-    return targets, begins.description
-
-
-def obtain_classifier(source: Network, targets: Tensor, begins: dict[str, Any], options: Options, out: Path,
+def obtain_classifier(source: Network, inputs: ClassifierInputs | None, options: Options, out: Path,
                       device: torch.device) -> Classifier:
-    """p_phi (Eq. 5) of the run in `out`; if it is not there yet, it is fine-tuned on the targets.
-
-    begins   the description of the network that it starts from
-    """
-    guide, path = options.guidance, out / "classifier.safetensors"
+    """p_phi (Eq. 5) of the run in `out`: fine-tuned on the targets, or (without inputs) as it is there."""
+    guide = options.guidance
     usual = domains.AUGMENT.get(options.target, ("flip", "shift"))
 
     def start() -> Classifier:
@@ -124,7 +129,7 @@ def obtain_classifier(source: Network, targets: Tensor, begins: dict[str, Any], 
 
     def make(pictures: Tensor, at_once: int | None) -> tuple[Classifier, list[float] | None]:
         return make_classifier(
-            start, source.schedule, pictures, targets.to(device),
+            start, source.schedule, pictures, inputs.targets.to(device),
             kinds=usual if guide.augment is None else guide.augment,
             iterations=guide.classifier_iterations, batch_size=guide.classifier_batch_size,
             learning_rate=guide.classifier_learning_rate, stream=functools.partial(generator, options.seed),
@@ -132,14 +137,15 @@ def obtain_classifier(source: Network, targets: Tensor, begins: dict[str, Any], 
             micro_batch_size=at_once, progress=progress.bar,
             share=distributed.share, sum_gradients=distributed.sum_gradients)
 
-    if distributed.any_rank(not path.exists(), device):
-        work = functools.partial(make, source_pictures(source, options).to(device))
+    if inputs:
+        pictures = sampled_sources(source, options) if inputs.sources is None else inputs.sources
+        work = functools.partial(make, pictures.to(device))
         at_once = options.micro_batch_size or guide.classifier_batch_size
         # Of several processes one cannot begin anew: the others wait for its gradients.
         model, accuracy = fitting(work, at_once) if distributed.world() == 1 else work(at_once)
-        description = dict(begins, held_out_accuracy=accuracy)
+        description = dict(inputs.begins, held_out_accuracy=accuracy)
         if distributed.rank() == 0:
-            save_network(path, Network(model, source.schedule, description))
+            save_network(out / CLASSIFIER, Network(model, source.schedule, description))
     distributed.barrier()
     network = run_folder.load_classifier(out)
     if accuracy := network.description["held_out_accuracy"]:
@@ -237,7 +243,7 @@ def main() -> None:
     source.precision = options.precision
     targets, held_out = domains.training_images(options.target, source.image_size, options.hold_out,
                                                 options.recursive)
-    classifier_targets, begins = classifier_inputs(source, targets, options)
+    of_classifier = classifier_inputs(source, targets, options, out, device)
     identity = run_folder.identity(source, torch.cat([targets, held_out]), settings.compared(options))
     state = run_folder.open_run(out, flat(options), identity)  # what a resumed run goes on from
     method, guide = METHODS[options.method], options.guidance
@@ -247,8 +253,8 @@ def main() -> None:
     model, schedule = source.to(device).model, source.schedule
     psi = trainable(source, options)  # all of theta for a method without adaptors
     describe(source, psi, targets, asked, options, device)
-    classifier = (obtain_classifier(source, classifier_targets, begins, options, out, device)
-                  if method.guidance else None)
+    classifier = (obtain_classifier(source, of_classifier, options, out, device) if method.guidance
+                  else None)
     speed_up(model, options)
     source_alone = options.adversarial_noise.pgd_network == "source"  # theta of Eq. 10
     ascended = adaptor.source_model(model) if source_alone else model

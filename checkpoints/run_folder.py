@@ -19,6 +19,7 @@ import adaptor
 from checkpoints.gan import GAN
 from checkpoints.load import load_network, load_source
 from checkpoints.network import Network, check_finite, fingerprint, load_strictly
+from checkpoints.published import ARCHITECTURES
 from checkpoints.weights_file import read_tensors
 from plumbing import distributed
 from plumbing.files import check_replaceable, load_checkpoint, remove_unfinished, write_text
@@ -26,7 +27,9 @@ from plumbing.options import InputError, check_types, flag, flat, replace
 from plumbing.shell import quoted
 
 T = TypeVar("T")
-FILES = ("options.json", "checkpoint.pt", "classifier.safetensors", "weights.safetensors", "metrics.jsonl",
+ARCH = "arch.json"  # a copy of the file that --arch named, if it named one
+CLASSIFIER = "classifier.safetensors"
+FILES = ("options.json", ARCH, "checkpoint.pt", CLASSIFIER, "weights.safetensors", "metrics.jsonl",
          "targets.png", "samples.png", "progress.png", "loss.png", "score.json",
          "stages.json", "stages.png", "report.html")
 FOLDERS = ("progress", "stages", "tensorboard")
@@ -44,23 +47,31 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
     """
     if not (out / "options.json").exists():
         raise InputError(f"{out}: no run to resume (no options.json); leave out --resume to start one")
-    saved, asked = read_options(out), flat(options)
+    # What has become an option since the run began is what it is by default.
+    saved, asked = _as_json(flat(type(options)())) | read_options(out), flat(options)
     if saved.keys() != asked.keys():
         raise InputError(f"{out}/options.json: from another version of this program; start anew with "
                          "--overwrite")
     check_types(options, saved, f"{out}/options.json")
     for name in sorted(typed - MAY_CHANGE):
-        if json.loads(json.dumps(asked[name])) != saved[name]:
+        if _as_json(asked[name]) != saved[name]:
             raise InputError(f"{flag(name)} {asked[name]}: the run in {out} has {saved[name]}; leave the "
                              f"flag out (--output-dir {quoted(out)} --resume), or start another run with "
                              "another --output-dir")
     kept = {name: asked[name] for name in (typed & MAY_CHANGE) | {"device"}}
+    if "arch" in saved:
+        kept["arch"] = arch_of(out, saved)
     wanted, before = kept.get("iterations", saved["iterations"]), saved["iterations"]
     if wanted != before and (saved.get("learning_rate_decay") == "cosine" or saved.get("guidance_fade")):
         distributed.say("what falls with the run's length (--learning-rate-decay, --guidance-fade) falls "
                         f"over {wanted} iterations from now on, not over {before}")
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     return replace(options, **{**saved, **kept, "resume": True})
+
+
+def _as_json(value: Any) -> Any:
+    """The value as it comes back from a file: tuples as lists."""
+    return json.loads(json.dumps(value))
 
 
 def identity(source: Network, targets: Tensor, compared: str | None) -> dict[str, str | None]:
@@ -106,6 +117,8 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
     if not is_run and any((out / name).exists() for name in FILES + FOLDERS):
         raise InputError(f"{out}: holds files with the names a run would write, but is not a run; choose "
                          "another --output-dir")
+    arch = options.get("arch")
+    described = None if arch is None or arch in ARCHITECTURES else Path(arch).read_text()
     distributed.barrier()
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -121,6 +134,8 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
             (out / "weights.safetensors").unlink(missing_ok=True)
         text = json.dumps(dict(options, resume=False, overwrite=False), indent=1)
         write_text(out / "options.json", text)
+        if described:
+            write_text(out / ARCH, described)
     distributed.barrier()
     return state
 
@@ -143,6 +158,12 @@ def read_options(folder: Path) -> dict[str, Any]:
             or options.get("precision", "fp32") not in ("fp32", "bf16")):
         raise InputError(f"{file}: not the options of a run, or damaged")
     return options
+
+
+def arch_of(folder: Path, options: dict[str, Any]) -> str | None:
+    """--arch of the run with these (flat) options: its own copy of the file, or a name, or None."""
+    copy = Path(folder) / ARCH
+    return str(copy) if copy.exists() else options.get("arch")
 
 
 def stage_file(folder: Path, iteration: int) -> Path:
@@ -200,7 +221,7 @@ def load_run(folder: Path, at: int | None = None,
     if description is None or not isinstance(description.get("source"), str):
         raise InputError(f"{path}: not the weights of a run")
     try:
-        network = load_source(source or options["source"], options.get("arch"))
+        network = load_source(source or options["source"], arch_of(folder, options))
     except InputError as error:
         if source or Path(options["source"]).exists():
             raise
@@ -246,7 +267,7 @@ def load_model(name: str, arch: str | None, at: int | None = None,
 
 def load_classifier(folder: Path) -> Network:
     """The fine-tuned p_phi of a run with guidance."""
-    path = Path(folder) / "classifier.safetensors"
+    path = Path(folder) / CLASSIFIER
     if not path.exists():
         raise InputError(f"{folder}: this run has no classifier; guidance needs a run with --method tan "
                          "or guided")

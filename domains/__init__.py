@@ -1,6 +1,9 @@
 """The built-in image domains: which there are, and reproducible pictures of each with labels.
 
   python -m domains            32 pictures of each, in runs/domains/
+
+A new target is a line in TARGETS and a function in PAINTERS.  To score it takes a judge that has seen it
+(docs/built-in-weights.md), with which all runs of its source's targets are scored anew.
 """
 
 import sys

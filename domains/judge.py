@@ -203,9 +203,12 @@ def source_samples(source: str, n: int, steps: int, device: torch.device, precis
 
 
 def knows(options: dict) -> bool:
-    """Whether a run with these (flat) options went from a drawn source to one of its targets."""
-    drawn = domains.drawn_by(options["source"])
-    return drawn is not None and domains.TARGETS.get(options["target"]) == drawn
+    """Whether a run with these (flat) options went from a drawn source to one of its targets that the judge
+    has seen: a new one needs a new judge.
+    """
+    drawn, target = domains.drawn_by(options["source"]), options["target"]
+    return (drawn is not None and domains.TARGETS.get(target) == drawn
+            and target in load_judge(drawn).description["attributes"]["domain"])
 
 
 def score_run(folder: Path, n: int, steps: int, device: torch.device,

@@ -131,7 +131,7 @@ def time_table(found: list[Row]) -> str:
         if not mine:
             continue
         passes = {PASSES.get(method, 1)}
-        if method == "tan":
+        if method in METHODS and METHODS[method].adversarial_noise:
             passes = {1 + row["settings"]["pgd_steps"] for row in mine}
         cells = [_pace(of(mine, target=target)) for target in targets]
         rows.append([method, " / ".join(map(str, sorted(passes))), *cells])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -12,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from test_published import T, arch, randn
 
 from checkpoints import export
-from checkpoints.diffusers_unet import unet_config, unet_weights
+from checkpoints.diffusers_unet import schedule_config, schedule_options, unet_config, unet_weights
 from checkpoints.layouts import sources
 from checkpoints.load import load_source
 from checkpoints.network import build
 from checkpoints.published import ARCHITECTURES, LINEAR
-from ddpm import predict_eps
+from ddpm import SCHEDULES, Schedule, predict_eps
 from plumbing.options import InputError
 from unet import UNet
 
@@ -64,6 +65,17 @@ def test_diffusers_folder(tmp_path, config, kind):
     assert network.schedule.config == dict(name="scaled-linear", timesteps=500, beta_start=0.001, beta_end=0.02)
     layout = "diffusers, old attention names" if kind == "old names" else "diffusers"
     assert network.description["layout"] == layout
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_one_of_diffusers(name):
+    """So that models with it can be exported; and it comes back as it was."""
+    schedule = Schedule(name, 100, 1e-3, 0.03, "v")
+    written = schedule_config(schedule)
+    theirs = diffusers.DDPMScheduler(**written)
+    torch.testing.assert_close(theirs.alphas_cumprod.double(), schedule.alpha_bar, rtol=3e-4, atol=0)
+    assert theirs.config.prediction_type == "v_prediction"
+    assert schedule_options(written, Path("scheduler_config.json")) == schedule.config
 
 
 def test_diffusers_pipeline_folder(tmp_path):

@@ -162,6 +162,13 @@ def test_runs_from_other_sources_are_refused(finished):
         call(evaluate.main, finished, "-n", 2)
 
 
+def test_a_target_that_the_judge_has_not_seen(monkeypatch):
+    assert judge.knows(dict(source="toyfaces-latent", target="babies"))
+    assert not judge.knows(dict(source="toyfaces", target="haunted-houses"))
+    monkeypatch.setitem(domains.TARGETS, "hats", "toyfaces")
+    assert not judge.knows(dict(source="toyfaces", target="hats"))
+
+
 def test_a_run_is_scored_once(train, tmp_path, monkeypatch, capsys):
     built_in = ["--source", "toyfaces", "--target", "sunglasses", "--source-images", "toyfaces"]
     run = train(tmp_path / "run", *built_in, "--iterations", 1)
@@ -232,6 +239,10 @@ def test_the_stages_of_a_run_on_photos(train, tiny, backbone, tmp_path, capsys, 
     stages = json.loads((run / "stages.json").read_text())["stages"]
     assert [stage["iterations"] for stage in stages] == [0, 2] and stages[0]["Intra-LPIPS"] != stages[1]["Intra-LPIPS"]
     assert all({"FID", "KID", "held-out loss"} <= stage.keys() for stage in stages)
+    options = json.loads((run / "options.json").read_text())
+    (run / "options.json").write_text(json.dumps(dict(options, target="moved")))
+    call(evaluate.main, run, "--at", "2", "-n", 6, "--steps", 2, *lpips, "--target", tiny.targets)
+    assert torch.equal(*around)
     shutil.copytree(tiny.targets, tmp_path / "four")
     (tmp_path / "four" / "4.png").unlink()
     call(sample.main, run, "--at", 2, "-n", 6, "--steps", 2, "--seed", judge.FIRST_SEED, "--device", "cpu")

@@ -299,7 +299,9 @@ def test_the_tables_of_the_pages_have_the_numbers_of_results_json(page, begins, 
     targets = {i: word for i, word in enumerate(head.split(" | ")) if word.rstrip(" |") in domains.TARGETS}
     methods = METHODS if page == "README.md" else tables_report.ALL_METHODS
     for method in methods:
-        cells = next(line for line in lines if line.startswith("| " + label.format(method))).split(" | ")
+        row = next((line for line in lines if line.startswith("| " + label.format(method))), None)
+        assert row, f"{page}: no row for {method} below {begins}"
+        cells = row.split(" | ")
         for i, target in targets.items():
             values = tables_report.scores(found, name, method=method, target=target.rstrip(" |"))
             expected = f"{statistics.mean(values):.2f}" if values else ""

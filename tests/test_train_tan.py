@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, call, tiny_network
+from conftest import ROOT, TINY, call, tiny_network
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
@@ -368,6 +368,52 @@ def test_resume_with_flags_that_agree(finished, tmp_path, tiny):
     assert weights(finished) == before
 
 
+def test_a_run_from_before_there_was_an_option_goes_on(train, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
+    options = json.loads((run / "options.json").read_text())
+    (run / "options.json").write_text(json.dumps({name: value for name, value in options.items() if name != "compile"}))
+    resume(run, "--iterations", "2")
+    assert len(metrics(run)) == 2 and json.loads((run / "options.json").read_text())["compile"] is False
+    (run / "options.json").write_text(json.dumps(dict(options, momentum=0.9)))
+    with pytest.raises(InputError, match="options.json: from another version of this program"):
+        resume(run, "--iterations", "3")
+
+
+def test_a_run_with_its_classifier_reads_nothing_of_it_again(train, tiny, tmp_path):
+    given = {}
+    for name, made_from in (("--source-images", tiny.sources), ("--classifier-targets", tiny.targets)):
+        given[name] = shutil.copytree(made_from, tmp_path / name)
+    started = run_folder.load_classifier(train(tmp_path / "first", "--iterations", "0"))
+    save_network(tmp_path / "--classifier", started)
+    run = train(tmp_path / "run", "--method", "guided", "--iterations", "1", "--classifier", tmp_path / "--classifier",
+                *(word for pair in given.items() for word in pair))
+    made = (run / "classifier.safetensors").read_bytes()
+    for name in ("--source-images", "--classifier-targets", "--classifier"):
+        (tmp_path / name).rename(tmp_path / f"moved{name}")
+    resume(run, "--iterations", "2")
+    assert len(metrics(run)) == 2 and (run / "classifier.safetensors").read_bytes() == made
+    with pytest.raises(InputError, match="neither a folder nor a built-in source"):
+        train(run, "--method", "guided", "--overwrite", "--source-images", given["--source-images"])
+
+
+def test_the_description_of_the_network_is_kept_with_the_run(tiny, train, tmp_path, monkeypatch):
+    """--arch FILE is read once: the file may move, or change."""
+    torch.save(load_file(tiny.source), tmp_path / "published.pt")
+    described = dict(config=dict(num_head_channels=16, image_size=16, norm_groups=8), schedule=dict(name="linear", timesteps=20))
+    (tmp_path / "arch.json").write_text(json.dumps(described))
+    monkeypatch.chdir(tmp_path)
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1", "--source", tmp_path / "published.pt", "--arch", "arch.json")
+    (tmp_path / "arch.json").write_text(json.dumps(dict(described, schedule=dict(name="cosine"))))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_folder.load_run(run)[0].schedule.config["timesteps"] == 20
+    resume(run, "--iterations", "2")
+    resume(run, "--iterations", "3")
+    assert len(metrics(run)) == 3 and run_folder.load_run(run)[0].schedule.config["name"] == "linear"
+    train(run, "--method", "finetune", "--overwrite", "--iterations", "1")
+    assert not (run / "arch.json").exists() and run_folder.load_run(run)[0].schedule.timesteps == 1000
+
+
 def test_resume_of_nothing(tmp_path):
     with pytest.raises(InputError, match="nothing: no run to resume"):
         resume(tmp_path / "nothing")
@@ -405,6 +451,22 @@ def test_a_damaged_checkpoint(train, tmp_path):
 def test_inputs_that_do_not_exist(flags, says, train, tmp_path):
     with pytest.raises(InputError, match=says):
         train(tmp_path / "run", *flags)
+
+
+def test_a_source_of_few_timesteps_draws_its_own_pictures(tiny, tmp_path):
+    description = dict(network="UNet", config=TINY, schedule=dict(name="linear", timesteps=12))
+    save_network(tmp_path / "source.safetensors", network.build(description, "tiny"))
+    call(train_tan.main, "--source", tmp_path / "source.safetensors", "--target", tiny.targets, "--method", "guided", "--iterations", 1,
+         "--samples", 0, "--source-count", 4, "--classifier-iterations", 1, "--device", "cpu", "--output-dir", tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_a_source_picture_that_cannot_be_read(tiny, train, tmp_path):
+    shutil.copytree(tiny.sources, tmp_path / "sources")
+    (tmp_path / "sources" / "3.png").write_bytes((tiny.sources / "3.png").read_bytes()[:300])
+    with pytest.raises(InputError, match="3.png"):
+        train(tmp_path / "run", "--method", "guided", "--source-images", tmp_path / "sources")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_published_file_needs_an_arch(tiny, train, tmp_path):
