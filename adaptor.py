@@ -1,4 +1,4 @@
-"""Residual adaptors, the psi of Eq. 9: one psi^l beside every residual block of a frozen U-Net.
+"""Residual adaptors, the psi of Eq. 9: one psi^l beside every layer, here residual block, of a frozen U-Net.
 
     x^l = theta^l(x^{l-1}) + psi^l(x^{l-1})               section 4.3; the hook is in unet.ResBlock
                                                           (both also see the time embedding)

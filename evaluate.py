@@ -12,8 +12,9 @@
   python evaluate.py --samples DIR --target DIR --reference DIR
       and FID, KID to a larger set of pictures of the target domain
 
-The paper's figures (section 5.2): 1,000 samples (sample.py -n 1000) at 256x256, LPIPS-VGG around the ten
-training pictures, FID to 2,500 (sunglasses) and 2,700 (babies) pictures.  The weights of LPIPS's backbone and
+The paper's figures (section 5.2): Intra-LPIPS of 1,000 samples (sample.py -n 1000) around the ten training
+pictures, FID to 2,500 (sunglasses) and 2,700 (babies) pictures.  It names neither a size nor LPIPS's
+backbone: by default they are 256x256 and VGG, as is usual.  The weights of LPIPS's backbone and
 of Inception are downloaded if --download allows it, else the message says which file to put where.  GAN
 samples are scored the same way: only the folders matter.  python -m experiments.tables makes the tables and
 figures of sections 5.2 to 5.4.

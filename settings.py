@@ -205,7 +205,7 @@ class Options:
     pictures: PictureOptions = dataclasses.field(default_factory=PictureOptions)
 
 
-# Section 5.2, for 256x256 networks, beside gamma above.  It does not give the classifier's iterations; the
+# Section 5.2, beside gamma above; taken for networks of more than 64 pixels.  It does not give the classifier's iterations; the
 # pairwise weights are those of DDPM-PA's later release.
 PAPER = dict(iterations=300, batch_size=40, learning_rate=5e-5, learning_rate_decay="none",
              classifier_iterations=300, guidance_fade=0.0, pgd_steps=10, omega=0.02, norm="paper",

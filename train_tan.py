@@ -1,14 +1,14 @@
 """TAN: adapt a pre-trained diffusion model to a new domain from ten pictures (Algorithm 1).
 
   python train_tan.py --target sunglasses                    built-in faces and target; minutes on a laptop
-  python train_tan.py --target sunglasses --method tan       all of the paper, which small sources do without
+  python train_tan.py --target sunglasses --method tan       all parts of the paper; small sources do without
   python train_tan.py --target photos/                       your own pictures; adapts photo-like faces, 64x64
   python train_tan.py --source toyfaces-latent               the same on a latent diffusion model
   python train_tan.py --source ffhq_p2.pt --target photos/ --precision bf16    a published checkpoint
   torchrun --nproc_per_node=8 train_tan.py --source ...      on 8 GPUs; --batch-size stays the global one
   python train_tan.py --target sunglasses --resume           go on where it stopped, on a CPU bit for bit
 
-Options left out get what suits the source (settings.py): the paper's above 64 pixels, others for smaller
+Options left out get what suits the source (settings.py): the paper's numbers above 64 pixels, others for smaller
 sources such as the built-in ones, where adaptors alone are measured to be better.  The program prints those
 that are not the paper's.
 

@@ -1,1 +1,1 @@
-"""What the paper compares TAN with."""
+"""What the paper compares TAN with, and FreezeD, which it cites."""

@@ -65,7 +65,7 @@ def score_table(found: list[Row], name: str, title: str, paper: dict[str, tuple]
         numbers = [paper[target][i] if target in paper else None for target in targets]
         if any(numbers):
             cells = ["" if number is None else f"{number:.{digits}f}" for number in numbers]
-            rows.append([f"paper, photographs: {method}", rate, *cells])
+            rows.append([f"paper, real pictures: {method}", rate, *cells])
     return markdown(title, ["method", "parameter rate", *targets], rows)
 
 
@@ -250,7 +250,7 @@ def classifier_table(found: list[Row]) -> list[str]:
             cells = [mean_std(scores(found, name, **what)) for name in names]
             rows.append([target, method, pictures, *cells])
     for pictures, (intra, fid) in PAPER_CLASSIFIER.items():
-        rows.append(["paper, photographs", "TAN", pictures, f"{intra:.3f}", f"{fid:.2f}", "", "", ""])
+        rows.append(["paper, real pictures", "TAN", pictures, f"{intra:.3f}", f"{fid:.2f}", "", "", ""])
     head = ["target", "method", "pictures", *names]
     return [markdown("Table 3, classifier from 10 and from 100 pictures", head, rows)]
 

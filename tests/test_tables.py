@@ -42,7 +42,7 @@ def test_tables(trained, tmp_path, capsys):
     call(tables.main, *flags)
     text, found = (tmp_path / "tables.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     assert text.strip() in capsys.readouterr().out
-    assert "| finetune | 100.0% | " in text and "| paper, photographs: TAN | 1.3% | 20.06 |" in text and "| paper, photographs: LMD-TAN | 1.6% | 0.613 |" in text
+    assert "| finetune | 100.0% | " in text and "| paper, real pictures: TAN | 1.3% | 20.06 |" in text and "| paper, real pictures: LMD-TAN | 1.6% | 0.613 |" in text
     assert "| source model |" in text and "| fresh pictures |" in text and "12 samples of each run" in text and "Table 3" in text
     share = {row["run"]["method"]: row["score"]["target"] for row in found["tables"]}
     assert share["fresh pictures"] > 0.9 > 0.5 > share["source model"]  # of sunglasses
@@ -95,7 +95,7 @@ def test_gans_stand_above_the_diffusion_methods(trained, tmp_path):
     text = (tmp_path / "tables.md").read_text()
     methods = [line.split(" | ")[0] for line in text.split("Table 2")[1].splitlines()[4:]]
     assert methods[:5] == ["| source GAN", "| source model", "| cdc", "| adaptor", "| fresh pictures"]
-    assert "| paper, photographs: TGAN+ADA | 100% | 53.64 |" in text and "| cdc | 3 | " in text
+    assert "| paper, real pictures: TGAN+ADA | 100% | 53.64 |" in text and "| cdc | 3 | " in text
     assert Image.open(tmp_path / "samples-sunglasses.png").height > 5 * 32  # training, two sources, two methods
     assert {row["run"]["method"] for row in json.loads((tmp_path / "results.json").read_text())["passes"]} == {"adaptor"}
     call(tables.main, *flags, "--parts", "tables", "--latent", "--methods", "adaptor", "cdc")
