@@ -205,8 +205,8 @@ class Options:
     pictures: PictureOptions = dataclasses.field(default_factory=PictureOptions)
 
 
-# Section 5.2, beside gamma above; taken for networks of more than 64 pixels.  It does not give the classifier's iterations; the
-# pairwise weights are those of DDPM-PA's later release.
+# Section 5.2, beside gamma above; taken for networks of more than 64 pixels.  It does not give the
+# classifier's iterations; the pairwise weights are those of DDPM-PA's later release.
 PAPER = dict(iterations=300, batch_size=40, learning_rate=5e-5, learning_rate_decay="none",
              classifier_iterations=300, guidance_fade=0.0, pgd_steps=10, omega=0.02, norm="paper",
              pairwise_weights=(4.0, 4.0, 1.0))

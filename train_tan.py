@@ -8,9 +8,9 @@
   torchrun --nproc_per_node=8 train_tan.py --source ...      on 8 GPUs; --batch-size stays the global one
   python train_tan.py --target sunglasses --resume           go on where it stopped, on a CPU bit for bit
 
-Options left out get what suits the source (settings.py): the paper's numbers above 64 pixels, others for smaller
-sources such as the built-in ones, where adaptors alone are measured to be better.  The program prints those
-that are not the paper's.
+Options left out get what suits the source (settings.py): the paper's numbers above 64 pixels, others for
+smaller sources such as the built-in ones, where adaptors alone are measured to be better.  The program prints
+those that are not the paper's.
 
 A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below),
 progress.png (the same noises at several iterations, with their median distance to the nearest training
