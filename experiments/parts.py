@@ -1,6 +1,7 @@
 """The parts of experiments.tables: which runs each of them needs, trained and scored; and their pictures."""
 
 import dataclasses
+import functools
 import itertools
 import shutil
 import statistics
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from PIL import Image
+from torch import Tensor
 
 import adaptor
 import domains
@@ -119,6 +121,15 @@ def score(options: Options, folder: Path, device: torch.device) -> Row:
     return judge.score_run(folder, options.n, options.steps, device) | more
 
 
+def known(options: Options, flags: dict[str, Any], **asked: Any) -> Row | None:
+    """What results.json has of a run with these flags, method, target ..., scored as it would be now."""
+    for row in itertools.chain.from_iterable(results.read(options.file).values()):
+        if (asked.items() <= row["run"].items() and row["run"].get("flags", {}) == flags
+                and results.current(row, options.n, options.steps)):
+            return row
+    return None
+
+
 def measured(options: Options, device: torch.device, target: str, method: str, seed: int, label: str = "",
              name: str = "", **flags: Any) -> Row:
     """The scored run of this target, method, seed and flags: as results.json has it, else trained now.
@@ -127,14 +138,9 @@ def measured(options: Options, device: torch.device, target: str, method: str, s
     """
     # The folder of runs may move.
     flags_ = {key: Path(value).name if key == "classifier_targets" else value for key, value in flags.items()}
-    asked = dict(target=target, source=options.source(target, method), method=method, seed=seed)
-    for row in itertools.chain.from_iterable(results.read(options.file).values()):
-        if (asked.items() <= row["run"].items() and row["run"].get("flags", {}) == flags_
-                and results.current(row, options.n, options.steps)):
-            found = row
-            break
-    else:
-        found = score(options, run_of(options, target, method, seed, name, **flags), device)
+    found = known(options, flags_, target=target, source=options.source(target, method), method=method,
+                  seed=seed)
+    found = found or score(options, run_of(options, target, method, seed, name, **flags), device)
     return found | dict(run=dict(found["run"], label=label or method, flags=flags_))
 
 
@@ -155,16 +161,26 @@ def main_runs(options: Options, device: torch.device) -> Iterator[Row]:
     for seed, target, method in bar(jobs, "runs"):
         yield measured(options, device, target, method, seed)
     for target in options.targets:
-        ends = {}
-        for method in options.sources:
-            name = "source GAN" if method in gan_methods.METHODS else "source model"
-            before = judge.source_samples(options.source(target, method), options.n, options.steps, device)
-            ends[name] = (before, before)
-        ends["fresh pictures"] = tuple(to_tensor(domains.draw(domain, options.n, 77, before.shape[2])[0])
-                                       for domain in (target, domains.TARGETS[target]))
         how = judge.protocol(target, options.n, options.steps)
-        for name, pictures in ends.items():
-            yield dict(run=dict(method=name, target=target, **how), score=judge.score(*pictures, target))
+        for name, pictures in ends(options, target, device).items():
+            yield known(options, {}, method=name, target=target) or dict(
+                run=dict(method=name, target=target, **how), score=judge.score(*pictures(), target))
+
+
+def ends(options: Options, target: str, device: torch.device) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """The ends of a target's scale: what gives their pictures, and those of the source beside them."""
+    def of_source(source: str) -> tuple[Tensor, ...]:
+        drawn = judge.source_samples(source, options.n, options.steps, device)
+        return drawn, drawn
+
+    def fresh() -> tuple[Tensor, ...]:
+        size = load_source(options.source(target)).image_size
+        return tuple(to_tensor(domains.draw(domain, options.n, 77, size)[0])
+                     for domain in (target, domains.TARGETS[target]))
+
+    of_sources = {"source GAN" if method in gan_methods.METHODS else "source model":
+                  functools.partial(of_source, options.source(target, method)) for method in options.sources}
+    return of_sources | {"fresh pictures": fresh}
 
 
 def ablation_runs(options: Options, device: torch.device) -> Iterator[Row]:
