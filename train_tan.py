@@ -15,8 +15,8 @@ those that are not the paper's.
 A run leaves in runs/TARGET/: targets.png, samples.png (same noise: source above, adapted below),
 progress.png (the same noises at several iterations, with their median distance to the nearest training
 picture or its mirror image, rms over pixels: 0 are copies), report.html (all of it on one page), stages/ (the
-weights of each row), loss.png, metrics.jsonl, options.json, checkpoint.pt, weights.safetensors, and
-of a method with guidance classifier.safetensors.
+weights of each row), loss.png, metrics.jsonl, options.json, checkpoint.pt, weights.safetensors, of a method
+with guidance classifier.safetensors, and of --arch FILE a copy, arch.json.
 
   python sample.py runs/TARGET -n 64            more pictures from it; from a stage with --at 96
   python evaluate.py runs/TARGET --at all       its stages compared; --hold-out 2 shows where copying begins
@@ -139,6 +139,7 @@ def obtain_classifier(source: Network, inputs: ClassifierInputs | None, options:
 
     if inputs:
         pictures = sampled_sources(source, options) if inputs.sources is None else inputs.sources
+        inputs.sources = None  # not held for the whole run
         work = functools.partial(make, pictures.to(device))
         at_once = options.micro_batch_size or guide.classifier_batch_size
         # Of several processes one cannot begin anew: the others wait for its gradients.
@@ -237,13 +238,14 @@ def main() -> None:
     elif options.source is None:
         options = replace(options, source=settings.usual_source(options.target))
     options = replace(options, source=pinned(options.source), output_dir=str(out))
-    source = load_diffusion_model(options.source, options.arch)
+    arch = run_folder.arch_of(out, flat(options)) if options.resume else options.arch
+    source = load_diffusion_model(options.source, arch)
     asked, options = options, settings.suited(options, source)
     settings.check(options, typed, source)
     source.precision = options.precision
     targets, held_out = domains.training_images(options.target, source.image_size, options.hold_out,
                                                 options.recursive)
-    of_classifier = classifier_inputs(source, targets, options, out, device)
+    inputs = classifier_inputs(source, targets, options, out, device)
     identity = run_folder.identity(source, torch.cat([targets, held_out]), settings.compared(options))
     state = run_folder.open_run(out, flat(options), identity)  # what a resumed run goes on from
     method, guide = METHODS[options.method], options.guidance
@@ -253,8 +255,7 @@ def main() -> None:
     model, schedule = source.to(device).model, source.schedule
     psi = trainable(source, options)  # all of theta for a method without adaptors
     describe(source, psi, targets, asked, options, device)
-    classifier = (obtain_classifier(source, of_classifier, options, out, device) if method.guidance
-                  else None)
+    classifier = obtain_classifier(source, inputs, options, out, device) if method.guidance else None
     speed_up(model, options)
     source_alone = options.adversarial_noise.pgd_network == "source"  # theta of Eq. 10
     ascended = adaptor.source_model(model) if source_alone else model

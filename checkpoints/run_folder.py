@@ -47,31 +47,25 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
     """
     if not (out / "options.json").exists():
         raise InputError(f"{out}: no run to resume (no options.json); leave out --resume to start one")
-    # What has become an option since the run began is what it is by default.
-    saved, asked = _as_json(flat(type(options)())) | read_options(out), flat(options)
+    # An option of which nothing shows in the weights may be newer than the run.
+    newer = {name: value for name, value in flat(type(options)()).items() if name in MAY_CHANGE}
+    saved, asked = newer | read_options(out), flat(options)
     if saved.keys() != asked.keys():
         raise InputError(f"{out}/options.json: from another version of this program; start anew with "
                          "--overwrite")
     check_types(options, saved, f"{out}/options.json")
     for name in sorted(typed - MAY_CHANGE):
-        if _as_json(asked[name]) != saved[name]:
+        if json.loads(json.dumps(asked[name])) != saved[name]:
             raise InputError(f"{flag(name)} {asked[name]}: the run in {out} has {saved[name]}; leave the "
                              f"flag out (--output-dir {quoted(out)} --resume), or start another run with "
                              "another --output-dir")
     kept = {name: asked[name] for name in (typed & MAY_CHANGE) | {"device"}}
-    if "arch" in saved:
-        kept["arch"] = arch_of(out, saved)
     wanted, before = kept.get("iterations", saved["iterations"]), saved["iterations"]
     if wanted != before and (saved.get("learning_rate_decay") == "cosine" or saved.get("guidance_fade")):
         distributed.say("what falls with the run's length (--learning-rate-decay, --guidance-fade) falls "
                         f"over {wanted} iterations from now on, not over {before}")
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     return replace(options, **{**saved, **kept, "resume": True})
-
-
-def _as_json(value: Any) -> Any:
-    """The value as it comes back from a file: tuples as lists."""
-    return json.loads(json.dumps(value))
 
 
 def identity(source: Network, targets: Tensor, compared: str | None) -> dict[str, str | None]:
@@ -117,7 +111,7 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
     if not is_run and any((out / name).exists() for name in FILES + FOLDERS):
         raise InputError(f"{out}: holds files with the names a run would write, but is not a run; choose "
                          "another --output-dir")
-    arch = options.get("arch")
+    arch = arch_of(out, options) if options["resume"] else options.get("arch")
     described = None if arch is None or arch in ARCHITECTURES else Path(arch).read_text()
     distributed.barrier()
     if distributed.rank() == 0:
@@ -162,8 +156,8 @@ def read_options(folder: Path) -> dict[str, Any]:
 
 def arch_of(folder: Path, options: dict[str, Any]) -> str | None:
     """--arch of the run with these (flat) options: its own copy of the file, or a name, or None."""
-    copy = Path(folder) / ARCH
-    return str(copy) if copy.exists() else options.get("arch")
+    arch, copy = options.get("arch"), Path(folder) / ARCH
+    return arch if arch is None or arch in ARCHITECTURES or not copy.exists() else str(copy)
 
 
 def stage_file(folder: Path, iteration: int) -> Path:

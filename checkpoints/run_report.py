@@ -17,7 +17,7 @@ import adaptor
 from checkpoints.gan import GAN
 from checkpoints.load import load_source
 from checkpoints.network import Network, save_tensors
-from checkpoints.run_folder import best_stage, stage_file, stages
+from checkpoints.run_folder import arch_of, best_stage, stage_file, stages
 from checkpoints.run_page import write_page
 from classifier import guided_loss
 from ddpm import predict_eps
@@ -159,7 +159,7 @@ class Report:
         if adaptor.state_dict(self.source.model):
             before = dataclasses.replace(self.source, model=adaptor.source_model(self.source.model))
         else:  # its weights are gone
-            before = load_source(self.options["source"], self.options.get("arch"))
+            before = load_source(self.options["source"], arch_of(self.out, self.options))
             before.precision = self.source.precision
         source = self.draw(before, n, steps)
         blank = torch.ones(-n % columns, *self.targets.shape[1:])  # both rows of the last pair are full

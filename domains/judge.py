@@ -203,12 +203,16 @@ def source_samples(source: str, n: int, steps: int, device: torch.device, precis
 
 
 def knows(options: dict) -> bool:
-    """Whether a run with these (flat) options went from a drawn source to one of its targets that the judge
-    has seen: a new one needs a new judge.
-    """
-    drawn, target = domains.drawn_by(options["source"]), options["target"]
-    return (drawn is not None and domains.TARGETS.get(target) == drawn
-            and target in load_judge(drawn).description["attributes"]["domain"])
+    """Whether a run with these (flat) options went from a drawn source to one of its targets."""
+    drawn = domains.drawn_by(options["source"])
+    return drawn is not None and domains.TARGETS.get(options["target"]) == drawn
+
+
+def need_seen(target: str) -> None:
+    """InputError for a drawn target that its source's judge has not seen: a new one needs a new judge."""
+    if target not in load_judge(domains.TARGETS[target]).description["attributes"]["domain"]:
+        raise InputError(f"{target}: the judge has not seen it, and cannot score it; train one that has "
+                         "(docs/built-in-weights.md)")
 
 
 def score_run(folder: Path, n: int, steps: int, device: torch.device,
@@ -228,6 +232,7 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
             f"For other pictures: python sample.py {quoted(folder)} -n 1000, then python evaluate.py "
             f"--samples {quoted(Path(folder) / 'drawn')} --target {quoted(target)} --download (--size, for a "
             "small source the size of its pictures)")
+    need_seen(target)
     network, _ = run_folder.load_run(folder, at)
     network.check_steps(steps)
     run = {name: options[name] for name in ("source", "target", "method", "seed", "iterations")}

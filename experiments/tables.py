@@ -53,9 +53,7 @@ def check(options: Options) -> None:
     for target in options.targets:
         if options.source(target) not in BUILT_IN:
             raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
-        if not judge.knows(dict(source=options.source(target), target=target)):
-            raise InputError(f"--targets {target}: the judge has not seen it, and cannot score it; train one "
-                             "that has (docs/built-in-weights.md)")
+        judge.need_seen(target)
         most = load_source(options.source(target)).schedule.timesteps
         if options.steps > most:
             raise InputError(f"--steps {options.steps}: the model of {options.source(target)} has {most}")

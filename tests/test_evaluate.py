@@ -20,6 +20,7 @@ from checkpoints import perceptual, run_report
 from checkpoints.network import save_network
 from checkpoints.perceptual import load_lpips, lpips_features
 from domains import judge
+from experiments import parts, tables
 from metrics import IntraLPIPS, intra_lpips
 from plumbing import distributed
 from plumbing.memory import device_memory
@@ -162,11 +163,14 @@ def test_runs_from_other_sources_are_refused(finished):
         call(evaluate.main, finished, "-n", 2)
 
 
-def test_a_target_that_the_judge_has_not_seen(monkeypatch):
-    assert judge.knows(dict(source="toyfaces-latent", target="babies"))
-    assert not judge.knows(dict(source="toyfaces", target="haunted-houses"))
+def test_a_target_that_the_judge_has_not_seen(monkeypatch, tmp_path):
+    judge.need_seen("babies")
     monkeypatch.setitem(domains.TARGETS, "hats", "toyfaces")
-    assert not judge.knows(dict(source="toyfaces", target="hats"))
+    (tmp_path / "options.json").write_text(json.dumps(dict(source="toyfaces-latent", target="hats", method="adaptor")))
+    with pytest.raises(InputError, match="hats: the judge has not seen it"):
+        call(evaluate.main, tmp_path)
+    with pytest.raises(InputError, match="hats: the judge has not seen it"):
+        tables.check(parts.Options(targets=("hats",)))
 
 
 def test_a_run_is_scored_once(train, tmp_path, monkeypatch, capsys):

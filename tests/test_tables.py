@@ -109,7 +109,8 @@ def test_what_results_json_has_is_not_trained_again(trained, tmp_path, monkeypat
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a" / "results.json", tmp_path / "b")
     with monkeypatch.context() as patch:
-        patch.setattr(judge, "source_samples", None)  # nor is the source scored
+        patch.setattr(judge, "source_samples", None)  # nor is the source scored, nor fresh pictures
+        patch.setattr(judge, "score", None)
         call(tables.main, *flags, "--output-dir", tmp_path / "b")
     assert len(trained) == 1 and not (tmp_path / "b" / "sunglasses").exists()
     assert (tmp_path / "b" / "tables.md").read_text() == (tmp_path / "a" / "tables.md").read_text()
