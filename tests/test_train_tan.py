@@ -403,7 +403,7 @@ def test_the_description_of_the_network_is_kept_with_the_run(tiny, train, tmp_pa
     described = dict(config=dict(num_head_channels=16, image_size=16, norm_groups=8), schedule=dict(name="linear", timesteps=20))
     (tmp_path / "arch.json").write_text(json.dumps(described))
     monkeypatch.chdir(tmp_path)
-    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1", "--source", tmp_path / "published.pt", "--arch", "arch.json")
+    run = train(tmp_path / "run", "--method", "finetune", "--samples", "2", "--iterations", "1", "--source", tmp_path / "published.pt", "--arch", "arch.json")
     (tmp_path / "arch.json").write_text(json.dumps(dict(described, schedule=dict(name="cosine"))))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
