@@ -98,7 +98,8 @@ def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None
 
 
 def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None]) -> dict[str, Any] | None:
-    """Make the folder, emptied of an earlier run unless this one resumes it, and write the (flat) options.
+    """Make the folder, emptied of an earlier run unless this one resumes it, and write the (flat) options
+    and a copy of the file that --arch names.
 
     Returns the training state from which a resumed run goes on, or None: it begins.  Raises InputError if
     the folder holds a run that --overwrite does not give up, and as `read_state` does.
@@ -112,7 +113,7 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
         raise InputError(f"{out}: holds files with the names a run would write, but is not a run; choose "
                          "another --output-dir")
     arch = arch_of(out, options) if options["resume"] else options.get("arch")
-    described = None if arch is None or arch in ARCHITECTURES else Path(arch).read_text()
+    described = Path(arch).read_text() if _is_file(arch) else None
     distributed.barrier()
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,12 @@ def read_options(folder: Path) -> dict[str, Any]:
 def arch_of(folder: Path, options: dict[str, Any]) -> str | None:
     """--arch of the run with these (flat) options: its own copy of the file, or a name, or None."""
     arch, copy = options.get("arch"), Path(folder) / ARCH
-    return arch if arch is None or arch in ARCHITECTURES or not copy.exists() else str(copy)
+    return str(copy) if _is_file(arch) and copy.exists() else arch
+
+
+def _is_file(arch: str | None) -> bool:
+    """Whether --arch names a file, not a known network."""
+    return arch is not None and arch not in ARCHITECTURES
 
 
 def stage_file(folder: Path, iteration: int) -> Path:
