@@ -164,7 +164,7 @@ def train_gan(out: Path, options: Options, network: gan.GAN, batch_of: Batch, co
     ema = EMA(players.drawing, training.ema)
 
     def after(done: int, saved: bool) -> None:
-        if saved or done == training.iterations:
+        if saved:
             show(out, network, ema, torch.empty(0))
 
     def real_pictures(g: torch.Generator) -> Tensor:
@@ -189,7 +189,7 @@ def main() -> None:
     out = folder_of(options)
     device = distributed.setup(training.device)
     check_replaceable(out, FILES, options.resume, options.overwrite)
-    keep_apart(out, options.source)
+    keep_apart(out, options.source, recursive=True)
     check(options, typed)
     if training.threads:
         torch.set_num_threads(training.threads)
@@ -220,7 +220,7 @@ def main() -> None:
     ema = EMA(parameters, training.ema)
 
     def after(done: int, saved: bool) -> None:
-        if saved or done == training.iterations:
+        if saved:
             show(out, network, ema, shown)
 
     loop = Loop(out, options.network, training.iterations, training.save_every, b, parameters, optimizer, ema,

@@ -321,8 +321,9 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     if METHODS[options.method].pairwise_losses:
         _refuse_lone_pictures(options)
     domains.check_pair(options.source, options.target)
-    keep_apart(folder_of(options), options.target, options.guidance.source_images,
-               options.guidance.classifier_targets)
+    for pictures, recursive in ((options.target, options.recursive), (options.guidance.source_images, True),
+                                (options.guidance.classifier_targets, False)):
+        keep_apart(folder_of(options), pictures, recursive)
 
 
 def compared(options: Options) -> str | None:

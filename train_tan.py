@@ -52,6 +52,7 @@ from plumbing.training import EMA, Loop, cosine_decay, hold_frozen_in_bf16, warm
 from settings import METHODS, Options
 from unet import UNet
 
+MICRO = "--micro-batch-size"
 REMEDY = "start again with --overwrite and a lower --learning-rate or --gamma, or --precision fp32"
 
 
@@ -109,7 +110,7 @@ def sampled_sources(source: Network, options: Options) -> Tensor:
 
     bar = functools.partial(progress.bar, text="source pictures")
     drawn = fitting(lambda at_once: source.sample(seeds[distributed.share(count)], steps, batch_size=at_once,
-                                                  progress=bar), options.micro_batch_size or 64)
+                                                  progress=bar), options.micro_batch_size or 64, MICRO)
     return distributed.gather(drawn, count, next(source.model.parameters()).device)
 
 
@@ -143,7 +144,7 @@ def obtain_classifier(source: Network, inputs: ClassifierInputs | None, options:
         work = functools.partial(make, pictures.to(device))
         at_once = options.micro_batch_size or guide.classifier_batch_size
         # Of several processes one cannot begin anew: the others wait for its gradients.
-        model, accuracy = fitting(work, at_once) if distributed.world() == 1 else work(at_once)
+        model, accuracy = fitting(work, at_once, MICRO) if distributed.world() == 1 else work(at_once)
         description = dict(inputs.begins, held_out_accuracy=accuracy)
         if distributed.rank() == 0:
             save_network(out / CLASSIFIER, Network(model, source.schedule, description))

@@ -18,7 +18,7 @@ from autoencoder import KL, VQ
 from checkpoints import diffusers_first_stage
 from checkpoints.diffusers_unet import schedule_options, unet_options
 from checkpoints.published import ARCHITECTURES, LINEAR, read_json
-from checkpoints.weights_file import read_parts
+from checkpoints.weights_file import SUFFIXES, read_parts
 from plumbing import distributed
 from plumbing.options import InputError
 
@@ -30,7 +30,6 @@ SHARD = r"-(\d+)-of-(\d+)"
 # From the best: whole, in parts, a variant such as fp16; each safely stored or pickled.
 FORMS = (rf"{MODEL}\.safetensors", rf"{MODEL}{SHARD}\.safetensors", rf"{MODEL}\.bin", rf"{MODEL}{SHARD}\.bin",
          rf"{MODEL}\.\w+({SHARD})?\.safetensors", rf"{MODEL}\.\w+({SHARD})?\.bin")
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 NOT_NETWORKS = re.compile(r"(optimizer|scheduler|random_states|scaler|checkpoint|training_args|classifier).*")
 
 

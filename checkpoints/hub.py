@@ -7,7 +7,8 @@ HF_TOKEN.
 import re
 from pathlib import Path
 
-from checkpoints.diffusers_folder import SUFFIXES, missing_first_stage, needed
+from checkpoints.diffusers_folder import missing_first_stage, needed
+from checkpoints.weights_file import SUFFIXES
 from plumbing import distributed
 from plumbing.options import InputError
 

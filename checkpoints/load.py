@@ -5,6 +5,7 @@ repository of the Hugging Face Hub; --arch helps where a file does not show its 
 and nothing in a file is ever run.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from checkpoints import diffusers_folder, gan, hub, published
 from checkpoints.gan import GAN
 from checkpoints.layouts import layout_of, translate
 from checkpoints.network import Network, build, load_strictly
-from checkpoints.weights_file import read_parts, read_set
+from checkpoints.weights_file import SUFFIXES, read_parts, read_set
 from plumbing import distributed
 from plumbing.options import InputError, did_you_mean
 from unet import UNet
@@ -42,7 +43,7 @@ def locate(name: str) -> Path:
             distributed.say_once(f"note: the built-in {name} is taken; for the one here give ./{name}")
         return asset
     path = Path(name)
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         return hub.snapshot_in(path) if path.is_dir() else path
     if hub.is_name(name):
         return hub.fetch(name)
@@ -56,7 +57,7 @@ def title_of(name: str) -> str:
     its folder.
     """
     path = Path(name.partition("@")[0] if hub.is_name(name) else name)
-    if path.suffix in diffusers_folder.SUFFIXES and not path.is_dir():
+    if path.suffix in SUFFIXES and not path.is_dir():
         path = path.with_suffix("")
     names = [part for part in path.parts if part not in USUAL_NAMES]
     return (names or ["model"])[-1]
@@ -65,7 +66,7 @@ def title_of(name: str) -> str:
 def pinned(name: str) -> str:
     """The same name for what is here; for a repository of the Hub, with the commit that is taken."""
     path = locate(name)
-    return hub.pinned(name, path) if hub.is_name(name) and not Path(name).exists() else name
+    return hub.pinned(name, path) if hub.is_name(name) and not os.path.lexists(name) else name
 
 
 def load_network(path: Path, arch: str | None = None) -> Network | GAN:
@@ -119,13 +120,13 @@ def _load_gan(own: dict[str, Any] | None, tensors: dict[str, Tensor], path: Path
     """A StyleGAN2 from these tensors: our own, or the generator of a published file with `d` beside it."""
     if arch:
         raise InputError(f"--arch {arch}: a StyleGAN2 shows its network itself; leave it out")
-    description = own
+    description = dict(own or {}, layout="this project's own")
     if own is None:
         judge = read_set(path, "d")
         description = gan.describe(tensors, judge, path)
         tensors = {**{f"g_ema.{key}": value for key, value in tensors.items()},
                    **{f"d.{key}": value for key, value in judge.items()}}
-    network = gan.build(dict({"layout": "this project's own"}, **description), str(path))
+    network = gan.build(description, str(path))
     gan.fill(network, tensors, path)
     return network
 

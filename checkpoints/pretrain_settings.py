@@ -170,6 +170,8 @@ def check(options: Options, typed: frozenset[str]) -> None:
     below(options, ema=1)
     positive(options, "learning_rate")
     check_seed(options)
+    if not options.shape.channel_mult:
+        raise InputError("--channel-mult: give at least one")
     factors = [2 ** level for level in range(len(options.shape.channel_mult))]
     if "attention" in typed and set(options.shape.attention) - set(factors):
         raise InputError(f"--attention {' '.join(map(str, options.shape.attention))}: this network halves "

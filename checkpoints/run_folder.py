@@ -104,7 +104,7 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
     Returns the training state from which a resumed run goes on, or None: it begins.  Raises InputError if
     the folder holds a run that --overwrite does not give up, and as `read_state` does.
     """
-    if "\udc80" <= max(str(out)) <= "\udcff":  # safetensors does not open it
+    if any("\udc80" <= letter <= "\udcff" for letter in str(out)):  # safetensors does not open it
         raise InputError(f"--output-dir {out}: is no UTF-8; choose another name")
     state = read_state(out, options, belongs) if options["resume"] else None
     is_run = (out / "options.json").exists()
@@ -120,10 +120,10 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
         for folder in (out, *(out / name for name in FOLDERS)):
             remove_unfinished(folder)
         if not options["resume"]:
-            for name in FILES:
-                (out / name).unlink(missing_ok=True)
             for name in FOLDERS:
                 shutil.rmtree(out / name, ignore_errors=True)
+            for name in reversed(FILES):  # options.json last: killed here, it is still a run
+                (out / name).unlink(missing_ok=True)
         if state is None or state["iteration"] < options["iterations"]:
             # A finished run that goes on is not finished.
             (out / "weights.safetensors").unlink(missing_ok=True)

@@ -50,7 +50,7 @@ class Report:
     """
 
     def __init__(self, out: Path, options: dict[str, Any], source: Network | GAN, fingerprint: str,
-                 targets: Tensor, held_out: Tensor, ema: EMA, device: torch.device, command: str = "",
+                 targets: Tensor, held_out: Tensor, ema: EMA, device: torch.device, command: str,
                  board: Board | None = None):
         self.out, self.options, self.source, self.ema = out, options, source, ema
         self.fingerprint = fingerprint
@@ -90,7 +90,7 @@ class Report:
         description = dict(method=self.options["method"], source=self.fingerprint, **more)
         save_tensors(path, weights, {"description": json.dumps(description)})
 
-    def preview(self, done: int, saved: bool = False) -> None:
+    def preview(self, done: int, saved: bool) -> None:
         """One more stage and row of progress.png, if one is due after so many iterations."""
         path, strip = stage_file(self.out, done), self.out / "progress" / f"{done:06d}.png"
         there = path.exists() and (strip.exists() or not self.options["samples"])

@@ -19,6 +19,10 @@ def new_network(kind: str, size: int, shape: Shape, latent: Latent, adversarial:
     made_by      the command that trains it
     """
     stage = first_stage(latent.first_stage, kind, size) if latent.first_stage else None
+    seen, factor = size // stage.model.factor if stage else size, 2 ** (len(shape.channel_mult) - 1)
+    if kind != "stylegan2" and seen % factor:
+        raise InputError(f"--size {size}: the sides of what the network sees must be divisible by {factor} "
+                         "(--channel-mult)")
     if kind == "stylegan2":
         described = stylegan2(size, shape, adversarial)
     elif kind.upper() in FIRST_STAGES:
@@ -29,9 +33,6 @@ def new_network(kind: str, size: int, shape: Shape, latent: Latent, adversarial:
     if kind == "stylegan2":
         return gan.build(described, "the network flags")
     network = build(described, "the network flags")
-    if network.model.image_size % network.model.factor:
-        raise InputError(f"--size {size}: the sides of what the network sees must be divisible by "
-                         f"{network.model.factor} (--channel-mult)")
     if stage:
         network.first_stage.load_state_dict(stage.model.state_dict())
     return network

@@ -28,10 +28,11 @@ HOSTILE = {"os", "posix", "nt", "sys", "subprocess", "shutil", "builtins", "impo
 PLAIN_TYPES = {"list", "dict", "set", "frozenset", "tuple", "int", "float", "str", "bytes", "bytearray",
                "complex", "bool", "object", "slice", "range"}
 # First bytes of what is no file of weights.
-OTHERS = {b"version https://git-lfs": "a Git LFS pointer", b"\x1f\x8b": "a gzip archive; unpack it",
+OTHERS = {b"\x1f\x8b": "a gzip archive; unpack it",
           b"7z\xbc\xaf": "a 7z archive; unpack it", b"Rar!": "a RAR archive; unpack it",
           b"\x89HDF": "an HDF5 file (Keras, TensorFlow)", b"GGUF": "a GGUF file", b"\x89PNG": "a picture",
           b"\xff\xd8\xff": "a picture", b"%PDF": "a PDF", b"{": "a text file of JSON"}
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
 LONGEST_HEADER = 100_000_000  # bytes, of safetensors
 
 
@@ -79,9 +80,11 @@ def kind_of(path: Path) -> str:
         raise unreadable(path, "it is empty; download it again")
     if not start.strip(b"\0"):
         raise unreadable(path, "it begins with zeros: a download that was broken off; download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise unreadable(path, _pointer(start))
     for first, what in OTHERS.items():
         if start.startswith(first):
-            raise unreadable(path, f"it is {what}" if "pointer" not in what else _pointer(start))
+            raise unreadable(path, f"it is {what}")
     if start.lstrip()[:1] == b"<":
         raise unreadable(path, "it is a web page; open the link in a browser, confirm the download there")
     raise unreadable(path, "it begins as neither safetensors nor a torch file does; download it again")
@@ -111,8 +114,7 @@ def _kind_of_zip(path: Path) -> str:
                                "alone")
     if any(name.endswith("data.pkl") for name in names):
         return "torch"
-    suffixes = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
-    inside = next((name for name in names if name.endswith(suffixes)), None)
+    inside = next((name for name in names if name.endswith(SUFFIXES)), None)
     raise unreadable(path, "it is a .zip archive; unpack it" + (f" and give its {inside}" if inside else ""))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import settings
 from baselines import gan_methods, gan_settings
 from checkpoints.load import load_source
-from checkpoints.run_folder import MAY_CHANGE
+from checkpoints.run_folder import MAY_CHANGE, read_options
 from plumbing.options import InputError, flag, flat, replace
 
 # Options of which nothing shows in the weights.
@@ -31,15 +31,15 @@ class Program:
     used_by: Callable[[str], Collection[str]]
 
 
-TRAIN_TAN = (str(Path(__file__).parents[1] / "train_tan.py"),)
-GAN_TRANSFER = ("-m", "baselines.gan_transfer")
-TAN = Program(TRAIN_TAN, settings.Options, settings.suited, settings.used_by)
-GAN = Program(GAN_TRANSFER, gan_settings.Options, gan_settings.suited, gan_settings.used_by)
+TRAIN_TAN = Program((str(Path(__file__).parents[1] / "train_tan.py"),),
+                    settings.Options, settings.suited, settings.used_by)
+GAN_TRANSFER = Program(("-m", "baselines.gan_transfer"),
+                       gan_settings.Options, gan_settings.suited, gan_settings.used_by)
 
 
 def program_of(method: str) -> Program:
     """Which program knows this method."""
-    return GAN if method in gan_methods.METHODS else TAN
+    return GAN_TRANSFER if method in gan_methods.METHODS else TRAIN_TAN
 
 
 def relevant(options: dict[str, Any]) -> dict[str, Any]:
@@ -100,12 +100,10 @@ def train(folder: Path, device: str, **flags: Any) -> Path:
     What is there is resumed or left alone.  Raises InputError if the run stops, or if the one in the folder
     has other settings.
     """
-    today = relevant_today(**flags)
-    file, weights = folder / "options.json", folder / "weights.safetensors"
-    known = json.loads(file.read_text()) if file.exists() else None
+    program, weights = program_of(flags["method"]), folder / "weights.safetensors"
     arguments = ["--output-dir", folder, "--device", device]
-    if known:
-        check_known(folder, known, today)
+    if (folder / "options.json").exists():
+        check_known(folder, read_options(folder), relevant_today(**flags))
         if weights.exists():
             return folder
         arguments.append("--resume")
@@ -113,12 +111,12 @@ def train(folder: Path, device: str, **flags: Any) -> Path:
         for name, value in flags.items():
             arguments += [flag(name), value]
         arguments += ["--samples", 0]
-        guided = "classifier_check" in program_of(today["method"]).used_by(today["method"])
+        guided = "classifier_check" in program.used_by(flags["method"])
         arguments += ["--no-classifier-check"] if guided else []
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "train.log"
     before = log.stat().st_size if log.exists() else 0
-    status = call_train(program_of(today["method"]), list(map(str, arguments)), log)
+    status = call_train(program, list(map(str, arguments)), log)
     if status or not weights.exists():
         said = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
         reason = f": {said[-1]}" if said else ""

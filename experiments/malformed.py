@@ -141,7 +141,8 @@ def cases(place: Path, random_: random.Random) -> Iterator[Case]:
         bad = place / "bad" / "tensors.safetensors"
         description = dict(network="UNet", config=TINY, schedule=LINEAR)
         save_file(tensors | {key: value}, bad, {"description": json.dumps(description)})
-        yield Case(f"tensor {key} {value.dtype}", SAMPLE, [str(bad), "-n", "1", "--steps", "1"],
+        yield Case(f"tensor {key} {value.dtype}", SAMPLE,
+                   [str(bad), "-n", "1", "--steps", "1", "--output-dir", str(place / "out")],
                    value.dtype == torch.int64)
 
     for name in ("network", "config", "schedule", "first_stage", "layout"):

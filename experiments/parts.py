@@ -79,19 +79,19 @@ class Options:
         """Those of --methods that train_tan.py knows."""
         return [method for method in self.methods if method in METHODS]
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The kinds of sources that --methods adapt, each by one of these methods."""
-        return tuple({self.source("sunglasses", method): method for method in self.methods}.values())
+    def sources(self, target: str) -> dict[str, str]:
+        """What --methods adapt to a target, by what the tables call it."""
+        return {"source GAN" if method in gan_methods.METHODS else "source model": self.source(target, method)
+                for method in self.methods}
 
     @property
     def file(self) -> Path:
         """The file of all that was ever scored here."""
         return Path(self.output_dir) / f"results{'-latent' if self.latent else ''}.json"
 
-    def place(self, target: str, more: str = "") -> Path:
-        """The folder of a target's runs, or of something else of it."""
-        return Path(self.output_dir) / f"{target}{more}{'-latent' if self.latent else ''}"
+    def place(self, target: str) -> Path:
+        """The folder of a target's runs."""
+        return Path(self.output_dir) / f"{target}{'-latent' if self.latent else ''}"
 
     def picture(self, kind: str, target: str) -> Path:
         """The file of one of a target's pictures."""
@@ -121,12 +121,17 @@ def score(options: Options, folder: Path, device: torch.device) -> Row:
     return judge.score_run(folder, options.n, options.steps, device) | more
 
 
-def known(options: Options, flags: dict[str, Any], **asked: Any) -> Row | None:
-    """What results.json has of a run with these flags, method, target ..., scored as it would be now."""
+def known(options: Options, settings: dict[str, Any] | None, **asked: Any) -> Row | None:
+    """What results.json has of a run with these settings and iterations, target ..., scored as it would be
+    now.
+
+    settings   as `launch.relevant` gives them; None for an end of the scale
+    """
     for row in itertools.chain.from_iterable(results.read(options.file).values()):
-        if (asked.items() <= row["run"].items() and row["run"].get("flags", {}) == flags
-                and results.current(row, options.n, options.steps)):
-            return row
+        if asked.items() <= row["run"].items() and results.scored_alike(row, options.n, options.steps):
+            trained = row.get("settings")
+            if (trained and launch.relevant(trained)) == settings:
+                return row
     return None
 
 
@@ -136,12 +141,12 @@ def measured(options: Options, device: torch.device, target: str, method: str, s
 
     label    what tables call it (default: the method);  name: of `run_of`
     """
-    # The folder of runs may move.
-    flags_ = {key: Path(value).name if key == "classifier_targets" else value for key, value in flags.items()}
-    found = known(options, flags_, target=target, source=options.source(target, method), method=method,
-                  seed=seed)
+    today = launch.relevant_today(target=target, source=options.source(target, method), method=method,
+                                  seed=seed, **flags)
+    found = known(options, today, iterations=today["iterations"])  # not a stage of a longer run
     found = found or score(options, run_of(options, target, method, seed, name, **flags), device)
-    return found | dict(run=dict(found["run"], label=label or method, flags=flags_))
+    as_kept = {flag: today[flag] for flag in flags}
+    return found | dict(run=dict(found["run"], label=label or method, flags=as_kept))
 
 
 def fill(folder: Path, write: Callable[[Path], None]) -> None:
@@ -163,7 +168,7 @@ def main_runs(options: Options, device: torch.device) -> Iterator[Row]:
     for target in options.targets:
         how = judge.protocol(target, options.n, options.steps)
         for name, pictures in ends(options, target, device).items():
-            yield known(options, {}, method=name, target=target) or dict(
+            yield known(options, None, method=name, target=target) or dict(
                 run=dict(method=name, target=target, **how), score=judge.score(*pictures(), target))
 
 
@@ -178,9 +183,8 @@ def ends(options: Options, target: str, device: torch.device) -> dict[str, Calla
         return tuple(to_tensor(domains.draw(domain, options.n, 77, size)[0])
                      for domain in (target, domains.TARGETS[target]))
 
-    of_sources = {"source GAN" if method in gan_methods.METHODS else "source model":
-                  functools.partial(of_source, options.source(target, method)) for method in options.sources}
-    return of_sources | {"fresh pictures": fresh}
+    found = {name: functools.partial(of_source, source) for name, source in options.sources(target).items()}
+    return found | {"fresh pictures": fresh}
 
 
 def ablation_runs(options: Options, device: torch.device) -> Iterator[Row]:
@@ -269,10 +273,9 @@ def sample_figures(options: Options, device: torch.device) -> list[Row]:
     for target in bar(options.targets, "pictures"):
         n = min(options.n, judge.PAIRED)
         images, labels = [], ["training"]
-        for method in options.sources:
-            source = options.source(target, method)
+        for name, source in options.sources(target).items():
             images.append(judge.source_samples(source, n, options.steps, device)[:SHOWN])
-            labels.append("source GAN" if method in gan_methods.METHODS else "source")
+            labels.append(name)
         columns, size = len(images[0]), images[0].shape[2]
         images.insert(0, domains.target_images(target, size)[:columns])
         for method in options.methods:

@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+import domains
 from checkpoints.load import load_diffusion_model, pinned
 from checkpoints.network import Network, digest, fingerprint
 from checkpoints.perceptual import load_lpips, lpips_last_features, scorer
@@ -38,7 +39,18 @@ from experiments.results import Row
 from experiments.tables_report import difference_table, score_table
 from plumbing import distributed
 from plumbing.files import write_text
-from plumbing.options import InputError, Positional, Unset, at_least, check_seed, parse, replace, run, short
+from plumbing.options import (
+    InputError,
+    Positional,
+    Unset,
+    at_least,
+    check_seed,
+    each_once,
+    parse,
+    replace,
+    run,
+    short,
+)
 from plumbing.picture_folder import ImageFolder, name_of
 from plumbing.pictures import save_grid
 from plumbing.progress import bar
@@ -167,10 +179,13 @@ def tables(found: list[Row]) -> list[str]:
 
 def main() -> None:
     options, _ = parse(Options, __doc__)
+    options = each_once(options, "methods", "seeds")
     at_least(options, n=2, steps=1)
     check_seed(options)
     if not (options.targets and options.methods and options.seeds):
         raise InputError("give at least one folder, one of --methods and one of --seeds")
+    for name in sorted({*options.targets} & {*domains.TARGETS}):
+        raise InputError(f"{name}: is a built-in target, too; give ./{name}")
     names = [name_of(folder) for folder in options.targets]
     if len({*names}) < len(names):
         raise InputError(f"{', '.join(options.targets)}: two targets of the same name; rename a folder")

@@ -17,7 +17,6 @@ import torch
 
 from autoencoder import KL, VQ
 from checkpoints.load import load_network, locate
-from checkpoints.network import Network
 from checkpoints.perceptual import load_lpips, lpips_features
 from plumbing import distributed
 from plumbing.options import InputError, Positional, Unset, at_least, parse, run
@@ -51,8 +50,8 @@ class Options:
 def first_stage_of(name: str) -> tuple[KL | VQ, int]:
     """A first stage and the size of its pictures; InputError for a network that has none."""
     network = load_network(locate(name))
-    stage = getattr(network, "first_stage", None) or network.model
-    if not isinstance(network, Network) or not isinstance(stage, (KL, VQ)):
+    stage = network.first_stage or network.model
+    if not isinstance(stage, (KL, VQ)):
         raise InputError(f"{name}: has no first stage")
     return stage, network.image_size
 

@@ -33,10 +33,15 @@ def identity(found: Row) -> str:
     return json.dumps([what, trained and launch.relevant(trained)], sort_keys=True)
 
 
+def scored_alike(found: Row, n: int, steps: int) -> bool:
+    """Whether a run was scored as it would be today, from n samples of so many steps."""
+    return judge.protocol(found["run"]["target"], n, steps).items() <= found["run"].items()
+
+
 def current(found: Row, n: int, steps: int) -> bool:
-    """Whether a run was trained, and from n samples of so many steps scored, as it would be today."""
+    """Whether a run was trained, too, as it would be today."""
     scored, trained = found["run"], found.get("settings")
-    if not judge.protocol(scored["target"], n, steps).items() <= scored.items():
+    if not scored_alike(found, n, steps):
         return False
     if trained is None:
         return "seed" not in scored  # the ends of the scale

@@ -7,10 +7,10 @@
 
 In runs/tables/ (--output-dir): TARGET/METHOD-SEED/ are the runs with their score.json;
 results.json has every run that was ever scored here, and what it has is not trained again, except for
-pictures, which need the runs themselves; tables.md has the tables, to which a command with other targets,
-methods or seeds adds; samples-TARGET.png (Figures 3 and 4: every method from the same noises, toy FID beside
-each row), iterations-TARGET.png (toy FID against iterations and against time) and figure1-TARGET.png (two
-noises after more and more iterations of finetune).
+pictures, hold-out and Figure 1, which need the runs themselves; tables.md has the tables, to which a command
+with other targets, methods or seeds adds; samples-TARGET.png (Figures 3 and 4: every method from the same
+noises, toy FID beside each row), iterations-TARGET.png (toy FID against iterations and against time) and
+figure1-TARGET.png (two noises after more and more iterations of finetune).
 
 The figures are toy ones (domains/judge.py): they compare with each other, at the same -n, and not with the
 paper's, which stand beside them.  The tables have the runs with the present -n, --steps and settings, of all
@@ -18,7 +18,6 @@ commands so far; the pictures have the methods of the last command.
 """
 
 from pathlib import Path
-from typing import Any
 
 from checkpoints.load import BUILT_IN, load_source
 from domains import judge
@@ -35,7 +34,7 @@ from experiments.tables_report import (
 )
 from plumbing import distributed
 from plumbing.files import write_text
-from plumbing.options import InputError, at_least, check_seed, parse, replace, run
+from plumbing.options import InputError, at_least, check_seed, each_once, parse, replace, run
 
 # The tables that come of each part.
 TABLES = {"tables": main_tables, "ablation": ablation_tables, "passes": passes_tables, "forms": forms_tables,
@@ -54,16 +53,12 @@ def check(options: Options) -> None:
         if options.source(target) not in BUILT_IN:
             raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
         judge.need_seen(target)
-        most = load_source(options.source(target)).schedule.timesteps
-        if options.steps > most:
-            raise InputError(f"--steps {options.steps}: the model of {options.source(target)} has {most}")
+        load_source(options.source(target)).check_steps(options.steps)
 
 
 def main() -> None:
     options, _ = parse(Options, __doc__)
-    once: dict[str, Any] = {name: tuple(dict.fromkeys(getattr(options, name)))
-                            for name in ("targets", "methods", "seeds", "parts")}
-    options = replace(options, **once)
+    options = each_once(options, "targets", "methods", "seeds", "parts")
     if options.latent:
         options = replace(options, methods=tuple(options.diffusion_methods))
     check(options)

@@ -124,8 +124,7 @@ def stand_alike(found: list[Row], name: str, target: str, theirs: tuple, i: int,
 
 def time_table(found: list[Row]) -> str:
     """Seconds and passes an iteration, and how many iterations there were."""
-    targets, _ = shown(found)
-    rows = []
+    targets, rows = targets_of(found), []
     for method in ALL_METHODS:
         mine = of(found, method=method)
         if not mine:
@@ -159,7 +158,7 @@ def difference_table(found: list[Row], name: str, title: str, reference: str, si
             label = row["run"].get("label", row["run"]["method"])
             values.setdefault(label, {})[row["run"]["target"], row["run"]["seed"]] = row["score"][name]
     targets, rows = targets_of(found), []
-    for label in values.keys() - {reference} if reference in values else ():
+    for label in [label for label in values if label != reference and reference in values]:
         differences = {pair: value - values[reference][pair] for pair, value in values[label].items()
                        if pair in values[reference]}
         cells = [_difference([value for (of_target, _), value in differences.items() if of_target == target])
@@ -167,9 +166,7 @@ def difference_table(found: list[Row], name: str, title: str, reference: str, si
         won = sum(sign * value > 0 for value in differences.values())
         rows.append([label, *cells, _difference(list(differences.values())),
                      f"{won} of {len(differences)}"])
-    order = list(values)
-    return markdown(title, [f"less {reference}", *targets, "all", "better"],
-                    sorted(rows, key=lambda row: order.index(row[0])))
+    return markdown(title, [f"less {reference}", *targets, "all", "better"], rows)
 
 
 def _difference(values: list[float]) -> str:
@@ -232,7 +229,7 @@ def main_tables(found: list[Row]) -> list[str]:
             score_table(found, "covered", "Share of attribute values that appear"),
             score_table(found, "memorised", "Distance to the nearest training picture or its mirror image "
                         "over that of fresh pictures"),
-            *difference_tables(found, "At equal iterations", "adaptor"),
+            *difference_tables(found, "At the usual iterations of each", "adaptor"),
             pairs_table(found, "toy FID", "In how many pairs of runs with the same target and seed the "
                         "method of the row has the lower toy FID than that of the column", -1),
             pairs_table(found, "toy Intra-LPIPS", "The same, higher toy Intra-LPIPS", 1),

@@ -166,7 +166,7 @@ def read_options() -> Options:
     flags.check_seed(options)
     if not options.timesteps:
         raise flags.InputError("--timesteps: give at least one")
-    return options
+    return flags.each_once(options, "timesteps")
 
 
 def main() -> None:

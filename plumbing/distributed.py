@@ -34,6 +34,9 @@ def setup(device: str = "auto") -> torch.device:
         raise InputError(f"--device {device}: not a device; give auto, cpu, cuda or mps")
     if not available[kind]:
         raise InputError(f"--device {device}: not available on this machine; --device cpu always is")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), of which "
+                         "the first is cuda:0")
     if kind == "cuda":  # few shapes, used again and again; TF32's mantissa is long enough for products
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -25,26 +25,29 @@ def device_memory(device: torch.device) -> float:
     return pages * size if pages > 0 else math.inf
 
 
-def fitting(work: Callable[[int], T], size: int) -> T:
+def fitting(work: Callable[[int], T], size: int, flag: str = "") -> T:
     """work(size), the pictures that go through the network together; from the start with half as many, and
     so on, where the device runs out of memory.  Raises InputError where even one does not fit.
+
+    flag    the program's option for their number, if it has one
     """
     while True:
         try:
             return work(size)
         except torch.OutOfMemoryError:
             pass  # what the error holds on to is free after this line
-        size = _half(size)
+        size = _half(size, flag)
 
 
-def _half(size: int) -> int:
+def _half(size: int, flag: str) -> int:
     """Half as many pictures, said so; InputError if it was one."""
     if size == 1:
-        raise InputError("out of memory with 1 picture at once; --checkpoint-blocks and --precision bf16 "
-                         "need less")
+        raise InputError("out of memory with 1 picture at once; --checkpoint-blocks and --precision bf16, "
+                         "where --help has them, need less")
     torch.cuda.empty_cache()
-    print(f"out of memory with {size} pictures at once: going on with {size // 2} (--micro-batch-size "
-          f"{size // 2} saves the failed attempts)", file=sys.stderr, flush=True)
+    advice = f" ({flag} {size // 2} saves the failed attempts)" if flag else ""
+    print(f"out of memory with {size} pictures at once: going on with {size // 2}{advice}", file=sys.stderr,
+          flush=True)
     return size // 2
 
 
@@ -79,5 +82,5 @@ class MicroBatches:
         if self.fixed:
             raise InputError(f"out of memory with {self.size} pictures at once; --checkpoint-blocks, "
                              "--precision bf16 and a smaller --micro-batch-size need less") from None
-        self.size, self.complete = _half(self.size), False
+        self.size, self.complete = _half(self.size, "--micro-batch-size"), False
         return True

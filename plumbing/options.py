@@ -118,6 +118,11 @@ def replace(options: T, **values: Any) -> T:
     return dataclasses.replace(options, **changed)
 
 
+def each_once(options: T, *names: str) -> T:
+    """The options with these lists of values without what they name again."""
+    return replace(options, **{name: tuple(dict.fromkeys(flat(options)[name])) for name in names})
+
+
 def _refuse(options: Any, names: tuple[str, ...], sound: Callable[[Any], bool], must: str) -> None:
     """InputError that names the flag of the first of these whose number is not sound; None is sound."""
     for name, value in flat(options).items():

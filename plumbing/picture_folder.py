@@ -21,11 +21,17 @@ AHEAD = 4  # batches
 JUNK = {"thumbs.db", "desktop.ini", "__macosx"}  # of file managers; hidden files are not named either
 
 
-def keep_apart(out: Path, *inputs: str | None) -> None:
-    """InputError if a program would write its pictures into a folder that it reads pictures from."""
-    for folder in filter(None, inputs):
-        if Path(folder).is_dir() and Path(folder).resolve() == Path(out).resolve():
-            raise InputError(f"--output-dir {out}: is the folder of the pictures; choose another one")
+def keep_apart(out: Path, pictures: str | None, recursive: bool) -> None:
+    """InputError if a program would write its pictures where it reads those of the folder `pictures`.
+
+    recursive   it reads those in subfolders, too
+    """
+    if pictures is None or not Path(pictures).is_dir():
+        return
+    ours, theirs = Path(out).resolve(), Path(pictures).resolve()
+    if ours == theirs or recursive and theirs in ours.parents:
+        raise InputError(f"--output-dir {out}: pictures are read from there ({pictures}); choose one "
+                         "elsewhere")
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -179,8 +185,6 @@ class ImageFolder:
                     progress.say(f"left out: {pixels}")
                     continue
                 sound.append(self.paths[i])
-                if self.keep:
-                    self.kept[self.paths[i]] = pixels
         if not sound:
             raise InputError(f"{folder}: none of its {len(self.paths)} pictures can be read")
         self.paths = sound

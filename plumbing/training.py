@@ -124,7 +124,7 @@ class Loop:
     board            where metrics go as well
     also             called with a checkpoint that is gone on from: `keep` may hold more that learns
     after            called before the first iteration and after each with the number done and whether it
-                     was saved
+                     is saved
     """
 
     def __init__(self, out: Path, text: str, iterations: int, save_every: int, batch_size: int,
@@ -166,7 +166,7 @@ class Loop:
             save_checkpoint(self.out / "checkpoint.pt", state)
 
     def __iter__(self) -> Iterator[int]:
-        self.after(self.start, False)
+        self.after(self.start, self.start == self.iterations)
         with StopSignal() as stop:
             for iteration in self.bar:
                 self.iteration, self.started, done = iteration, time.time(), iteration + 1

@@ -105,7 +105,7 @@ def runs_here(monkeypatch):
 
     def call_train(program, arguments, log):
         folders.append(arguments[arguments.index("--output-dir") + 1])
-        call((gan_transfer if program is launch.GAN else train_tan).main, *arguments)
+        call((gan_transfer if program is launch.GAN_TRANSFER else train_tan).main, *arguments)
         return 0
 
     monkeypatch.setattr(launch, "call_train", call_train)

@@ -169,3 +169,10 @@ def test_names_that_are_no_utf8(train, tiny, tmp_path):
     assert r"fotos_\udce9t\udce9" in done.stdout and (tmp_path / "runs" / "fotos_\ufffdt\ufffd-source-adaptor").is_dir()
     done = program(ROOT / "train_tan.py", *words, "--output-dir", target, cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"--device cuda:3: this machine has 1 GPU\(s\), of which the first is cuda:0"):
+        distributed.setup("cuda:3")

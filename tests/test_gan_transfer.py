@@ -159,7 +159,9 @@ def test_what_a_file_is(files, capsys):
     call(checkpoints_main.main, files / "source.pt", "--convert", files / "converted.safetensors")
     said = capsys.readouterr().out
     assert "StyleGAN2, PyTorch port" in said and "judged by" in said and "yes, all" in said
-    assert fingerprint(load_network(files / "converted.safetensors")) == fingerprint(load_network(files / "source.pt"))
+    converted = load_network(files / "converted.safetensors")
+    assert fingerprint(converted) == fingerprint(load_network(files / "source.pt"))
+    assert converted.description["layout"] == "this project's own"
 
 
 def spoilt(files, tmp_path, change):

@@ -18,6 +18,7 @@ from conftest import ROOT
 from test_diffusers_folder import VAES, diffusers_model
 
 from checkpoints import hub
+from checkpoints.load import load_source, pinned
 from plumbing.options import InputError
 
 REVISIONS = {"main": "a" * 40, "older": "b" * 40}
@@ -213,6 +214,15 @@ def test_folders_of_the_cache(tmp_path):
     ("./a/b", False), ("/a/b", False), ("a/b c", False), ("../a", False), ("runs/photos", False), ("a/b/c/d.ckpt@v1.0", True)])
 def test_names(name, expected):
     assert hub.is_name(name) == expected
+
+
+def test_a_link_to_what_is_not_there_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/models").mkdir(parents=True)
+    Path("data/models/ffhq.pt").symlink_to("/not/mounted.pt")
+    assert hub.is_name("data/models/ffhq.pt") and pinned("data/models/ffhq.pt") == "data/models/ffhq.pt"
+    with pytest.raises(InputError, match="ffhq.pt: .*a link to what is not there"):
+        load_source("data/models/ffhq.pt")
 
 
 def test_listed_names(program):

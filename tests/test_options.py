@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 
 from plumbing import options
-from plumbing.options import InputError, Positional, Unset, flat, parse, replace, run, short
+from plumbing.options import InputError, Positional, Unset, each_once, flat, parse, replace, run, short
 
 
 @dataclasses.dataclass
@@ -76,6 +76,7 @@ def test_flat_and_replace():
     assert changed == Options("out", 1, paper=Paper(0.0)) and given == Options("out")
     with pytest.raises(TypeError, match="no such option: colour"):
         replace(given, colour=1)
+    assert each_once(replace(given, mult=(2, 1, 2)), "mult").mult == (2, 1)
 
 
 @pytest.mark.parametrize("check, given, says", [

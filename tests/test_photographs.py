@@ -128,3 +128,11 @@ def test_what_kid_compares_are_the_last_features_of_the_backbone(backbone):
 def test_what_is_refused(flags, says, tiny, tmp_path):
     with pytest.raises(InputError, match=says):
         call(photographs.main, tiny.targets, "--source", tiny.source, "--output-dir", tmp_path, *flags)
+
+
+def test_a_folder_called_like_a_drawn_target(tiny, tmp_path, monkeypatch):
+    """train_tan.py takes babies for the drawn ones: the pictures would be scored around others than those trained on."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.targets, tmp_path / "babies")
+    with pytest.raises(InputError, match="babies: is a built-in target, too; give ./babies"):
+        call(photographs.main, "babies", "--source", tiny.source, "--output-dir", tmp_path / "out")

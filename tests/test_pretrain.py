@@ -84,7 +84,10 @@ def test_what_may_change_when_a_run_goes_on(monkeypatch):
 
 @pytest.mark.parametrize("flags, says", [
     (["photos", "--images", 16], "--images: is how many to draw of a built-in domain"),
-    (["photos", "--output-dir", "photos"], "--output-dir photos: is the folder of the pictures; choose another one"),
+    (["photos", "--output-dir", "photos"], "--output-dir photos: pictures are read from there .photos.; choose one elsewhere"),
+    (["photos", "--output-dir", "photos/runs/new"], "--output-dir photos/runs/new: pictures are read from there"),  # in subfolders, too
+    (["photos", "--size", 30], "--size 30: the sides of what the network sees must be divisible by 4"),
+    (["toyfaces", "--network", "stylegan2", "--channel-mult"], "--channel-mult: give at least one"),
     (["toyfaces", "--network", "kl", "--perceptual-weight", 2], "--perceptual-weight: is for --perceptual; give that, too"),
     (["toyfaces", "--network", "stylegan2", "--batch-size", 5], "--batch-size 5: the discriminator compares pictures in groups"),
 ])

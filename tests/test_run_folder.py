@@ -1,7 +1,9 @@
 """run_folder.py: a finished run is read back strictly, beside the source it was made from."""
 
+import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +105,28 @@ def test_a_run_goes_on_on_the_device_that_is_there(finished, tmp_path):
     options = json.loads((finished / "options.json").read_text())
     (tmp_path / "options.json").write_text(json.dumps(dict(options, device="cuda")))
     assert run_folder.resumed(tmp_path, Options(), frozenset()).device == "auto"
+
+
+def test_killed_while_an_old_run_is_removed(run, monkeypatch):
+    """Whatever is left of it can still be replaced."""
+    (run / "stages").mkdir(exist_ok=True)
+    options = dict(run_folder.read_options(run), resume=False, overwrite=True)
+    removed, unlink, rmtree = [], Path.unlink, shutil.rmtree
+
+    def killed_after_one(remove):
+        def called(path, **more):
+            if Path(path).exists():
+                if removed:
+                    raise KeyboardInterrupt
+                removed.append(path)
+            remove(path, **more)
+        return called
+
+    for times in range(100):
+        removed.clear()
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", killed_after_one(unlink))
+            patch.setattr(shutil, "rmtree", killed_after_one(rmtree))
+            run_folder.open_run(run, options, {})
+            break
+    assert times > 5 and [path.name for path in run.iterdir()] == ["options.json"]

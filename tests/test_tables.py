@@ -62,6 +62,7 @@ def test_tables(trained, tmp_path, capsys):
     assert kept[4]["score"]["toy FID"] == last and f"{last:.2f} after 4 |" in text.split("Where to stop")[1]
     options = json.loads((tmp_path / "sunglasses" / "tan-1-hundred" / "options.json").read_text())
     assert options["classifier_targets"].endswith("sunglasses-hundred") and len(list((tmp_path / "sunglasses-hundred").iterdir())) == 100
+    assert not (tmp_path / "sunglasses" / "tan-1-at-1").exists()  # the usual run is one point of the curve
     for name in ("figure1-sunglasses.png", "iterations-sunglasses.png", "samples-sunglasses.png"):
         assert Image.open(tmp_path / name).width > 300
     once = len(trained)
@@ -141,7 +142,7 @@ def test_runs_scored_otherwise_are_not_tabulated():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--latent", "--targets", "haunted-houses"], "haunted-houses: has no latent source"), (["--steps", 1001], "--steps 1001: the model of toyfaces has 1000")])
+    (["--latent", "--targets", "haunted-houses"], "haunted-houses: has no latent source"), (["--steps", 1001], "--steps 1001: this model has 1000")])
 def test_what_tables_refuses(flags, message, tmp_path):
     with pytest.raises(InputError, match=message):
         call(tables.main, *flags, "--output-dir", tmp_path / "out")
@@ -345,7 +346,7 @@ def test_interrupted_training_is_waited_for(monkeypatch, tmp_path):
 
     monkeypatch.setattr(launch.subprocess, "Popen", Process)
     with pytest.raises(KeyboardInterrupt):
-        launch.call_train(launch.TAN, [], tmp_path / "train.log")
+        launch.call_train(launch.TRAIN_TAN, [], tmp_path / "train.log")
     assert len(waits) == 2 and told == [1]
 
 

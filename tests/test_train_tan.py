@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from checkpoints.load import load_network, load_source
 from checkpoints.network import save_network
 from classifier import guided_loss
 from plumbing.files import load_checkpoint
+from plumbing.memory import fitting
 from plumbing.options import InputError
 from plumbing.picture_folder import load_folder
 from plumbing.pictures import read_array
@@ -568,10 +570,21 @@ def test_the_classifier_and_pictures_take_less_memory_too(tiny, tmp_path, monkey
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_advice_names_flags_that_the_program_has(capsys):
+    def on_two(at_once):
+        if at_once > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return at_once
+    assert fitting(on_two, 8) == fitting(on_two, 4, "--batch-size") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "out of memory with 8 pictures at once: going on with 4", "out of memory with 4 pictures at once: going on with 2",
+        "out of memory with 4 pictures at once: going on with 2 (--batch-size 2 saves the failed attempts)"]
+
+
 @pytest.mark.parametrize("flags, fits", [((), 0), (("--method", "pa"), 3)])
 def test_where_not_even_that_fits(flags, fits, train, tmp_path, monkeypatch):
     memory_for(fits, monkeypatch)
-    with pytest.raises(InputError, match="out of memory with . picture.* --checkpoint-blocks.* --precision bf16|out of memory with 1 picture at once; --checkpoint-blocks and --precision bf16"):
+    with pytest.raises(InputError, match="out of memory with . picture.* --checkpoint-blocks.* --precision bf16"):
         train(tmp_path / "run", *flags)
 
 
@@ -874,6 +887,16 @@ def test_a_finished_run_that_goes_on_is_not_finished(train, tmp_path, monkeypatc
     with pytest.raises(Enough):
         resume(run, "--iterations", "2")
     assert not (run / "weights.safetensors").exists() and (run / "checkpoint.pt").exists()
+
+
+def test_a_run_among_the_pictures_that_it_reads(tiny, train, tmp_path):
+    photos, sources = (shutil.copytree(folder, tmp_path / Path(folder).name) for folder in (tiny.targets, tiny.sources))
+    for out, flags in ((photos, ()), (photos / "runs" / "new", ("--recursive",)), (sources / "new", ("--source-images", sources)),
+                       (sources, ("--classifier-targets", sources))):
+        with pytest.raises(InputError, match=f"--output-dir {out}: pictures are read from there"):
+            train(out, "--target", photos, *flags)
+    assert not (photos / "runs").exists()
+    train(photos / "runs" / "new", "--target", photos, "--method", "adaptor", "--iterations", "1")
 
 
 def test_a_folder_that_holds_files_of_the_same_names(train, tmp_path):
