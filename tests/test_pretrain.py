@@ -105,6 +105,14 @@ def test_resume_does_no_fewer_iterations(tmp_path):
         call(pretrain.main, "toyfaces", *TINY, "--iterations", 1, "--output-dir", tmp_path, "--resume")
 
 
+def test_killed_between_the_last_checkpoint_and_the_model(tmp_path):
+    call(pretrain.main, "toyfaces", *TINY, "--iterations", 1, "--output-dir", tmp_path)
+    made = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    call(pretrain.main, "toyfaces", *TINY, "--iterations", 1, "--output-dir", tmp_path, "--resume")
+    assert (tmp_path / "model.safetensors").read_bytes() == made
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--learning-rate", "nan"], "--learning-rate nan: must be a positive number"),
     (["--norm-groups", 0], "--norm-groups 0: must be at least 1"),
