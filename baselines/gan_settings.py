@@ -121,7 +121,7 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
     if len(options.numbers.dcl_weights) != 2:
         raise InputError("--dcl-weights: give two numbers of at least 0")
     domains.check_pair(options.source, options.target)
-    keep_apart(folder_of(options), options.target, recursive=False)
+    keep_apart(folder_of(options), options.target, options.recursive)
 
 
 def suited(options: Options, source: GAN) -> Options:

@@ -171,14 +171,14 @@ def scorer(lpips: nn.Module, targets: Images, size: int, features: Callable[[Ima
     """
     embed = functools.partial(lpips_features, lpips)
     check_memory(embed, targets, size)
-    expected = features(reference) if reference else None
+    expected = None if reference is None else features(reference)
 
     def score(samples: Images) -> tuple[IntraLPIPS, dict[str, float]]:
         found = intra_lpips(embed, samples, targets, cluster_size, seed,
                             progress=functools.partial(bar, text="Intra-LPIPS"))
         distances = nearest(embed, samples, targets, progress=functools.partial(bar, text="nearest"))
         figures = {"Intra-LPIPS": found.mean, "nearest": statistics.median(distances)}
-        if reference:
+        if reference is not None:
             seen = features(samples)
             figures |= {"FID": frechet_distance(seen, expected), "KID": kernel_distance(seen, expected)}
         return found, figures

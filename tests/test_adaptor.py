@@ -254,6 +254,8 @@ def test_scale_shift_is_the_norm_with_other_weights():
 def test_low_rank_is_the_convolution_with_another_weight(name, rank):
     """Hu et al. 2021: W + (alpha / r) B A, alpha = 4 here."""
     conv = attached(width=rank, form="low-rank").get_submodule(name)
+    bound = conv.weight[0].numel() ** -0.5  # as torch begins a convolution
+    assert 0.8 * bound < conv.adaptor.A.abs().max() <= bound and not conv.adaptor.B.any()
     perturb(conv.adaptor.parameters())
     x = randn(2, conv.in_channels, *[8] * (conv.weight.ndim - 2))
     change = torch.einsum("or,ri...->oi...", conv.adaptor.B, conv.adaptor.A.view(rank, *conv.weight.shape[1:]))

@@ -59,6 +59,14 @@ def test_each_transform_comes_as_often_as_it_should():
     assert abs(kept - 0.7 ** 5 * 0.85 * 0.775) < 0.01
 
 
+def test_pictures_are_changed_as_often_as_p_says():
+    """The chances of the last test, multiplied; a shift of 32 pixels by less than half of one is none."""
+    x = torch.rand(1500, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    changed = A.augment(x, 0.1, torch.Generator().manual_seed(1))
+    kept = ((changed - x).abs().amax((1, 2, 3)) < 1e-3).float().mean()
+    assert abs(kept - (0.9 ** 5 * 0.95 * 0.925) * (0.9 ** 4 * 0.95)) < 0.04
+
+
 def the_only(step, monkeypatch):
     """Of the transforms, counted from 0, this one alone, always."""
     calls = iter(range(8))
@@ -83,6 +91,8 @@ def test_each_geometric_transform(step, allowed, monkeypatch):
 
 @pytest.mark.parametrize("step, of, deviation", [
     (0, lambda m: m[:, 0, 3], 0.2), (1, lambda m: m[:, 0, 0].log2(), 0.5),
+    (2, lambda m: 3 * m[:, 0, 0] - 2, 1.0),                                                  # luma, 1 or -1
+    (3, lambda m: (m.diagonal(dim1=1, dim2=2).sum(1) - 2) / 2, 0.5 ** 0.5),                  # cos of the turn of the hue
     (4, lambda m: (m[:, 0, 0] - m[:, 0, 1]).log2(), 1.0)])                                   # saturation
 def test_each_transform_of_colours(step, of, deviation, monkeypatch):
     the_only(step, monkeypatch)

@@ -136,7 +136,9 @@ def test_built_in_source():
 
 def test_source_folder(tmp_path):
     for i in range(12):
-        write(tmp_path / f"{i}.png", (20 * i,) * 3)
+        folder = tmp_path / ("more" if i % 2 else "")  # those in subfolders, too
+        folder.mkdir(exist_ok=True)
+        write(folder / f"{i}.png", (20 * i,) * 3)
     picked = [domains.source_images(tmp_path, 6, 8, seed) for seed in (0, 0, 1)]
     assert torch.equal(picked[0], picked[1]) and not torch.equal(picked[0], picked[2])
     assert len(picked[0].mean((1, 2, 3)).unique()) == 6  # distinct

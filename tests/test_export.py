@@ -43,6 +43,7 @@ for name, pipe in pipes.items():
     options = dict(num_inference_steps=4, output_type="pt")
     drawn[name] = dict(noise=pipe(latents=noise, **options).images,
                        seeds=pipe(batch_size=2, generator=seeds, eta=1.0, **options).images,
+                       x0=pipe(latents=noise, num_inference_steps=4, output_type="latent").images,
                        pil=[list(image.getdata()) for image in pipe(latents=noise, num_inference_steps=4).images])
     if pipe.scheduler.config.num_train_timesteps == 12:
         drawn[name]["every_step"] = pipe(latents=noise, num_inference_steps=12, output_type="pt").images
@@ -75,7 +76,7 @@ def networks(train, finished, tmp_path_factory):
     folder, paths = tmp_path_factory.mktemp("models"), dict(adapted=finished)
     torch.manual_seed(0)
     schedules = dict(source=dict(name="cosine", timesteps=12),
-                     vq=dict(name="scaled-linear", timesteps=12, beta_start=1e-3, beta_end=0.4),
+                     vq=dict(name="scaled-linear", timesteps=12, beta_start=1e-3, beta_end=0.4, prediction="v"),
                      kl=dict(name="scaled-linear", beta_start=0.0015, beta_end=0.0155))
     for name in [*schedules, *(f"plain-{kind}" for kind in schedules)]:
         kind, schedule = name.removeprefix("plain-"), schedules[name.removeprefix("plain-")]
@@ -139,6 +140,7 @@ def test_same_noise_same_picture(networks, exported, name):
     assert ours.std() > 0.1 and (ours[0] - ours[1]).abs().max() > 0.1
     torch.testing.assert_close(drawn["noise"], as_pt(ours), atol=1e-4, rtol=0)
     torch.testing.assert_close(drawn["seeds"], as_pt(network.sample([5, 6], 4, eta=1.0)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(network.decode(drawn["x0"]), ours, atol=2e-4, rtol=0)
     pixels = to_uint8(ours).flatten(1, 2)
     assert (torch.tensor(drawn["pil"]) - pixels).abs().max() <= 1  # rounding may tip a grey level
 

@@ -100,6 +100,14 @@ def test_the_numbers_reach_their_method():
         assert torch.equal(f, g)
 
 
+@pytest.mark.parametrize("name, drawn", [("cdc", lambda cdc: cdc.anchors), ("cdc", lambda cdc: cdc.patch.weight),
+                                         ("ewc", lambda ewc: ewc.fisher[0])])
+def test_what_a_method_draws_comes_from_the_seed(name, drawn):
+    numbers = M.Numbers(fisher_samples=2, ewc_weight=1.0, cdc_weight=1.0)
+    found = [drawn(M.make(name, *networks(), 10, numbers, seed)) for seed in (0, 0, 1)]
+    assert torch.equal(*found[:2]) and not torch.equal(*found[1:])
+
+
 @pytest.mark.parametrize("name", M.METHODS)
 def test_which_weights_learn(name):
     generator, discriminator = networks()
@@ -233,6 +241,8 @@ def test_ada_follows_the_sign_of_the_logits():
     for _ in range(40):
         ada.observe(torch.ones(4))
     assert ada.state["p"] == 1
+    ada.observe(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    assert ada.state["p"] == pytest.approx(0.96)
     images = torch.rand(2, 3, 16, 16)
     assert not torch.equal(ada.augment(images, stream(0)), images)
     assert torch.equal(M.ADA(0.6, 100).augment(images, stream(0)), images)
@@ -249,26 +259,27 @@ def test_r1_is_the_mean_over_the_pictures_that_are_judged_whole():
     torch.testing.assert_close(*penalties)
 
 
-@pytest.mark.parametrize("r1_every", [1, 2])
-def test_an_iteration_is_two_steps_of_adam_with_both_penalties(r1_every):
+@pytest.mark.parametrize("r1_every, iteration", [(1, 0), (2, 0), (2, 3), (3, 3)])
+def test_an_iteration_is_two_steps_of_adam_with_the_penalties_that_are_due(r1_every, iteration):
     """Against the losses written out, with torch's own Adam, one network at a time."""
+    of_r1, of_path = (0.05 * r1_every if iteration % r1_every == 0 else 0), (0.5 * 4 if iteration == 0 else 0)
     discriminator_loss, generator_loss, r1_penalty = (
         getattr(gan_training, name) for name in ("discriminator_loss", "generator_loss", "r1_penalty"))
     generator, discriminator = networks()
     ours = copy.deepcopy(generator), copy.deepcopy(discriminator)
-    step(Plain(), *ours, r1_every=r1_every)
-    g = stream(0, 0)
+    step(Plain(), *ours, iteration, r1_every)
+    g = stream(0, iteration)
     z, noise = torch.randn(8, 8, generator=g), generator.draw_noise(8, g)
     real = (torch.rand(8, 3, 16, 16, generator=g) * 2 - 1).requires_grad_()
     logits = discriminator(real)
     fake = generator.synthesize(generator.style(z), noise)[0].detach()
-    (discriminator_loss(logits, discriminator(fake)) + 0.05 * r1_every * r1_penalty(logits, real)).backward()
+    (discriminator_loss(logits, discriminator(fake)) + of_r1 * r1_penalty(logits, real)).backward()
     torch.optim.Adam(discriminator.parameters(), 1e-2, (0.0, 0.99)).step()
     w = generator.style(z)
     images, _ = generator.synthesize(w, noise)
     lengths = gan_training.path_lengths(images, w, torch.randn(images.shape, generator=g))
     path = (lengths - 0.01 * lengths.mean().detach()).square().mean()
-    (generator_loss(discriminator(images)) + 0.5 * 4 * path).backward(inputs=list(generator.parameters()))
+    (generator_loss(discriminator(images)) + of_path * path).backward(inputs=list(generator.parameters()))
     torch.optim.Adam(generator.parameters(), 1e-2, (0.0, 0.99)).step()
     for model, expected in zip(ours, (generator, discriminator)):
         for (name, p), q in zip(model.named_parameters(), expected.parameters()):

@@ -1,6 +1,8 @@
 """GANs in files, and python -m baselines.gan_transfer: runs, what they leave, what is refused."""
 
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 import evaluate
 import pretrain
 import sample
-from baselines import gan_methods, gan_training, gan_transfer
+from baselines import gan_methods, gan_settings, gan_training, gan_transfer
 from baselines.gan_methods import METHODS
 from baselines.gan_training import check_groups
 from baselines.stylegan2 import Discriminator, Generator
@@ -22,8 +24,9 @@ from checkpoints.network import fingerprint, save_network
 from checkpoints.weights_file import read_tensors
 from plumbing import distributed
 from plumbing.files import read_metrics
-from plumbing.options import InputError
+from plumbing.options import InputError, flag, parse
 from plumbing.picture_folder import load_folder
+from plumbing.training import EMA
 
 CHANNELS = dict(size=16, channel_base=64, channel_max=16)
 SHORT = "--iterations 4 --batch-size 4 --samples 4 --previews 2 --save-every 2 --device cpu".split()
@@ -122,6 +125,34 @@ def test_a_run_depends_on_its_seed_and_averages_once_an_iteration(files, tmp_pat
     states = [torch.load(run / "checkpoint.pt", weights_only=True) for run in runs]
     assert not any(torch.equal(a, b) for a, b in zip(*(state["parameters"] for state in states)) if a.numel() > 100)
     assert states[0]["ema"]["updates"] == 4
+
+
+def test_every_iteration_draws_its_own_and_gets_the_numbers(files, tmp_path, monkeypatch):
+    seen, numbers, turn = [], set(), gan_training.Players.discriminator_turn
+
+    def watched(self, real, z, *rest):
+        seen.append(z)
+        numbers.add((self.r1, self.r1_every, self.path_length))
+        return turn(self, real, z, *rest)
+
+    monkeypatch.setattr(gan_training.Players, "discriminator_turn", watched)
+    monkeypatch.setattr(gan_transfer, "EMA", lambda parameters, decay: numbers.add(decay) or EMA(parameters, decay))
+    transfer(files, tmp_path / "run", "--method", "tgan", "--samples", 0, "--r1", 3, "--r1-every", 2, "--path-length", 5, "--ema", 0.7)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2)) and len(seen) == 4
+    assert numbers == {(3.0, 2, 5.0), 0.7}
+
+
+@pytest.mark.parametrize("options", [gan_settings.PUBLISHED, gan_settings.SMALL])
+def test_the_numbers_are_those_of_the_help(options, capsys):
+    """"(default: what small ones have; above 64 pixels what published ones have)", or one for both."""
+    with pytest.raises(SystemExit):
+        parse(gan_settings.Options, "", ["--help"])
+    words = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for name, value in options.items():
+        default = re.search(rf"{flag(name)} .*?default: (.*?)[.)] ", words)[1]
+        of_small, _, of_published = default.partition("; above 64 pixels ")
+        said = of_published or of_small if options is gan_settings.PUBLISHED else of_small
+        assert float(re.match(r"[\d.e-]+", said)[0]) == value, name
 
 
 @pytest.mark.parametrize("flags, mirrored", [(["--no-flip"], False), ([], True)])

@@ -120,11 +120,29 @@ def test_own_norm_gives_each_coordinate_of_the_batch_its_drawn_moments_back():
     assert noises[False]["worst"].mean(0).abs().max() < 1e-5 < drawn.mean(0).abs().min()
 
 
+def test_guided_is_of_the_drawn_noise_and_TAN_of_the_worst():
+    shots, t = draw_points(TARGET, 10, 4, generator(1)), torch.full((20,), 300)
+    found = gaussians.compare_gradients(optimal_predictor, {"bayes": bayes_classifier}, shots, 300, 2, generator(2), 5.0, 0.5, 3)
+    drawn = torch.randn(10_000, 4, 2, generator=after_points())[:20]
+    for name, noise in (("guided, bayes", drawn), ("TAN, bayes", found["worst"])):
+        expected = gaussians.output_gradient(optimal_predictor, shots.repeat(2, 1, 1), t, noise, bayes_classifier, 5.0)
+        torch.testing.assert_close(found[name], expected, msg=name)
+    assert not found["guided, bayes"].allclose(found["TAN, bayes"], rtol=1e-3)
+
+
 def after_points():
     """The generator as compare_gradients has it when it draws its noises."""
     g = generator(2)
     draw_points(TARGET, 10_000, 4, g)
     return g
+
+
+def test_the_axes_of_an_ellipse():
+    along, across = torch.tensor([[0.8, 0.6], [-0.6, 0.8]], dtype=torch.float64)
+    x = randn(20_000, 1, 2) @ torch.stack([3 * along, across])
+    axes, direction = gaussians.ellipse(x)
+    torch.testing.assert_close(axes[0], torch.tensor([1.0, 3.0], dtype=torch.float64), atol=0, rtol=0.03)
+    assert (direction[0] @ along).abs() > 0.999
 
 
 def test_wasserstein_against_the_matrix_square_root():
@@ -147,19 +165,20 @@ def test_networks_side_by_side_do_not_mix():
     assert torch.equal(ends[0][0], ends[1][0]) and not torch.equal(ends[0][1], ends[1][1])
 
 
-@pytest.mark.parametrize("classifier, steps, fading",
-                         [(None, 0, 0), (bayes_classifier, 0, 0), (bayes_classifier, 3, 0), (bayes_classifier, 3, 4)])
-def test_adapt_is_algorithm_1(classifier, steps, fading):
+@pytest.mark.parametrize("classifier, steps, fading, own", [
+    (None, 0, 0, False), (bayes_classifier, 0, 0, False), (bayes_classifier, 3, 0, False), (bayes_classifier, 3, 4, False),
+    (bayes_classifier, 3, 0, True)])
+def test_adapt_is_algorithm_1(classifier, steps, fading, own):
     """Two iterations by hand, from 40 points; the baseline is plain denoising."""
     torch.manual_seed(0)
     model, shots = MLP(1), draw_points(TARGET, 10, 1, generator(1))
     numbers = NUMBERS | dict(J=steps)
-    *_, adapted = gaussians.adapt(model, shots, generator(0, 3), classifier, **numbers, iterations=2, fading=fading)
+    *_, adapted = gaussians.adapt(model, shots, generator(0, 3), classifier, **numbers, iterations=2, fading=fading, own=own)
     g, x0 = generator(0, 3), shots.repeat(4, 1, 1)
     for gamma in (5.0, 5.0 * 3 / 4 if fading else 5.0):
         t, eps = torch.randint(1000, (40,), generator=g), torch.randn(40, 1, 2, generator=g)
         if steps:
-            eps, _ = worst_case_noise(model, SCHEDULE, x0, t, eps, steps, 0.02, dims=(0,))
+            eps, _ = worst_case_noise(model, SCHEDULE, x0, t, eps, steps, 0.02, (0,), own)
         xt = SCHEDULE.add_noise(x0, t, eps)
         guidance = similarity_guidance(classifier, SCHEDULE, xt, t, gamma) if classifier else 0.0
         loss = (eps - model(xt, t) - guidance).square().mean()

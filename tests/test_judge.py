@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import domains
 from domains import judge
@@ -39,6 +40,29 @@ def test_score_of_known_pictures(scores):
     assert copies["toy Intra-LPIPS"] < 0.05 * fresh["toy Intra-LPIPS"]
     assert 0.8 < fresh["memorised"] < 1.2 and copies["memorised"] < 0.1 and mirrored["memorised"] < 0.1
     assert fresh["covered"] == 1
+
+
+def test_one_face_covers_one_value_of_each_attribute():
+    pictures = faces(1, seed=5)[0].repeat(4, 1, 1, 1)
+    visible, known = judge.reference("sunglasses", 32).visible, judge.load_judge("toyfaces").description["attributes"]
+    expected = len(visible) / sum(len(known[name]) for name in visible)
+    assert judge.score(pictures, pictures, "sunglasses")["covered"] == pytest.approx(expected) and expected < 0.5
+
+
+def test_toy_lpips_by_the_pixel():
+    """The mean over levels and pixels of the squared distance of activations of length 1."""
+    network, (a, b) = judge.load_judge("toyfaces"), faces(1, 5)
+    (_, _, of_a), (_, _, of_b) = (network.model.encode(x, torch.zeros(1, dtype=torch.long)) for x in (a, b))
+    levels = [(F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean() for x, y in zip(of_a, of_b)]
+    x, y = (judge.perceptual_features(network, pictures) for pictures in (a, b))
+    torch.testing.assert_close((x - y).square().sum(), torch.stack(levels).mean(), rtol=1e-4, atol=1e-7)
+
+
+def test_the_loss_of_attributes_is_one_number_a_picture():
+    known, g = dict(hair=["a", "b", "c"], pose=["left", "right"]), torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(4, 5, generator=g), torch.tensor([[2, 0], [0, 1], [1, 1], [2, 1]])
+    expected = [(F.cross_entropy(row[:3], hair) + F.cross_entropy(row[3:], pose)) / 2 for row, (hair, pose) in zip(logits, labels)]
+    torch.testing.assert_close(judge.attribute_loss(logits, labels, known), torch.stack(expected))
 
 
 def test_kernel_distance_is_near_zero_for_fresh_pictures_however_few(scores):

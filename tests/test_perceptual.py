@@ -9,6 +9,7 @@ import warnings
 
 import lpips
 import pytest
+import scipy.linalg
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -18,8 +19,9 @@ from checkpoints.perceptual import (
     load_lpips,
     lpips_features,
     published_weights,
+    scorer,
 )
-from metrics import intra_lpips, squared_distances
+from metrics import intra_lpips, kernel_distance, squared_distances
 from plumbing.options import InputError
 from plumbing.pictures import to_tensor
 
@@ -192,3 +194,15 @@ def test_inception_features_are_the_package_s(tmp_path, monkeypatch):
     features = inception_features(model, to_tensor(pixels.permute(0, 2, 3, 1)), batch_size=2)
     assert features.shape == (3, 2048) and features.std(0).max() > 0
     torch.testing.assert_close(features, package(pixels)[0])
+
+
+def test_fid_and_kid_are_those_of_the_features(backbone):
+    """In three dimensions, against the closed form with scipy's root of a matrix."""
+    g = torch.Generator().manual_seed(0)
+    samples, targets, reference = (torch.rand(n, 3, 32, 32, generator=g) ** power * 2 - 1 for n, power in ((9, 1), (3, 1), (7, 2)))
+    figures = scorer(load_lpips("squeeze", backbone), targets, 32, lambda images: 50 * images.mean((2, 3)), reference)(samples)[1]
+    x, y = (50 * images.mean((2, 3)).double() for images in (samples, reference))
+    root = scipy.linalg.sqrtm((torch.cov(x.T) @ torch.cov(y.T)).numpy()).trace().real
+    fid = (x.mean(0) - y.mean(0)).square().sum() + torch.cov(x.T).trace() + torch.cov(y.T).trace() - 2 * root
+    assert figures["FID"] == pytest.approx(fid.item(), rel=1e-4)
+    assert figures["KID"] == pytest.approx(kernel_distance(x, y), rel=1e-4)

@@ -1,6 +1,7 @@
 """pretrain.py: what it refuses, and that an old run never comes back in place of a new one."""
 
 import contextlib
+import itertools
 import math
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ddpm import predict_eps
 from plumbing.files import load_checkpoint, read_metrics
 from plumbing.options import InputError, flat, replace
 from plumbing.picture_folder import load_folder
+from plumbing.training import EMA
 
 SMALL = "--size 16 --channels 16 --channel-mult 1 2 --attention 2 --head-channels 16 --batch-size 4 --device cpu".split()
 TINY = [*SMALL, "--images", "16"]
@@ -144,6 +146,31 @@ def test_the_averaged_weights_are_saved_and_the_learning_rate_falls(tmp_path):
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     expected = [1e-3 * min(1, (i + 1) / 2) * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
     assert rates == pytest.approx(expected)
+
+
+def test_every_iteration_draws_its_own_batch(tmp_path, monkeypatch):
+    drawn, original = [], pretrain.losses_of
+    monkeypatch.setattr(pretrain, "losses_of", lambda network, x0, labels, t, eps, *rest:
+                        drawn.append((x0, t, eps)) or original(network, x0, labels, t, eps, *rest))
+    call(pretrain.main, "toyfaces", *TINY, "--iterations", 3, "--output-dir", tmp_path)
+    for a, b in itertools.combinations(drawn, 2):
+        assert not any(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("network", ["unet", "stylegan2"])
+def test_the_numbers_reach_the_loop(network, tmp_path, monkeypatch):
+    seen, gan = [], ["--network", "stylegan2", "--r1", 3, "--r1-every", 2, "--path-length", 5]
+
+    class Watched(Players):
+        def __init__(self, *a):
+            super().__init__(*a)
+            seen.append((self.r1, self.r1_every, self.path_length))
+
+    monkeypatch.setattr(pretrain, "Players", Watched)
+    monkeypatch.setattr(pretrain, "EMA", lambda parameters, decay: seen.append(decay) or EMA(parameters, decay))
+    flags = [*gan, "--images", 4, "--size", 16, "--channels", 4, "--batch-size", 4, "--device", "cpu"] if network == "stylegan2" else TINY
+    call(pretrain.main, "toyfaces", *flags, "--iterations", 1, "--ema", 0.7, "--output-dir", tmp_path)
+    assert seen == ([(3.0, 2, 5.0), 0.7] if network == "stylegan2" else [0.7])
 
 
 def test_a_first_stage_is_shown_and_saved_with_averaged_weights(tmp_path):

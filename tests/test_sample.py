@@ -107,6 +107,9 @@ def test_guidance_uses_the_classifier_of_the_run(finished, tmp_path, monkeypatch
                         lambda model, x, t, label: seen.append(label) or torch.zeros_like(x))
     assert apart(draw(finished, tmp_path / "zero", "-n", "1", "--guidance", "100"), plain) == 0
     assert seen == [1, 1, 1]
+    monkeypatch.setattr(sample, "log_prob_gradient", lambda model, x, t, label: torch.ones_like(x))  # brighter is likelier
+    brighter = draw(finished, tmp_path / "brighter", "-n", "1", "--guidance", "1")
+    assert all((brighter[name] - plain[name]).mean() > 1 for name in plain)
 
 
 @pytest.mark.parametrize("flags, says", [

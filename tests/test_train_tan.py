@@ -31,6 +31,7 @@ from plumbing.options import InputError
 from plumbing.picture_folder import load_folder
 from plumbing.pictures import read_array
 from plumbing.seeds import generator
+from plumbing.training import EMA
 from settings import METHODS
 
 
@@ -109,6 +110,15 @@ def test_every_iteration_draws_its_own_batch(train, tmp_path, monkeypatch):
     train(tmp_path / "run", "--iterations", "3")
     for a, b in zip(drawn, drawn[1:]):
         assert not any(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_the_numbers_reach_the_average_and_the_pictures(train, tmp_path, monkeypatch):
+    seen, drawn, draw = [], set(), network.Network.sample
+    monkeypatch.setattr(train_tan, "EMA", lambda psi, decay: seen.append(decay) or EMA(psi, decay))
+    monkeypatch.setattr(network.Network, "sample", lambda self, seeds, steps, **options:
+                        drawn.add(steps) or draw(self, seeds, steps, **options))
+    train(tmp_path / "run", "--method", "adaptor", "--iterations", "1", "--ema", "0.7", "--samples", "2", "--sample-steps", "3")
+    assert seen == [0.7] and drawn == {3}
 
 
 # ---- the same run, however it is stopped, split or spread ------------------------------------------------------------
