@@ -120,11 +120,11 @@ class Classifier(Encoder):
         return self.out(self.encode(x, t)[0])  # (B, C, H, W) -> (B, C', h, w) -> (B, out_channels)
 
 
-def replace_head(model: Classifier, classes: int = 2) -> None:
-    """A new last layer for `classes` answers; everything before it keeps its pre-training."""
+def replace_head(model: Classifier) -> None:
+    """A new last layer for two answers; everything before it keeps its pre-training."""
     pool = model.out[2]
-    pool.c_proj = nn.Conv1d(pool.c_proj.in_channels, classes, 1).to(pool.c_proj.weight.device)
-    model.out_channels = model.config["out_channels"] = classes
+    pool.c_proj = nn.Conv1d(pool.c_proj.in_channels, 2, 1).to(pool.c_proj.weight.device)
+    model.out_channels = model.config["out_channels"] = 2
 
 
 def from_unet(unet: UNet, pretrained: bool = True) -> Classifier:

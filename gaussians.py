@@ -42,9 +42,9 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 class MLP(nn.Module):
     """E small networks side by side: x (B, E, 2), t (B,) -> (B, E, 2).  A single one serves any E."""
 
-    def __init__(self, copies: int, width: int = 32):
+    def __init__(self, copies: int):
         super().__init__()
-        sizes = [(2 + 16, width), (width, width), (width, 2)]
+        sizes = [(2 + 16, 32), (32, 32), (32, 2)]
         self.weights = nn.ParameterList(torch.randn(copies, i, o) / i ** 0.5 for i, o in sizes)
         self.biases = nn.ParameterList(torch.zeros(copies, 1, o) for _, o in sizes)
 
@@ -52,7 +52,7 @@ class MLP(nn.Module):
         e = timestep_embedding(t, 16)[:, None].expand(-1, x.shape[1], -1)     # (B,) -> (B, E, 16)
         h = torch.cat([x, e], dim=2).transpose(0, 1)                          # (E, B, 18)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            h = F.silu(h @ weight + bias)                                     # (E, B, width)
+            h = F.silu(h @ weight + bias)                                     # (E, B, 32)
         return (h @ self.weights[-1] + self.biases[-1]).transpose(0, 1)       # (B, E, 2)
 
     def class_logits(self, x: Tensor, t: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import domains
 from autoencoder import LOSS_WEIGHTS, first_stage_loss
 from baselines.gan_training import Plain, Players, play
 from checkpoints import gan
@@ -52,7 +53,6 @@ from plumbing.figures import save_curve
 from plumbing.files import check_replaceable, read_metrics, remove_unfinished
 from plumbing.memory import fitting
 from plumbing.options import flat, parse, run
-from plumbing.picture_folder import keep_apart
 from plumbing.pictures import save_grid
 from plumbing.seeds import generator
 from plumbing.training import EMA, Loop
@@ -189,7 +189,7 @@ def main() -> None:
     out = folder_of(options)
     device = distributed.setup(training.device)
     check_replaceable(out, FILES, options.resume, options.overwrite)
-    keep_apart(out, options.source, recursive=True)
+    domains.keep_apart(out, options.source, recursive=True)
     check(options, typed)
     if training.threads:
         torch.set_num_threads(training.threads)

@@ -25,7 +25,7 @@ from plumbing.options import (
     positive,
     replace,
 )
-from plumbing.picture_folder import keep_apart, name_of
+from plumbing.picture_folder import name_of
 from plumbing.shell import command
 
 
@@ -323,7 +323,7 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     domains.check_pair(options.source, options.target)
     for pictures, recursive in ((options.target, options.recursive), (options.guidance.source_images, True),
                                 (options.guidance.classifier_targets, False)):
-        keep_apart(folder_of(options), pictures, recursive)
+        domains.keep_apart(folder_of(options), pictures, recursive)
 
 
 def compared(options: Options) -> str | None:

@@ -53,7 +53,6 @@ from settings import METHODS, Options
 from unet import UNet
 
 MICRO = "--micro-batch-size"
-REMEDY = "start again with --overwrite and a lower --learning-rate or --gamma, or --precision fp32"
 
 
 def trainable(source: Network, options: Options) -> list[torch.nn.Parameter]:
@@ -65,12 +64,16 @@ def trainable(source: Network, options: Options) -> list[torch.nn.Parameter]:
     return adaptor.parameters(source.model)
 
 
-def speed_up(model: UNet, options: Options) -> None:
-    """With --precision bf16 what is frozen is held in it; with --compile the network is compiled."""
-    if options.precision == "bf16":
-        hold_frozen_in_bf16(model)
-    if options.compile:
-        model.compile()
+def speed_up(models: set[UNet], options: Options) -> None:
+    """With --precision bf16 what is frozen is held in it; with --compile the networks are compiled.
+
+    A low-rank psi is added to weights, and where these are in bf16 its small changes would be rounded away.
+    """
+    for model in models:
+        if options.precision == "bf16" and options.adaptor != "low-rank":
+            hold_frozen_in_bf16(model)
+        if options.compile:
+            model.compile()
 
 
 @dataclasses.dataclass
@@ -218,13 +221,21 @@ def losses_of(model: UNet, ascended: UNet, classifier: Classifier | None, pairwi
     return losses, guidance, residual, ascent if ascended is model else []
 
 
+def remedy(options: Options) -> str:
+    """What to do about a run that diverges."""
+    gamma = " or --gamma" if METHODS[options.method].guidance else ""
+    precision = ", or --precision fp32" if options.precision == "bf16" else ""
+    return f"start again with --overwrite and a lower --learning-rate{gamma}{precision}"
+
+
 def watch(loop: Loop, line: dict[str, Any], fades: bool) -> None:
     """Warn where the guidance outweighs what the pictures themselves have left to teach."""
     bearable = 2.0 if fades else 0.5  # on latents a constant pull of half the residual ruins the model
+    fading = "" if fades else "--guidance-fade 0.5, "
     for quarter, ratio in enumerate(line.get("guidance_ratio", []), start=1):
         if ratio is not None and ratio > bearable:
             loop.warn(f"in timestep quarter {quarter} the guidance is over {bearable} times what is left to "
-                      "learn; --guidance-fade 0.5, --guidance-limit 0.5 or a lower --gamma is safer")
+                      f"learn; {fading}--guidance-limit 0.5 or a lower --gamma is safer")
 
 
 def main() -> None:
@@ -257,9 +268,9 @@ def main() -> None:
     psi = trainable(source, options)  # all of theta for a method without adaptors
     describe(source, psi, targets, asked, options, device)
     classifier = obtain_classifier(source, inputs, options, out, device) if method.guidance else None
-    speed_up(model, options)
-    source_alone = options.adversarial_noise.pgd_network == "source"  # theta of Eq. 10
-    ascended = adaptor.source_model(model) if source_alone else model
+    # Theta alone, as Eq. 10 has it, or theta and psi
+    ascended = adaptor.source_model(model) if options.adversarial_noise.pgd_network == "source" else model
+    speed_up({model, ascended}, options)
     optimizer, ema = torch.optim.Adam(psi, fused=device.type == "cuda"), EMA(psi, options.ema)
 
     # q(x_0): the pictures and, after them, their mirror images, as the network sees them
@@ -268,7 +279,7 @@ def main() -> None:
     pairwise = pairwise_losses(source, x0s[:len(targets)], options)
     board = None
     if options.tensorboard and distributed.rank() == 0:
-        board = Board(out / "tensorboard", state["iteration"] if state else 0)
+        board = Board(out / "tensorboard", state["iteration"] + 1 if state else 0)
     report = Report(out, picked(options, settings.used_by(options.method)), source, identity["source"],
                     targets, held_out, ema, device, settings.command_of(options), board)
     b = options.batch_size
@@ -288,7 +299,7 @@ def main() -> None:
 
         # Once; again from here with half as many pictures at a time where memory runs out.
         for parts in micro_batches(x0, t, eps):
-            stats = Stats(schedule.timesteps, device)
+            stats, losses = Stats(schedule.timesteps, device), None  # a failed attempt's hold their graph
             optimizer.zero_grad()
             with micro_batches:
                 for x0_, t_, eps_ in parts:                                # lines 5-8
@@ -300,7 +311,7 @@ def main() -> None:
         distributed.sum_gradients(psi)
 
         line = stats.reduce()
-        gradient_norm = loop.check(line["loss"], REMEDY)
+        gradient_norm = loop.check(line["loss"], remedy(options))
         optimizer.step()                                                   # line 9, by Adam
         ema.update()
         loop.record(**line, gradient_norm=gradient_norm)

@@ -11,7 +11,6 @@ from baselines import gan_methods
 from baselines.gan_training import check_groups
 from checkpoints.gan import GAN
 from checkpoints.load import title_of
-from plumbing import distributed
 from plumbing.options import (
     InputError,
     Unset,
@@ -23,13 +22,13 @@ from plumbing.options import (
     positive,
     replace,
 )
-from plumbing.picture_folder import keep_apart, name_of
+from plumbing.picture_folder import name_of
 from plumbing.shell import command
 
 # What suits published networks, and the small ones of assets/ instead; these were chosen on babies.
-PUBLISHED = dict(iterations=5000, batch_size=4, learning_rate=2e-3, r1=10.0, freeze_blocks=3, ewc_weight=5e8,
+PUBLISHED = dict(iterations=5000, batch_size=4, r1=10.0, freeze_blocks=3, ewc_weight=5e8,
                  cdc_weight=1000.0)
-SMALL = dict(iterations=450, batch_size=16, learning_rate=2e-3, r1=1.0, freeze_blocks=1, ewc_weight=300.0,
+SMALL = dict(iterations=450, batch_size=16, r1=1.0, freeze_blocks=1, ewc_weight=300.0,
              cdc_weight=10.0)
 
 
@@ -57,8 +56,8 @@ class Options:
     """Steps of discriminator and generator (default: 450; above 64 pixels 5000)."""
     batch_size: Unset[int] = None
     """Pictures a step (default: 16; above 64 pixels 4)."""
-    learning_rate: Unset[float] = None
-    """Of Adam, for both networks (default: 2e-3)."""
+    learning_rate: float = 2e-3
+    """Of Adam, for both networks."""
     r1: Unset[float] = None
     """Weight of the R1 penalty (default: 1; above 64 pixels 10)."""
     r1_every: int = 16
@@ -110,7 +109,7 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
         user = next(method for method, uses in gan_methods.METHODS.items() if name in uses.options)
         raise InputError(f"{flag(name)}: --method {options.method} does not use it, only {user}; leave it "
                          "out")
-    at_least(options, iterations=0, batch_size=max(2, distributed.world()), r1=0, r1_every=1, path_length=0,
+    at_least(options, iterations=0, batch_size=2, r1=0, r1_every=1, path_length=0,
              ema=0, samples=0, previews=1, save_every=1, ada_images=1, freeze_blocks=0, ewc_weight=0,
              fisher_samples=1, cdc_weight=0, anchor_spread=0, patch_block=0, dcl_weights=0, ada_target=-1)
     below(options, ema=1, ada_target=1, patch_block=len(source.discriminator.convs),
@@ -121,7 +120,7 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
     if len(options.numbers.dcl_weights) != 2:
         raise InputError("--dcl-weights: give two numbers of at least 0")
     domains.check_pair(options.source, options.target)
-    keep_apart(folder_of(options), options.target, options.recursive)
+    domains.keep_apart(folder_of(options), options.target, options.recursive)
 
 
 def suited(options: Options, source: GAN) -> Options:

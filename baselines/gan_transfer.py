@@ -19,7 +19,7 @@ from baselines import gan_methods, gan_settings
 from baselines.gan_settings import Options
 from baselines.gan_training import Players, play
 from checkpoints import run_folder
-from checkpoints.load import load_gan
+from checkpoints.load import load_gan, pinned
 from checkpoints.run_report import Report
 from plumbing import distributed
 from plumbing.options import InputError, flat, parse, picked, replace, run
@@ -38,6 +38,7 @@ def main() -> None:
         options = run_folder.resumed(out, options, typed)
     elif options.source is None:
         options = replace(options, source=gan_settings.usual_source(options.target))
+    options = replace(options, source=pinned(options.source))
     source = load_gan(options.source)
     options = gan_settings.suited(options, source)
     gan_settings.check(options, typed, source)

@@ -7,6 +7,7 @@ for people.
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -124,7 +125,11 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
                 shutil.rmtree(out / name, ignore_errors=True)
             for name in reversed(FILES):  # options.json last: killed here, it is still a run
                 (out / name).unlink(missing_ok=True)
-        if state is None or state["iteration"] < options["iterations"]:
+        done = state["iteration"] if state else 0
+        for file in itertools.chain((out / "stages").glob("*"), (out / "progress").glob("*")):
+            if file.stem.isdigit() and int(file.stem) > done:  # made anew, as its metrics are
+                file.unlink()
+        if done < options["iterations"] or state is None:
             # A finished run that goes on is not finished.
             (out / "weights.safetensors").unlink(missing_ok=True)
         text = json.dumps(dict(options, resume=False, overwrite=False), indent=1)

@@ -121,14 +121,16 @@ class Report:
     def add_row(self, strip: Path, drawn: Tensor) -> None:
         """Pictures (8, 3, H, W) as one more file in progress/, and all of these as progress.png."""
         strip.parent.mkdir(exist_ok=True)
-        pixels = torch.cat(list(to_uint8(drawn)), dim=1)                         # (8, H, W, 3) -> (H, 8W, 3)
-        save_picture(strip, pixels)
-        rows, labels = [], []
+        pixels, rows, labels = to_uint8(drawn), [], []
         for record in stages(self.out):
-            if (file := strip.with_name(f"{record['iteration']:06d}.png")).exists():
-                rows += to_tensor(read_array(file)[None])[0].chunk(8, dim=2)     # 8 of (3, H, W)
+            file = strip.with_name(f"{record['iteration']:06d}.png")
+            if file == strip or file.exists():
+                row = pixels if file == strip else torch.stack(read_array(file).chunk(8, dim=1))
+                rows.append(to_tensor(row))                                # (8, H, W, 3) -> (8, 3, H, W)
                 labels.append(f"{record['iteration']}  rms {record['nearest']:.2f}")
-        save_grid(self.out / "progress.png", torch.stack(rows), columns=8, labels=labels)
+        save_grid(self.out / "progress.png", torch.cat(rows), columns=8, labels=labels)
+        # Last, as it says that the row is done.
+        save_picture(strip, torch.cat(list(pixels), dim=1))                      # (H, 8W, 3)
 
     def finish(self, loss: str) -> None:
         """weights.safetensors (of the running average), samples.png, and loss.png labelled with `loss`."""

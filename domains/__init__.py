@@ -86,9 +86,9 @@ def ten_shots(target: str, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     return _draw(target, 10, SHOTS_SEEDS.get(TARGETS.get(target, target), 0), size, "shots")
 
 
-def evaluation_pictures(domain: str, n: int, size: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_pictures(domain: str, n: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """Fresh pictures, as `draw` returns them, from a third random stream: none of `draw` or `ten_shots`."""
-    return _draw(domain, n, seed, size, "eval")
+    return _draw(domain, n, 0, size, "eval")
 
 
 def family(source: str) -> list[str]:
@@ -159,6 +159,19 @@ def source_images(name_or_folder: str | Path, n: int, size: int, seed: int) -> t
     folder = ImageFolder(name_or_folder, size, recursive=True)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed))
     return folder.batch(order[:n])
+
+
+def keep_apart(out: Path, name_or_folder: str | None, recursive: bool) -> None:
+    """InputError if a program would write its pictures into a folder that it reads pictures from.
+
+    recursive   it reads those in subfolders, too
+    """
+    if name_or_folder is None or name_or_folder in (*TARGETS, *SOURCES) or not Path(name_or_folder).is_dir():
+        return
+    ours, theirs = Path(out).resolve(), Path(name_or_folder).resolve()
+    if ours == theirs or recursive and theirs in ours.parents:
+        raise InputError(f"--output-dir {out}: pictures are read from there ({name_or_folder}); choose one "
+                         "elsewhere")
 
 
 def _say_which(name: str) -> None:

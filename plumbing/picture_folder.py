@@ -21,19 +21,6 @@ AHEAD = 4  # batches
 JUNK = {"thumbs.db", "desktop.ini", "__macosx"}  # of file managers; hidden files are not named either
 
 
-def keep_apart(out: Path, pictures: str | None, recursive: bool) -> None:
-    """InputError if a program would write its pictures where it reads those of the folder `pictures`.
-
-    recursive   it reads those in subfolders, too
-    """
-    if pictures is None or not Path(pictures).is_dir():
-        return
-    ours, theirs = Path(out).resolve(), Path(pictures).resolve()
-    if ours == theirs or recursive and theirs in ours.parents:
-        raise InputError(f"--output-dir {out}: pictures are read from there ({pictures}); choose one "
-                         "elsewhere")
-
-
 def files_below(folder: Path) -> Iterator[Path]:
     """All files in a folder and its subfolders, hidden ones and junk left out."""
     for place, folders, names in os.walk(folder):

@@ -152,6 +152,8 @@ class Loop:
             self.ema.load_state_dict(state["ema"])
             if self.also:
                 self.also(state)
+        except torch.OutOfMemoryError:
+            raise
         except (LookupError, RuntimeError, TypeError, ValueError):
             raise InputError(f"{self.out}/checkpoint.pt: is of another network than the options describe; "
                              "start anew with --overwrite") from None
@@ -207,7 +209,7 @@ class Loop:
         if distributed.rank() == 0:
             add_metrics(self.out / "metrics.jsonl", iteration=self.iteration, **line, **speed)
         if self.board:
-            self.board.line(self.iteration, **line, **speed)
+            self.board.line(self.iteration + 1, **line, **speed)
         self.bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
 
     def warn(self, text: str) -> None:

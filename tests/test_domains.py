@@ -1,5 +1,7 @@
 """The built-in domains: what they draw, and which pictures a name or a folder stands for."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -36,7 +38,7 @@ def test_every_value_of_every_attribute_occurs(source):
 @pytest.mark.parametrize("domain", ALL)
 def test_streams_never_share_a_picture(domain):
     train = domains.draw(domain, 10, seed=0)[0]
-    evaluation = domains.evaluation_pictures(domain, 10, seed=0)[0]
+    evaluation = domains.evaluation_pictures(domain, 10)[0]
     target = next(target for target, source in domains.TARGETS.items() if domain in (target, source))
     shots = domains.ten_shots(target)[0]
     assert shots.shape == (10, 32, 32, 3)
@@ -132,6 +134,16 @@ def test_built_in_source():
     assert np.array_equal(to_uint8(images).numpy(), domains.draw(name, 3, 1, size=32)[0])
     with pytest.raises(InputError, match="nothing.*folder.*" + ".*".join(sorted(domains.SOURCES))):
         domains.source_images("nothing", 3, 32, 0)
+
+
+def test_a_built_in_name_is_no_folder_to_keep_apart_from(tmp_path, monkeypatch):
+    """A run in a folder called sunglasses, of the drawn sunglasses, can go on."""
+    monkeypatch.chdir(tmp_path)
+    Path("sunglasses").mkdir()
+    domains.keep_apart(Path("sunglasses"), "sunglasses", recursive=True)
+    for out in ("sunglasses", "sunglasses/run"):
+        with pytest.raises(InputError, match=f"--output-dir {out}: pictures are read from there"):
+            domains.keep_apart(Path(out), "./sunglasses", recursive=True)
 
 
 def test_source_folder(tmp_path):

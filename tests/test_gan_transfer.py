@@ -142,6 +142,12 @@ def test_every_iteration_draws_its_own_and_gets_the_numbers(files, tmp_path, mon
     assert numbers == {(3.0, 2, 5.0), 0.7}
 
 
+def test_a_name_of_the_hub_is_kept_with_its_commit(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(gan_transfer, "pinned", lambda name: str(files / "gan.safetensors") if name == "owner/gan" else name)
+    out = transfer(files, tmp_path / "run", "--source", "owner/gan", "--iterations", 0, "--samples", 0)
+    assert json.loads((out / "options.json").read_text())["source"] == str(files / "gan.safetensors")
+
+
 @pytest.mark.parametrize("options", [gan_settings.PUBLISHED, gan_settings.SMALL])
 def test_the_numbers_are_those_of_the_help(options, capsys):
     """"(default: what small ones have; above 64 pixels what published ones have)", or one for both."""

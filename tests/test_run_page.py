@@ -83,18 +83,19 @@ def test_tensorboard_has_the_names_of_the_metrics(shown):
     events.Reload()
     lines = read_metrics(shown / "metrics.jsonl")
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
-    assert [event.step for event in events.Scalars("gradient_norm")] == list(range(6))
+    assert [event.step for event in events.Scalars("gradient_norm")] == [*range(1, 7)]
     assert {"guidance_rms/1", "loss_by_quarter/4", "pgd_gain", "learning_rate"} <= set(events.Tags()["scalars"])
     tags = {tag.split("/")[0] for tag in events.Tags()["images"]}
     assert tags == {"targets", "progress", "samples"}
 
 
 def test_tensorboard_of_a_resumed_run_has_each_iteration_once(train, tmp_path):
-    folder = train(tmp_path / "run", "--method", "adaptor", "--tensorboard", "--iterations", 4)
+    folder = train(tmp_path / "run", "--method", "adaptor", "--samples", 2, "--tensorboard", "--iterations", 4)
     call(train_tan.main, "--output-dir", folder, "--resume", "--iterations", 6)
-    events = tensorboard.EventAccumulator(str(folder / "tensorboard"))
+    events = tensorboard.EventAccumulator(str(folder / "tensorboard"), {"images": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(6))
+    assert [event.step for event in events.Scalars("loss")] == [*range(1, 7)]
+    assert [[event.step for event in events.Images(tag)] for tag in ("progress", "samples")] == [[0, 4, 6], [4, 6]]
 
 
 def test_without_the_package(train, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import classifier
 import ddpm
 import domains
+import settings
 import train_tan
 import unet
 from checkpoints import network, run_folder, run_report
@@ -313,6 +315,15 @@ def test_guidance_that_outweighs_the_pictures_is_warned_of(fades, ratio, warned)
     warnings = []
     train_tan.watch(SimpleNamespace(warn=warnings.append), dict(guidance_ratio=[None, 0.1, ratio, 0.1]), fades)
     assert len(warnings) == warned and all("quarter 3" in text for text in warnings)
+    assert all(("--guidance-fade" in text) != fades for text in warnings)  # where it does not fade already
+
+
+@pytest.mark.parametrize("method, precision, says", [
+    ("adaptor", "fp32", "a lower --learning-rate"), ("tan", "fp32", "a lower --learning-rate or --gamma"),
+    ("guided", "bf16", "a lower --learning-rate or --gamma, or --precision fp32")])
+def test_what_to_do_about_a_run_that_diverges(method, precision, says):
+    options = settings.Options(method=method, precision=precision)
+    assert train_tan.remedy(options) == f"start again with --overwrite and {says}"
 
 
 def test_paper_is_the_printed_numbers_typed_out(train, tmp_path):
@@ -556,6 +567,37 @@ def test_out_of_memory_halves_the_micro_batch(train, finished, tmp_path, monkeyp
     assert_same_run(run, finished)
 
 
+def test_out_of_memory_in_the_backward_pass_lets_go_of_its_graph(train, finished, tmp_path, monkeypatch):
+    """Else the next attempt would begin with nearly all of the memory taken."""
+    original, graphs = train_tan.losses_of, []
+
+    def losses_of(*a):
+        assert not any(graph() for graph in graphs)  # of the attempt before
+        losses, *rest = original(*a)
+        if len(losses) > 2:
+            graphs.append(weakref.ref(losses))
+            losses.register_hook(out_of_memory)
+        return losses, *rest
+
+    def out_of_memory(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_tan, "losses_of", losses_of)
+    assert_same_run(train(tmp_path / "run"), finished)
+    assert len(graphs) == 1
+
+
+def test_memory_that_is_gone_when_a_run_goes_on_is_no_other_network(train, tmp_path, monkeypatch):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
+
+    def out_of_memory(*a):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.Adam, "load_state_dict", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):  # which `options.run` says in one line
+        resume(run, "--iterations", "2")
+
+
 def test_the_classifier_and_pictures_take_less_memory_too(tiny, tmp_path, monkeypatch, capsys):
     """A device on which three pictures at once fit: what is trained and drawn is the same."""
     fine_tune, sample, sizes = classifier.fine_tune, ddpm.sample, []
@@ -598,6 +640,14 @@ def test_where_not_even_that_fits(flags, fits, train, tmp_path, monkeypatch):
         train(tmp_path / "run", *flags)
 
 
+def test_a_low_rank_psi_is_not_added_to_weights_in_bf16(train, tmp_path, monkeypatch):
+    """Between bf16's numbers, 0.4 % of a weight apart, its first steps would vanish."""
+    seen, original = [], train_tan.losses_of
+    monkeypatch.setattr(train_tan, "losses_of", lambda model, *a: seen.append(model) or original(model, *a))
+    train(tmp_path / "run", "--method", "adaptor", "--adaptor", "low-rank", "--iterations", "1", "--precision", "bf16")
+    assert {p.dtype for p in seen[0].parameters()} == {torch.float32}
+
+
 def test_bf16_holds_what_is_frozen_in_bf16_and_computes_the_same(train, tmp_path, monkeypatch):
     flags = ("--iterations", "2", "--precision", "bf16")
     seen, original = [], train_tan.losses_of
@@ -626,6 +676,8 @@ def test_compile_compiles_the_network(train, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
     train(tmp_path / "run", "--iterations", "1", "--compile")
     assert compiled == ["UNet"]
+    train(tmp_path / "other", "--iterations", "1", "--compile", "--pgd-network", "source")
+    assert compiled == ["UNet"] * 3  # theta's own passes, too
 
 
 # ---- flags that nothing else sets ------------------------------------------------------------------------------------
@@ -791,7 +843,7 @@ def test_measuring_held_out_pictures_changes_nothing(train, tmp_path, monkeypatc
 
 
 def test_a_resumed_run_keeps_its_stages(train, tmp_path, monkeypatch):
-    """It stops after five iterations and goes on from the third: the stage of the fourth is there already."""
+    """It stops after five iterations and goes on from the third: the stage of the fourth is made anew, as its metrics are."""
     flags = "--method", "adaptor", "--hold-out", "2", "--samples", "2", *THREE_STAGES
     whole, run = train(tmp_path / "whole", *flags), tmp_path / "run"
     interrupted(train, run, monkeypatch, 2, *flags)
@@ -801,10 +853,35 @@ def test_a_resumed_run_keeps_its_stages(train, tmp_path, monkeypatch):
     (run / "stages" / ".000006.safetensors.1.tmp").touch()
     resume(run)
     after = {path.name: path.stat().st_mtime_ns for path in (run / "stages").iterdir()}
-    assert after.keys() == before.keys() | {"000006.safetensors"} and before.items() <= after.items()
+    assert after.keys() == before.keys() | {"000006.safetensors"}
+    assert {name for name in before if before[name] != after[name]} == {"000004.safetensors"}
     for name in after:
         assert (run / "stages" / name).read_bytes() == (whole / "stages" / name).read_bytes()
     assert (run / "progress.png").read_bytes() == (whole / "progress.png").read_bytes() and weights(run) == weights(whole)
+
+
+def test_a_resumed_run_of_another_length_has_no_stages_of_the_old_course(train, tmp_path, monkeypatch):
+    run, flags = tmp_path / "run", ("--method", "adaptor", "--samples", "2", *THREE_STAGES)
+    interrupted(train, run, monkeypatch, 2, *flags)
+    resume(run, "--iterations", "9")
+    assert [record["iteration"] for record in run_folder.stages(run)] == [0, 2, 3, 6, 9]
+    assert sorted(path.stem for path in (run / "progress").iterdir()) == ["000000", "000002", "000003", "000006", "000009"]
+
+
+def test_killed_while_progress_is_drawn(train, tmp_path, monkeypatch):
+    flags = ("--method", "adaptor", "--samples", "2", *THREE_STAGES)
+    whole, run, save_grid = train(tmp_path / "whole", *flags), tmp_path / "run", run_report.save_grid
+
+    def killed(path, images, *a, **options):
+        if path.name == "progress.png" and len(images) == 32:
+            raise Enough
+        save_grid(path, images, *a, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Enough):
+        patch.setattr(run_report, "save_grid", killed)
+        train(run, *flags)
+    resume(run)
+    assert (run / "progress.png").read_bytes() == (whole / "progress.png").read_bytes()
 
 
 @pytest.mark.parametrize("number, says", [
