@@ -227,11 +227,9 @@ class Generator(nn.Module):
         """The noise of each layer that the file of the network has, (1, 1, H, W) each."""
         return list(self.noises.buffers())
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Noise of n pictures for each layer, (n, 1, H, W) each, on the CPU if it comes from a generator."""
-        device = self.input.input.device if generator is None else None
-        return [torch.randn(n, *noise.shape[1:], generator=generator, device=device)
-                for noise in self.fixed_noise]
+    def draw_noise(self, n: int, generator: torch.Generator) -> list[Tensor]:
+        """Noise of n pictures for each layer, (n, 1, H, W) each, on the CPU."""
+        return [torch.randn(n, *noise.shape[1:], generator=generator) for noise in self.fixed_noise]
 
     def synthesize(self, w: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """w (B, style_dim), noise of each layer -> pictures (B, 3, size, size), and what each convolution
@@ -245,10 +243,6 @@ class Generator(nn.Module):
             features.append(self.convs[2 * i + 1](features[-1], w, noise[2 * i + 2]))
             rgb = to_rgb(features[-1], w, rgb)                                             # (B, 3, H, W)
         return rgb, features
-
-    def forward(self, z: Tensor, randomize_noise: bool = True) -> Tensor:
-        noise = self.draw_noise(len(z)) if randomize_noise else self.fixed_noise
-        return self.synthesize(self.style(z), noise)[0]
 
 
 # ---- discriminator -----------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_cdc_is_0_for_the_source_and_equals_a_double_loop():
     generator, discriminator = networks()
     source = copy.deepcopy(generator)
     cdc = M.CDC(source, discriminator, 10, 5.0, 0.05, 1, 0)
-    z, noise = torch.randn(6, 8), generator.draw_noise(6)
+    z, noise = torch.randn(6, 8), generator.draw_noise(6, stream(0))
     assert cdc.generator_term(generator, generator.synthesize(generator.style(z), noise)[1], z, noise).abs() < 1e-4
     for p in generator.parameters():
         p.data += 0.3 * torch.randn(p.shape)
@@ -215,7 +215,7 @@ def test_dcl_contrasts_with_the_source_in_every_layer():
     for p in generator.parameters():
         p.data += 0.3 * torch.randn(p.shape)
     dcl = M.DCL(source, (2.0, 3.0))
-    z, noise, real = torch.randn(4, 8), generator.draw_noise(4), torch.rand(5, 3, 16, 16)
+    z, noise, real = torch.randn(4, 8), generator.draw_noise(4, stream(0)), torch.rand(5, 3, 16, 16)
     (fake, ours), (of_source, theirs) = (model.synthesize(model.style(z), noise) for model in (generator, source))
     alike = lambda a, b: F.cosine_similarity(a.flatten(), b.flatten(), 0) / 0.07
     total = 0.0
