@@ -26,10 +26,8 @@ from plumbing.picture_folder import name_of
 from plumbing.shell import command
 
 # What suits published networks, and the small ones of assets/ instead; these were chosen on babies.
-PUBLISHED = dict(iterations=5000, batch_size=4, r1=10.0, freeze_blocks=3, ewc_weight=5e8,
-                 cdc_weight=1000.0)
-SMALL = dict(iterations=450, batch_size=16, r1=1.0, freeze_blocks=1, ewc_weight=300.0,
-             cdc_weight=10.0)
+PUBLISHED = dict(iterations=5000, batch_size=4, r1=10.0, freeze_blocks=3, ewc_weight=5e8, cdc_weight=1000.0)
+SMALL = dict(iterations=450, batch_size=16, r1=1.0, freeze_blocks=1, ewc_weight=300.0, cdc_weight=10.0)
 
 
 @dataclasses.dataclass

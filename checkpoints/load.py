@@ -120,8 +120,9 @@ def _load_gan(own: dict[str, Any] | None, tensors: dict[str, Tensor], path: Path
     """A StyleGAN2 from these tensors: our own, or the generator of a published file with `d` beside it."""
     if arch:
         raise InputError(f"--arch {arch}: a StyleGAN2 shows its network itself; leave it out")
-    description = dict(own or {}, layout="this project's own")
-    if own is None:
+    if own is not None:
+        description = dict(own, layout="this project's own")
+    else:
         judge = read_set(path, "d")
         description = gan.describe(tensors, judge, path)
         tensors = {**{f"g_ema.{key}": value for key, value in tensors.items()},
