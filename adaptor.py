@@ -45,6 +45,13 @@ def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def for_norm(x: Tensor) -> Tensor:
+    """x (B, C, ...) for a norm that learns.  On a CPU torch before 2.14 crashes when such a norm gets
+    channels-last input that needs no gradient; the first norm does, as what is before it is frozen.
+    """
+    return x if x.requires_grad or not torch.is_grad_enabled() else x.contiguous()
+
+
 class Adaptor(nn.Module):
     """psi^l: (B, C, H, W), time embedding (B, E) -> (B, C', H', W'), the output size of its residual block.
 
@@ -72,7 +79,8 @@ class Adaptor(nn.Module):
         # On a grid (h, w) of about half of x's sides, at most 16, or all of x up to 8.  Its tokens attend to
         # at most 8x8 averages of themselves, which bounds the cost.
         longest = min(16, max(8, max(x.shape[2:]) // 2))
-        h = self.down(F.silu(self.norm_in(pool(x, longest))))                   # (B, C, H, W) -> (B, d, h, w)
+        h = self.norm_in(for_norm(pool(x, longest)))
+        h = self.down(F.silu(h))                                                # (B, C, H, W) -> (B, d, h, w)
         h = h + self.time(F.silu(emb))[:, :, None, None]
         grid, attended = h.shape[2:], tokens(pool(h, 8))                        # (B, at most 64, d)
         h = tokens(h)                                                           # -> (B, h*w, d)
@@ -96,7 +104,8 @@ class ScaleShift(nn.Module):
 
     def forward(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """What the changed norm gives: (B, C, ...) -> (B, C, ...)."""
-        return F.group_norm(x, norm.num_groups, norm.weight + self.scale, norm.bias + self.shift, norm.eps)
+        weight, bias = norm.weight + self.scale, norm.bias + self.shift
+        return F.group_norm(for_norm(x), norm.num_groups, weight, bias, norm.eps)
 
     def fold(self, norm: nn.GroupNorm) -> None:
         """Change the norm itself."""
