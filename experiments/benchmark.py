@@ -10,7 +10,8 @@ the network's own encoder, the training step, Adam.  The table has a row for eac
   PGD step          seconds of one, of theta alone and with psi, and their ratio
   iteration         seconds
   peak memory       of the device while it runs; on a CPU of the process, at any time so far
-  FLOPs             of an iteration, counted by torch: a multiplication and an addition are two
+  FLOPs             of an iteration, counted by torch: a multiplication and an addition are two; counted
+                    once for as many pictures as go through the network together
   floor             seconds of theta's convolutions alone, in the faster of two memory layouts: forward and
                     gradient with respect to the input, 1 + J times
   plain recipe      seconds of an iteration with J = 10 in which all parameters are trainable, so that
@@ -43,6 +44,7 @@ from ddpm import Schedule, predict_eps
 from experiments.measuring import convolutions, device_name, floor, flops, peak_memory, seconds
 from plumbing import distributed
 from plumbing.markdown import markdown
+from plumbing.memory import fitting
 from plumbing.options import InputError, Unset, at_least, parse, run
 from plumbing.progress import bar, say
 from plumbing.seeds import generator
@@ -52,6 +54,7 @@ from unet import UNet
 PUBLISHED = tuple(name for name, known in ARCHITECTURES.items() if known["network"] == "UNet")
 PLAIN_STEPS = 10  # the paper's J
 REACH = 0.2       # J omega
+eager = functools.partial(torch.compiler.set_stance, "force_eager")  # as if nothing were compiled
 
 
 @dataclasses.dataclass
@@ -67,11 +70,13 @@ class Options:
     batch_size: Unset[int] = None
     """Pictures an iteration (default: as train_tan.py; 40, or 16 for a small source)."""
     micro_batch_size: Unset[int] = None
-    """Pictures at once on the device (default: 8; all for networks of 64 pixels and less)."""
+    """Pictures at once on the device (default: all; half as many where memory runs out, and so on)."""
     checkpoint_blocks: bool = False
     """Recompute activations instead of storing them."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 autocast."""
+    compile: bool = False
+    """Compile the network, as train_tan.py --compile; the plain recipe is not compiled."""
     repeats: int = 3
     """Measurements, of which the shortest counts."""
     device: str = "auto"
@@ -120,17 +125,21 @@ def prepare(network: Network, options: Options, device: torch.device) -> Work:
     psi = adaptor.parameters(model)
     classifier = from_unet(model).to(device, memory_format=torch.channels_last).requires_grad_(False)
     classifier.use_checkpoint = options.checkpoint_blocks
+    theta = adaptor.source_model(model)
     if options.precision == "bf16":
         hold_frozen_in_bf16(model)
+    if options.compile:
+        model.compile()
+        theta.compile()
     b = options.batch_size or usual.batch_size
-    micro = options.micro_batch_size or (b if network.small else 8)
     g = generator(0)
     x0 = (torch.rand(b, *network.shape, generator=g) * 2 - 1).to(device)
     t = torch.randint(schedule.timesteps, (b,), generator=g).to(device)
     eps = torch.randn(b, *network.shape, generator=g).to(device)
-    return Work(model, adaptor.source_model(model), classifier, schedule,
+    return Work(model, theta, classifier, schedule,
                 torch.optim.Adam(psi, lr=1e-5, fused=device.type == "cuda"),
-                EMA(psi, 0.99), (x0, t, eps), min(micro, b), options.precision)
+                EMA(psi, 0.99), (x0, t, eps), min(options.micro_batch_size or b, b),
+                options.precision)
 
 
 # ---- what is timed -----------------------------------------------------------------------------------------
@@ -183,11 +192,14 @@ def plain_iteration(work: Work) -> None:
     for network in networks:
         network.use_checkpoint = True
     work.model.requires_grad_(True)
-    iteration(work, PLAIN_STEPS, plain_ascent)
-    for network, used in zip(networks, before):
-        network.use_checkpoint = used
-    for p in frozen:
-        p.requires_grad_(False).grad = None
+    try:
+        with eager():
+            iteration(work, PLAIN_STEPS, plain_ascent)
+    finally:  # also where memory runs out
+        for network, used in zip(networks, before):
+            network.use_checkpoint = used
+        for p in frozen:
+            p.requires_grad_(False).grad = None
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -196,13 +208,13 @@ HEAD = ["network", "pictures", "J", "PGD step, theta", "with psi", "ratio", "ite
         "FLOPs", "floor", "iteration / floor", "plain recipe", "plain / iteration"]
 
 
-def measure(name: str, network: Network, options: Options, device: torch.device) -> list[list[str]]:
-    """A row of the table for each J."""
-    work = prepare(network, options, device)
+def measure(name: str, work: Work, options: Options, micro: int) -> list[list[str]]:
+    """A row of the table for each J, with so many pictures at once."""
+    work, device = dataclasses.replace(work, micro=micro), work.device
     steps = tuple(dict.fromkeys(options.pgd_steps))
-    x0, t, _ = next(work.micro_batches())
-    with distributed.autocast(device, work.precision):
-        found = convolutions(work.theta, x0, t)
+    together = dataclasses.replace(work, batch=next(work.micro_batches()))
+    with distributed.autocast(device, work.precision), eager():
+        found = convolutions(work.theta, *together.batch[:2])
     iterations = {J: functools.partial(iteration, work, J) for J in steps}
     jobs = {"theta": functools.partial(pgd_step, work, work.theta),
             "psi": functools.partial(pgd_step, work, work.model),
@@ -212,7 +224,8 @@ def measure(name: str, network: Network, options: Options, device: torch.device)
     # A first round to warm up, in which memory and FLOPs are taken.
     counted, peaks = {}, {}
     for J, job in iterations.items():
-        counted[J] = flops(job)
+        with eager():
+            counted[J] = flops(functools.partial(iteration, together, J)) * len(work.batch[0]) / micro
         peaks[J] = peak_memory(job, device)
         rounds.update()
     for job in (jobs["theta"], jobs["psi"], jobs["plain"]):
@@ -235,7 +248,7 @@ def measure(name: str, network: Network, options: Options, device: torch.device)
     return [[name, pictures, f"{J}", *row(J, best, peaks[J], counted[J])] for J in steps]
 
 
-def row(J: int, best: dict[str | int, float], peak: int, count: int) -> list[str]:
+def row(J: int, best: dict[str | int, float], peak: int, count: float) -> list[str]:
     """The cells of a row after its J."""
     lowest = (1 + J) * best["floor"]
     return [f"{best['theta']:.3f} s", f"{best['psi']:.3f} s", f"{best['psi'] / best['theta']:.2f}",
@@ -263,15 +276,12 @@ def main() -> None:
     for name, network in networks(options):
         if device.type == "cpu" and sum(p.numel() for p in network.model.parameters()) > 5e7:
             say(f"note: {name} takes hours on a CPU, with --batch-size 1 --repeats 1 the better part of one")
-        try:
-            rows += measure(name, network, options, device)
-        except torch.OutOfMemoryError:
-            raise InputError(f"{name}: the device has too little memory; give a smaller "
-                             "--micro-batch-size, or --checkpoint-blocks") from None
+        work = prepare(network, options, device)
+        rows += fitting(functools.partial(measure, name, work, options), work.micro, "--micro-batch-size")
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    checkpointed = ", activations recomputed" if options.checkpoint_blocks else ""
-    title = (f"{device_name(device)}; torch {torch.__version__}, {options.precision}{checkpointed}; psi: "
+    how = ", activations recomputed" * options.checkpoint_blocks + ", compiled" * options.compile
+    title = (f"{device_name(device)}; torch {torch.__version__}, {options.precision}{how}; psi: "
              f"{options.adaptor}; shortest of {options.repeats}")
     print(markdown(title, HEAD, rows))
 

@@ -1,4 +1,7 @@
-"""The programs on a GPU: marked `gpu`, off by default, skipped without one.  Run with: python -m pytest -m gpu"""
+"""The programs on a GPU: marked `gpu`, off by default.  Run with: python -m pytest -n 0 -m gpu
+
+Without a GPU they run on the CPU, which shows that the tests are right, and no more.
+"""
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ import train_tan
 from checkpoints.run_folder import load_run
 from plumbing.files import read_metrics
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = pytest.mark.gpu
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def on(device, flags):
@@ -21,15 +25,16 @@ def on(device, flags):
 
 
 @pytest.mark.parametrize("flags", [[], ["--precision", "bf16"], ["--checkpoint-blocks"], ["--micro-batch-size", "3"],
-                                   ["--pgd-network", "source"]])
+                                   ["--pgd-network", "source"], ["--compile"]])
 def test_train_and_sample(flags, tiny, tmp_path):
-    call(train_tan.main, *on("cuda", tiny.flags()), *flags, "--samples", 2, "--output-dir", tmp_path / "run")
-    assert all(line["pgd_gain"] > 0 for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
-    call(sample.main, tmp_path / "run", "-n", 2, "--steps", 2, "--device", "cuda", "--guidance", 1)
+    call(train_tan.main, *on(GPU, tiny.flags()), *flags, "--samples", 2, "--output-dir", tmp_path / "run")
+    gains = [line["pgd_gain"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "pgd_gain" in line]
+    assert all(gain > 0 for gain in gains) and len(gains) == (0 if "source" in flags else 6)  # one network's, not two's
+    call(sample.main, tmp_path / "run", "-n", 2, "--steps", 2, "--device", GPU, "--guidance", 1)
     assert len(list((tmp_path / "run" / "drawn").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda")])
+@pytest.mark.parametrize("first, then", [(GPU, "cpu"), ("cpu", GPU)])
 def test_a_run_goes_on_on_the_other_device(first, then, tiny, train, tmp_path):
     call(train_tan.main, *on(first, tiny.flags()), "--iterations", 3, "--output-dir", tmp_path / "run")
     call(train_tan.main, "--output-dir", tmp_path / "run", "--resume", "--iterations", 6, "--device", then)
@@ -38,8 +43,25 @@ def test_a_run_goes_on_on_the_other_device(first, then, tiny, train, tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=5e-3) for name in a)
 
 
+@pytest.mark.skipif(GPU == "cpu", reason="needs a GPU, whose memory can be limited")
+def test_a_batch_too_large_goes_through_in_parts(tiny, tmp_path, capsys):
+    """As the computation would with all the memory of the device."""
+    given = [*on(GPU, tiny.flags("adaptor")), "--batch-size", 1024, "--iterations", 2]
+    call(train_tan.main, *given, "--output-dir", tmp_path / "whole")
+    taken, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + taken / 2) / total)
+    try:
+        call(train_tan.main, *given, "--output-dir", tmp_path / "run")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory with 1024 pictures at once" in capsys.readouterr().err
+    for line, other in zip(*(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
 def test_both_devices_compute_the_same(tiny, train, tmp_path):
-    call(train_tan.main, *on("cuda", tiny.flags()), "--output-dir", tmp_path / "run")
+    call(train_tan.main, *on(GPU, tiny.flags()), "--output-dir", tmp_path / "run")
     lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", train(tmp_path / "cpu")))
     for line, other in zip(lines, expected, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-2)
@@ -47,16 +69,16 @@ def test_both_devices_compute_the_same(tiny, train, tmp_path):
 
 def test_latent(tmp_path):
     stage, unet = tmp_path / "stage", tmp_path / "unet"
-    call(pretrain.main, "toyfaces", "--network", "kl", *on("cuda", STAGE), "--output-dir", stage)
-    call(pretrain.main, "toyfaces", "--first-stage", stage / "model.safetensors", *on("cuda", UNET), "--output-dir", unet)
+    call(pretrain.main, "toyfaces", "--network", "kl", *on(GPU, STAGE), "--output-dir", stage)
+    call(pretrain.main, "toyfaces", "--first-stage", stage / "model.safetensors", *on(GPU, UNET), "--output-dir", unet)
     call(train_tan.main, "--source", unet / "model.safetensors", "--target", "sunglasses", "--method", "tan", "--iterations", 2,
          "--batch-size", 4, "--classifier-iterations", 2, "--source-count", 8, "--samples", 2, "--sample-steps", 2,
-         "--device", "cuda", "--output-dir", tmp_path / "run")
+         "--device", GPU, "--output-dir", tmp_path / "run")
     assert load_run(tmp_path / "run")[0].shape == (4, 8, 8)
 
 
 def test_evaluate(tmp_path, capsys):
     call(train_tan.main, "--target", "sunglasses", "--method", "adaptor", "--iterations", 1, "--samples", 0, "--device",
-         "cuda", "--output-dir", tmp_path / "run")
-    call(evaluate.main, tmp_path / "run", "-n", 8, "--steps", 2, "--device", "cuda")
+         GPU, "--output-dir", tmp_path / "run")
+    call(evaluate.main, tmp_path / "run", "-n", 8, "--steps", 2, "--device", GPU)
     assert "| " in capsys.readouterr().out
