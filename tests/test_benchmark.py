@@ -1,5 +1,6 @@
 """experiments/benchmark.py: what it counts, and that it runs what train_tan.py runs.  Times are not tested."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -170,9 +171,57 @@ def test_errors(change, says, monkeypatch):
         benchmark.main()
 
 
-def test_too_little_memory_is_one_line(monkeypatch, tiny):
-    def full(*_):
+@pytest.mark.parametrize("fits", [2, 0])
+def test_fewer_pictures_where_memory_runs_out(fits, monkeypatch, tiny, capsys):
+    ascend = benchmark.plain_ascent
+
+    def limited(model, schedule, x0, *a):
+        if len(x0) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ascend(model, schedule, x0, *a)
+    monkeypatch.setattr(benchmark, "plain_ascent", limited)
+    given = ("--source", tiny.source, "--batch-size", 5, "--pgd-steps", 1, "--repeats", 1, "--device", "cpu")
+    if not fits:
+        with pytest.raises(InputError, match="out of memory with 1 picture at once; --checkpoint-blocks"):
+            call(benchmark.main, *given)
+        return
+    call(benchmark.main, *given)
+    said = capsys.readouterr()
+    assert "going on with 2 (--micro-batch-size 2 saves" in said.err
+    assert [row[1] for row in table_of(said.out)[2:]] == ["5 by 2"]
+
+
+def test_memory_that_runs_out_leaves_the_network_as_it_was(work, monkeypatch):
+    def full(*a):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(benchmark, "measure", full)
-    with pytest.raises(InputError, match="smaller --micro-batch-size"):
-        call(benchmark.main, "--source", tiny.source, "--device", "cpu")
+    monkeypatch.setattr(benchmark, "plain_ascent", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        benchmark.plain_iteration(work)
+    assert sum(p.requires_grad for p in work.model.parameters()) == len(adaptor.parameters(work.model))
+    assert not work.model.use_checkpoint and not work.classifier.use_checkpoint
+
+
+def test_flops_of_a_part_are_those_of_the_batch(work, monkeypatch):
+    """Of two thirds of its pictures, those that go through the network together."""
+    whole, found = flops(lambda: benchmark.iteration(work, 1)), []
+    monkeypatch.setattr(benchmark, "row", lambda J, best, peak, count: found.append(count) or [])
+    benchmark.measure("tiny", work, Options(pgd_steps=(1,), repeats=1), micro=2)
+    assert found == [pytest.approx(whole, rel=1e-6)]
+
+
+def test_what_is_compiled(monkeypatch):
+    """The network with and without psi; the plain recipe and the count of FLOPs go without."""
+    compiled, done, depth = [], [], []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    work = benchmark.prepare(tiny_network(), Options(batch_size=2, compile=True), CPU)
+    assert compiled == ["UNet", "UNet"]
+
+    @contextlib.contextmanager
+    def eager():
+        depth.append(None)
+        yield
+        depth.pop()
+    monkeypatch.setattr(benchmark, "eager", eager)
+    monkeypatch.setattr(benchmark, "iteration", lambda work, steps, *plain: done.append((steps, bool(plain), bool(depth))))
+    benchmark.measure("tiny", work, Options(pgd_steps=(1,), repeats=1), micro=2)
+    assert done == [(1, False, True), (1, False, False), (2, True, True), (2, True, True), (1, False, False)]
