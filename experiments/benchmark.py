@@ -219,29 +219,24 @@ def measure(name: str, work: Work, options: Options, micro: int) -> list[list[st
     jobs = {"theta": functools.partial(pgd_step, work, work.theta),
             "psi": functools.partial(pgd_step, work, work.model),
             "plain": functools.partial(plain_iteration, work), **iterations}
-    rounds = bar(None, name, total=(1 + options.repeats) * (1 + len(jobs)))
+    timed = {key: functools.partial(seconds, job, device) for key, job in jobs.items()}
+    timed["floor"] = functools.partial(floor, found, device, work.precision)
 
-    # A first round to warm up, in which memory and FLOPs are taken.
-    counted, peaks = {}, {}
-    for J, job in iterations.items():
-        with eager():
-            counted[J] = flops(functools.partial(iteration, together, J)) * len(work.batch[0]) / micro
-        peaks[J] = peak_memory(job, device)
-        rounds.update()
-    for job in (jobs["theta"], jobs["psi"], jobs["plain"]):
-        job()
-        rounds.update()
-    floor(found, device, work.precision)
-    rounds.update()
-
-    best = dict.fromkeys([*jobs, "floor"], float("inf"))
-    for _ in range(options.repeats):
-        for key, job in jobs.items():
-            best[key] = min(best[key], seconds(job, device))
+    counted, peaks, best = {}, {}, dict.fromkeys(timed, float("inf"))
+    with bar(None, name, total=(1 + options.repeats) * len(timed)) as rounds:
+        # A first round to warm up, in which memory and FLOPs are taken.
+        for J, job in iterations.items():
+            with eager():
+                counted[J] = flops(functools.partial(iteration, together, J)) * len(work.batch[0]) / micro
+            peaks[J] = peak_memory(job, device)
             rounds.update()
-        best["floor"] = min(best["floor"], floor(found, device, work.precision))
-        rounds.update()
-    rounds.close()
+        for key in timed.keys() - steps:
+            timed[key]()
+            rounds.update()
+        for _ in range(options.repeats):
+            for key, job in timed.items():
+                best[key] = min(best[key], job())
+                rounds.update()
     b = len(work.batch[0])
     best["floor"] *= b / work.micro  # from one micro-batch to the batch
     pictures = f"{b} by {work.micro}" if work.micro < b else f"{b}"
