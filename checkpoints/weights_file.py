@@ -59,6 +59,13 @@ class DictStandIn:
         return OrderedDict()
 
 
+class ListStandIn:
+    """The same for one that is filled as a list is, for torch before 2.14: a subclass of list will not do."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> list:
+        return []
+
+
 # ---- what it is --------------------------------------------------------------------------------------------
 
 def kind_of(path: Path) -> str:
@@ -188,7 +195,7 @@ def _load(path: Path) -> Any:
     """The content of a torch file, read by torch's own reader of data alone.
 
     A class that it does not know, an argparse.Namespace say, becomes a StandIn, one that is filled as a
-    dict is a DictStandIn; then the file is read anew.
+    dict is a DictStandIn, one filled as a list a ListStandIn; then the file is read anew.
     """
     places: dict[str, type] = {}
     while True:
@@ -205,10 +212,12 @@ def _load(path: Path) -> Any:
                 place = type(of_class, (StandIn,), dict(__module__=module))
             elif found := re.search(r"Can only SETITEMS? .* but got <class '(\S+)'>", text):
                 name, place = found[1], DictStandIn
+            elif found := re.search(r"Can only (?:append|extend) .* but got <class '(\S+)'>", text):
+                name, place = found[1], ListStandIn
             else:
                 raise
             hostile = "." not in name or name.split(".")[0] in HOSTILE and found[1] not in PLAIN_TYPES
-            if hostile or places.get(name) is DictStandIn:
+            if hostile or places.get(name) in (DictStandIn, ListStandIn):
                 raise
             places[name] = place
 
