@@ -51,6 +51,10 @@ class StandIn(list):
     def __setstate__(self, state: Any) -> None:
         pass
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """As later releases of torch refuse it by themselves (2.6 does not)."""
+        raise pickle.UnpicklingError(f"Can only SETITEM a dict but got {type(self)}")
+
 
 class DictStandIn:
     """The same for a class that is filled as a dict is."""
@@ -60,7 +64,7 @@ class DictStandIn:
 
 
 class ListStandIn:
-    """The same for one that is filled as a list is, for torch before 2.14: a subclass of list will not do."""
+    """The same for one that is filled as a list is: for torch before 2.14, which appends to no StandIn."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> list:
         return []
@@ -216,7 +220,8 @@ def _load(path: Path) -> Any:
                 name, place = found[1], ListStandIn
             else:
                 raise
-            hostile = "." not in name or name.split(".")[0] in HOSTILE and found[1] not in PLAIN_TYPES
+            plain = name.removeprefix("builtins.") in PLAIN_TYPES
+            hostile = "." not in name or name.split(".")[0] in HOSTILE and not plain
             if hostile or places.get(name) in (DictStandIn, ListStandIn):
                 raise
             places[name] = place

@@ -126,7 +126,7 @@ def prepare(network: Network, options: Options, device: torch.device) -> Work:
     classifier = from_unet(model).to(device, memory_format=torch.channels_last).requires_grad_(False)
     classifier.use_checkpoint = options.checkpoint_blocks
     theta = adaptor.source_model(model)
-    if options.precision == "bf16":
+    if options.precision == "bf16" and options.adaptor != "low-rank":
         hold_frozen_in_bf16(model)
     if options.compile:
         model.compile()
@@ -224,15 +224,13 @@ def measure(name: str, work: Work, options: Options, micro: int) -> list[list[st
 
     counted, peaks, best = {}, {}, dict.fromkeys(timed, float("inf"))
     with bar(None, name, total=(1 + options.repeats) * len(timed)) as rounds:
-        # A first round to warm up, in which memory and FLOPs are taken.
+        for job in timed.values():  # to warm up, and to compile what is to be compiled
+            job()
+            rounds.update()
         for J, job in iterations.items():
+            peaks[J] = peak_memory(job, device)
             with eager():
                 counted[J] = flops(functools.partial(iteration, together, J)) * len(work.batch[0]) / micro
-            peaks[J] = peak_memory(job, device)
-            rounds.update()
-        for key in timed.keys() - steps:
-            timed[key]()
-            rounds.update()
         for _ in range(options.repeats):
             for key, job in timed.items():
                 best[key] = min(best[key], job())
@@ -241,6 +239,12 @@ def measure(name: str, work: Work, options: Options, micro: int) -> list[list[st
     best["floor"] *= b / work.micro  # from one micro-batch to the batch
     pictures = f"{b} by {work.micro}" if work.micro < b else f"{b}"
     return [[name, pictures, f"{J}", *row(J, best, peaks[J], counted[J])] for J in steps]
+
+
+def rows_of(name: str, network: Network, options: Options, device: torch.device) -> list[list[str]]:
+    """`measure` with as many pictures at once as fit."""
+    work = prepare(network, options, device)
+    return fitting(functools.partial(measure, name, work, options), work.micro, "--micro-batch-size")
 
 
 def row(J: int, best: dict[str | int, float], peak: int, count: float) -> list[str]:
@@ -270,9 +274,9 @@ def main() -> None:
     rows = []
     for name, network in networks(options):
         if device.type == "cpu" and sum(p.numel() for p in network.model.parameters()) > 5e7:
-            say(f"note: {name} takes hours on a CPU, with --batch-size 1 --repeats 1 the better part of one")
-        work = prepare(network, options, device)
-        rows += fitting(functools.partial(measure, name, work, options), work.micro, "--micro-batch-size")
+            say(f"note: {name} takes hours on a CPU and gigabytes a picture, with --batch-size 1 --repeats 1 "
+                "the better part of an hour")
+        rows += rows_of(name, network, options, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     how = ", activations recomputed" * options.checkpoint_blocks + ", compiled" * options.compile

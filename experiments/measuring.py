@@ -37,9 +37,11 @@ def convolutions(model: nn.Module, x: Tensor, t: Tensor) -> Counter[Convolution]
     for layer in model.modules():
         if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             hooks.append(layer.register_forward_hook(count))
-    model(x, t)
-    for hook in hooks:
-        hook.remove()
+    try:
+        model(x, t)
+    finally:  # also where memory runs out
+        for hook in hooks:
+            hook.remove()
     return found
 
 

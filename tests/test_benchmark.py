@@ -70,6 +70,12 @@ def test_what_is_run_alone_has_the_flops_of_the_network(work):
     assert 0.85 * step < total < step
 
 
+def test_hooks_are_gone_after_an_error(work):
+    with pytest.raises(ValueError, match="5 channels"):
+        convolutions(work.theta, torch.zeros(1, 5, 16, 16), torch.zeros(1, dtype=torch.long))
+    assert not any(m._forward_hooks for m in work.theta.modules())
+
+
 def test_the_gradient_alone_is_that_of_autograd():
     x, weight = torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(4, 3, 3, 3)
     calls = []
@@ -212,9 +218,9 @@ def test_flops_of_a_part_are_those_of_the_batch(work, monkeypatch):
 def test_what_is_compiled(monkeypatch):
     """The network with and without psi; the plain recipe and the count of FLOPs go without."""
     compiled, done, depth = [], [], []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     work = benchmark.prepare(tiny_network(), Options(batch_size=2, compile=True), CPU)
-    assert compiled == ["UNet", "UNet"]
+    assert compiled == [work.model, work.theta]
 
     @contextlib.contextmanager
     def eager():
@@ -224,4 +230,14 @@ def test_what_is_compiled(monkeypatch):
     monkeypatch.setattr(benchmark, "eager", eager)
     monkeypatch.setattr(benchmark, "iteration", lambda work, steps, *plain: done.append((steps, bool(plain), bool(depth))))
     benchmark.measure("tiny", work, Options(pgd_steps=(1,), repeats=1), micro=2)
-    assert done == [(1, False, True), (1, False, False), (2, True, True), (2, True, True), (1, False, False)]
+    assert done == [(2, True, True), (1, False, False), (1, False, False), (1, False, True), (2, True, True), (1, False, False)]
+
+
+def test_eager_passes_by_what_is_compiled():
+    calls, layer = [], nn.Linear(2, 2)
+    layer.compile(backend=lambda graph, inputs: lambda *args: calls.append(1) or graph(*args))
+    with benchmark.eager():
+        layer(torch.ones(1, 2))
+    assert not calls
+    layer(torch.ones(1, 2))
+    assert calls

@@ -1,6 +1,6 @@
 """The programs on a GPU: marked `gpu`, off by default.  Run with: python -m pytest -n 0 -m gpu
 
-Without a GPU they run on the CPU, which shows that the tests are right, and no more.
+Without a GPU most run on the CPU, which shows that the tests are right, and no more.
 """
 
 import pytest
@@ -17,6 +17,7 @@ from plumbing.files import read_metrics
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
+NEEDS_ONE = pytest.mark.skipif(GPU == "cpu", reason="needs a GPU")  # or a compiler and minutes; or memory with a limit
 
 
 def on(device, flags):
@@ -25,11 +26,11 @@ def on(device, flags):
 
 
 @pytest.mark.parametrize("flags", [[], ["--precision", "bf16"], ["--checkpoint-blocks"], ["--micro-batch-size", "3"],
-                                   ["--pgd-network", "source"], ["--compile"]])
+                                   ["--pgd-network", "source"], pytest.param(["--compile"], marks=NEEDS_ONE)])
 def test_train_and_sample(flags, tiny, tmp_path):
     call(train_tan.main, *on(GPU, tiny.flags()), *flags, "--samples", 2, "--output-dir", tmp_path / "run")
     gains = [line["pgd_gain"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "pgd_gain" in line]
-    assert all(gain > 0 for gain in gains) and len(gains) == (0 if "source" in flags else 6)  # one network's, not two's
+    assert all(gain > 1 for gain in gains) and len(gains) == (0 if "source" in flags else 6)  # one network's, not two's
     call(sample.main, tmp_path / "run", "-n", 2, "--steps", 2, "--device", GPU, "--guidance", 1)
     assert len(list((tmp_path / "run" / "drawn").glob("*.png"))) == 2
 
@@ -43,7 +44,7 @@ def test_a_run_goes_on_on_the_other_device(first, then, tiny, train, tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=5e-3) for name in a)
 
 
-@pytest.mark.skipif(GPU == "cpu", reason="needs a GPU, whose memory can be limited")
+@NEEDS_ONE
 def test_a_batch_too_large_goes_through_in_parts(tiny, tmp_path, capsys):
     """As the computation would with all the memory of the device."""
     given = [*on(GPU, tiny.flags("adaptor")), "--batch-size", 1024, "--iterations", 2]

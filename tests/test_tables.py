@@ -324,8 +324,14 @@ def test_the_papers_order():
     same = [dict(run=dict(target="sunglasses", seed=1, method=method), score={"toy FID": 1.0, "toy Intra-LPIPS": 1.0}) for method in ("tgan", "ewc")]
     assert "| toy Intra-LPIPS | 0 of 0 |" in tables_report.order_table(same)  # 0.550 both
 
-    published = tables_report.order_table(json.loads((ROOT / "docs" / "results.json").read_text())["tables"])
-    assert published.split("\n\n")[1] in (ROOT / "docs" / "results.md").read_text()
+
+@pytest.mark.parametrize("part, make", [
+    ("tables", lambda found: [tables_report.order_table(found)]), ("hold-out", tables_report.hold_out_table),
+    ("ablation", tables_report.ablation_tables), ("classifier", tables_report.classifier_table)])
+def test_whole_tables_of_the_page_are_those_of_results_json(part, make):
+    """Word for word."""
+    page, found = (ROOT / "docs" / "results.md").read_text(), json.loads((ROOT / "docs" / "results.json").read_text())
+    assert all(table.split("\n\n")[1] in page for table in make(found[part]))
 
 
 def test_interrupted_training_is_waited_for(monkeypatch, tmp_path):
