@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -120,10 +121,9 @@ def draw_angles(axes: Axes, title: str, rows: list[dict], methods: list[str]) ->
     """Angle against timestep: medians with bars from quartile to quartile."""
     for i, method in enumerate(methods):
         if found := sorted((row["t"], *quartiles(row["angle"])) for row in select(rows, method=method)):
-            t, low, middle, high = torch.tensor(found).T  # the faster baseline has the baseline's gradient
-            bars = torch.stack([middle - low, high - middle])
-            axes.errorbar(t + (i - 3) * 7, middle, bars, marker="o", markersize=4, linewidth=1.2,
-                          label=method, **style(method))
+            t, low, middle, high = np.array(found).T  # the faster baseline has the baseline's gradient
+            axes.errorbar(t + (i - 3) * 7, middle, [middle - low, high - middle], marker="o", markersize=4,
+                          linewidth=1.2, label=method, **style(method))
     axes.set(title=title, xlabel="timestep t", ylabel="angle to the reference gradient, degrees",
              yscale="log")
     axes.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
