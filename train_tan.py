@@ -48,7 +48,7 @@ from plumbing.board import Board
 from plumbing.memory import MicroBatches, fitting
 from plumbing.options import flag, flat, parse, picked, replace, run
 from plumbing.seeds import generator
-from plumbing.training import EMA, Loop, cosine_decay, hold_frozen_in_bf16, warmup
+from plumbing.training import EMA, Loop, cosine_decay, speed_up, warmup
 from settings import METHODS, Options
 from unet import UNet
 
@@ -62,18 +62,6 @@ def trainable(source: Network, options: Options) -> list[torch.nn.Parameter]:
         return list(source.model.requires_grad_(True).parameters())
     adaptor.attach(source.model, options.adaptor_width, form=options.adaptor)
     return adaptor.parameters(source.model)
-
-
-def speed_up(models: set[UNet], options: Options) -> None:
-    """With --precision bf16 what is frozen is held in it; with --compile the networks are compiled.
-
-    A low-rank psi is added to weights, and where these are in bf16 its small changes would be rounded away.
-    """
-    for model in models:
-        if options.precision == "bf16" and options.adaptor != "low-rank":
-            hold_frozen_in_bf16(model)
-        if options.compile:
-            model.compile()
 
 
 @dataclasses.dataclass
@@ -270,7 +258,7 @@ def main() -> None:
     classifier = obtain_classifier(source, inputs, options, out, device) if method.guidance else None
     # Theta alone, as Eq. 10 has it, or theta and psi
     ascended = adaptor.source_model(model) if options.adversarial_noise.pgd_network == "source" else model
-    speed_up({model, ascended}, options)
+    speed_up({model, ascended}, options.precision, options.adaptor, options.compile)
     optimizer, ema = torch.optim.Adam(psi, fused=device.type == "cuda"), EMA(psi, options.ema)
 
     # q(x_0): the pictures and, after them, their mirror images, as the network sees them

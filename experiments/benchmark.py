@@ -48,7 +48,7 @@ from plumbing.memory import fitting
 from plumbing.options import InputError, Unset, at_least, parse, run
 from plumbing.progress import bar, say
 from plumbing.seeds import generator
-from plumbing.training import EMA, hold_frozen_in_bf16
+from plumbing.training import EMA, speed_up
 from unet import UNet
 
 PUBLISHED = tuple(name for name, known in ARCHITECTURES.items() if known["network"] == "UNet")
@@ -126,11 +126,7 @@ def prepare(network: Network, options: Options, device: torch.device) -> Work:
     classifier = from_unet(model).to(device, memory_format=torch.channels_last).requires_grad_(False)
     classifier.use_checkpoint = options.checkpoint_blocks
     theta = adaptor.source_model(model)
-    if options.precision == "bf16" and options.adaptor != "low-rank":
-        hold_frozen_in_bf16(model)
-    if options.compile:
-        model.compile()
-        theta.compile()
+    speed_up([model, theta], options.precision, options.adaptor, options.compile)
     b = options.batch_size or usual.batch_size
     g = generator(0)
     x0 = (torch.rand(b, *network.shape, generator=g) * 2 - 1).to(device)

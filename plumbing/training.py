@@ -9,7 +9,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -70,7 +70,20 @@ def cosine_decay(iteration: int, iterations: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
-def hold_frozen_in_bf16(model: torch.nn.Module) -> None:
+def speed_up(models: Iterable[torch.nn.Module], precision: str, form: str, compiled: bool) -> None:
+    """With precision bf16 what is frozen is held in it; with `compiled` the networks are compiled.
+
+    form     of psi: a low-rank one is added to weights, and where these are in bf16 its small changes would
+             be rounded away
+    """
+    for model in models:
+        if precision == "bf16" and form != "low-rank":
+            _hold_frozen_in_bf16(model)
+        if compiled:
+            model.compile()
+
+
+def _hold_frozen_in_bf16(model: torch.nn.Module) -> None:
     """Weights that do not learn need not be cast at every pass of autocast; norms and biases stay fp32."""
     for p in model.parameters():
         if p.dim() > 1 and not p.requires_grad:
