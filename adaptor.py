@@ -76,8 +76,8 @@ class Adaptor(nn.Module):
         self.up = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        # On a grid (h, w) of about half of x's sides, at most 16, or all of x up to 8.  Its tokens attend to
-        # at most 8x8 averages of themselves, which bounds the cost.
+        # The grid (h, w) has about half of x's sides, at most 16; an x of up to 8x8 keeps its size.  Tokens
+        # attend to at most 8x8 averages of themselves, which bounds the cost.
         longest = min(16, max(8, max(x.shape[2:]) // 2))
         h = self.norm_in(for_norm(pool(x, longest)))
         h = self.down(F.silu(h))                                                # (B, C, H, W) -> (B, d, h, w)

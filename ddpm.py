@@ -89,14 +89,6 @@ class Schedule:
         a = self.at(t, xt)
         return (xt - (1 - a).sqrt() * eps) / a.sqrt()
 
-    def sigma(self, t: Tensor, s: Tensor, x: Tensor, eta: float = 1.0) -> Tensor:
-        """Standard deviation of the reverse step from t to s < t, shaped like `at`.
-
-        eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
-        """
-        a, b = self.at(t, x), self.at(s, x)
-        return eta * ((1 - b) / (1 - a)).sqrt() * (1 - a / b).sqrt()
-
     def sigma_hat(self, t: Tensor, x: Tensor) -> Tensor:
         """Eq. 6: sigma_hat_t = (1 - alpha_bar_{t-1}) sqrt(alpha_t / (1 - alpha_bar_t)), shaped like `at`."""
         a, b = self.at(t, x), self.at(t - 1, x)                      # alpha_bar_t, alpha_bar_{t-1}
@@ -126,7 +118,7 @@ class Schedule:
         if clip:
             x0 = x0.clamp(-1, 1)
         # "large" widens the noise only: in the direction term it would make the root negative at small t.
-        sigma = self.sigma(t, s, xt, 1.0 if eta == "large" else eta)
+        sigma = (1.0 if eta == "large" else eta) * ((1 - b) / (1 - a)).sqrt() * (1 - a / b).sqrt()
         # predicted x0  +  direction pointing to x_t  +  random noise
         xs = b.sqrt() * x0 + (1 - b - sigma ** 2).clamp(min=0).sqrt() * eps
         if eta == 0:

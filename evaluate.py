@@ -5,7 +5,8 @@
       kept, toy FID, toy Intra-LPIPS (domains/judge.py)
   python evaluate.py runs/sunglasses --at all
       each of a run's stages, to see when it should have stopped: a table, and stages.png, stages.json in the
-      run's folder.  Of a run on other pictures the figures of the next lines
+      run's folder.  For a run on other pictures: Intra-LPIPS and nearest, with
+      --reference also FID and KID
   python evaluate.py --samples runs/photos/drawn --target photos/
       any folders: Intra-LPIPS of the samples around the training pictures, and how near they come to them (of
       a small source also --size 64, or whatever size its samples have)
@@ -187,8 +188,9 @@ def score_stages(folder: Path, options: Options, device: torch.device) -> None:
         mark = " (held-out loss lowest)" if record["iteration"] == best else ""
         cells = " | ".join(f"{value:.4g}" for value in figures.values())
         print(f"| {record['iteration']}{mark} | {cells} |", flush=True)
-    print(f"\n{folder}: {n} samples of each stage, DDIM in {steps} steps; memorised, nearest: how far they "
-          "are from the nearest training picture, near 0 are copies")
+    print(f"\n{folder}: {n} samples of each stage, DDIM in {steps} steps; nearest: distance to the nearest "
+          "training picture, near 0 are copies; memorised: that over the distance of fresh pictures, far "
+          "below 1 are copies")
     if at == "all":
         curves = {name: [row[name] for row in rows] for name in rows[0] if name != "iterations"}
         save_panels(folder / "stages.png", [row["iterations"] for row in rows], curves, "iterations", best)
@@ -286,9 +288,7 @@ def main() -> None:
         raise InputError(f"--at {at}: give all, or the iterations of a stage")
     at_least(options, n=2, steps=1, size=32, cluster_size=2)
     check_seed(options)
-    device = distributed.setup(options.device)
-    if distributed.world() > 1:
-        raise InputError("evaluate.py: works in one process; start it without torchrun")
+    device = distributed.setup_alone(options.device, "evaluate.py")
     if at:
         for folder in map(Path, options.runs):
             score_stages(folder, options, device)

@@ -8,8 +8,8 @@ the best predictor and, on a target sample, its residual are
 The first gradient by the output layer's bias is -2 mean(eps - eps_theta - guidance).  It points to the
 target: descent takes it from eps_theta, and samples move along it.
  1. Without guidance it points along mean(x_0) - mu_S - sqrt(a / (1-a)) mean(eps).  Ten shots, repeated a
-    thousand times, leave the error of their mean: an angle of standard deviation sqrt(1/10) / |mu_T - mu_S|
-    = 6.4 degrees, 5.1 on average.
+    thousand times, leave the error of their mean: an angle whose standard deviation is
+    sqrt(1/10) / |mu_T - mu_S| = 6.4 degrees; its size is 5.1 degrees on average.
  2. Guidance adds 2 sigma_hat^2 gamma mean(grad log p).  The Bayes classifier's gradient lies on mu_T - mu_S
     exactly: the sum turns towards it and gets longer, a larger step as well as a better one.  A classifier
     that knows only the ten shots can at best point where they do.
@@ -157,7 +157,8 @@ def wasserstein(x: Tensor) -> Tensor:
 def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor, t: int, repeats: int,
                       g: torch.Generator, gamma: float, omega: float, steps: int,
                       own: bool = False) -> dict[str, Tensor]:
-    """First gradients (E, 2) by name, of shots (10, E, 2) repeated `repeats` times, at one t, with one noise.
+    """First gradients (E, 2) by name, of shots (10, E, 2) repeated `repeats` times, at one t.  All have the
+    same noises.
 
     reference      of 10,000 different target points
     baseline       of the shots

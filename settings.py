@@ -149,8 +149,8 @@ class Options:
              + " (default: tan; adaptor for a small source, where it is measured to be better).",
     )] = None
     paper: bool = False
-    """All numbers that the paper states, whatever the source, but psi's share of the parameters; what it
-    leaves open stays as it is here."""
+    """All numbers that the paper states, whatever the source, but psi's share of the parameters, and its
+    method, tan, unless another is given; what it leaves open stays as it is here."""
     output_dir: Unset[str] = None
     """Where the run goes (default: runs/TARGET).
     Added to it are -SOURCE for a source that is not the target's usual one, and -METHOD where that is given.
@@ -184,7 +184,7 @@ class Options:
     """Channels d of the bottlenecks (default: near the paper's parameter rate; 8 for a small source), or the
     rank of low-rank (default: 4)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 autocast, in all that a run computes and in what is later drawn from it."""
+    """fp32, or bf16 autocast, in a run's networks (first stages: fp32) and in what is later drawn from it."""
     checkpoint_blocks: bool = False
     """Recompute activations instead of storing them: less memory, more time."""
     compile: bool = False

@@ -3,7 +3,7 @@
   python train_tan.py --target sunglasses                    built-in faces and target; minutes on a laptop
   python train_tan.py --target sunglasses --method tan       all parts of the paper; small sources do without
   python train_tan.py --target photos/                       your own pictures; adapts photo-like faces, 64x64
-  python train_tan.py --source toyfaces-latent               the same on a latent diffusion model
+  python train_tan.py --source toyfaces-latent               sunglasses, on a latent diffusion model
   python train_tan.py --source ffhq_p2.pt --target photos/ --precision bf16    a published checkpoint
   torchrun --nproc_per_node=8 train_tan.py --source ...      on 8 GPUs; --batch-size stays the global one
   python train_tan.py --target sunglasses --resume           go on where it stopped, on a CPU bit for bit
@@ -22,6 +22,7 @@ with guidance classifier.safetensors, and of --arch FILE a copy, arch.json.
   python evaluate.py runs/TARGET --at all       its stages compared; --hold-out 2 shows where copying begins
 """
 
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -69,7 +70,7 @@ class ClassifierInputs:
     """What the classifier is made of."""
     targets: Tensor             # (K, 3, H, W)
     sources: Tensor | None      # (N, 3, H, W) of a folder or drawn; None: sampled from the source model
-    begins: dict[str, Any]      # the description of the network that it starts from
+    begins: Network             # before it has seen a target picture
 
 
 def classifier_inputs(source: Network, targets: Tensor, options: Options, out: Path,
@@ -87,8 +88,9 @@ def classifier_inputs(source: Network, targets: Tensor, options: Options, out: P
     name, sources = guide.source_images or domains.drawn_by(options.source), None
     if name:
         sources = domains.source_images(name, guide.source_count, source.image_size, options.seed)
+    torch.manual_seed(options.seed)  # the new head
     begins = start_classifier(guide.classifier, guide.classifier_arch, options.source, source)
-    return ClassifierInputs(targets, sources, begins.description)
+    return ClassifierInputs(targets, sources, begins)
 
 
 def sampled_sources(source: Network, options: Options) -> Tensor:
@@ -112,9 +114,8 @@ def obtain_classifier(source: Network, inputs: ClassifierInputs | None, options:
     usual = domains.AUGMENT.get(options.target, ("flip", "shift"))
 
     def start() -> Classifier:
-        torch.manual_seed(options.seed)  # the new head
-        model = start_classifier(guide.classifier, guide.classifier_arch, options.source, source).model
-        model.to(device).use_checkpoint = options.checkpoint_blocks
+        model = copy.deepcopy(inputs.begins.model).to(device)
+        model.use_checkpoint = options.checkpoint_blocks
         # Pass by pass: a block of autocast around all steps would keep its copy of the first weights.
         model.forward = distributed.autocast(device, options.precision)(model.forward)
         return model
@@ -136,7 +137,7 @@ def obtain_classifier(source: Network, inputs: ClassifierInputs | None, options:
         at_once = options.micro_batch_size or guide.classifier_batch_size
         # Of several processes one cannot begin anew: the others wait for its gradients.
         model, accuracy = fitting(work, at_once, MICRO) if distributed.world() == 1 else work(at_once)
-        description = dict(inputs.begins, held_out_accuracy=accuracy)
+        description = dict(inputs.begins.description, held_out_accuracy=accuracy)
         if distributed.rank() == 0:
             save_network(out / CLASSIFIER, Network(model, source.schedule, description))
     distributed.barrier()
@@ -264,7 +265,7 @@ def main() -> None:
     # q(x_0): the pictures and, after them, their mirror images, as the network sees them
     x0s = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
 
-    pairwise = pairwise_losses(source, x0s[:len(targets)], options)
+    pairwise = pairwise_losses(source, x0s, options)
     board = None
     if options.tensorboard and distributed.rank() == 0:
         board = Board(out / "tensorboard", state["iteration"] + 1 if state else 0)

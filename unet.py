@@ -172,41 +172,43 @@ class Encoder(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(model_channels, self.emb_channels), nn.SiLU(),
                                         nn.Linear(self.emb_channels, self.emb_channels))
 
-        def res(channels: int, out: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(channels, self.emb_channels, out, dropout=dropout,
-                            scale_shift=use_scale_shift_norm, norm_groups=norm_groups,
-                            norm_eps=norm_eps, resample=resample)
-
-        def attention(channels: int) -> AttentionBlock:
-            return AttentionBlock(channels, self.heads(channels), norm_groups, norm_eps)
-
         channels = model_channels * channel_mult[0]
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
         self.skip_channels = [channels]
         factor = 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [res(channels, model_channels * mult)]
+                layers = [self.res(channels, model_channels * mult)]
                 channels = model_channels * mult
                 if factor in attention_resolutions:
-                    layers.append(attention(channels))
+                    layers.append(self.attention(channels))
                 self.input_blocks.append(Stage(*layers))
                 self.skip_channels.append(channels)
             if level < len(channel_mult) - 1:
                 if resblock_updown:
-                    down = res(channels, channels, "down")
+                    down = self.res(channels, channels, "down")
                 else:
                     down = Downsample(channels, True, downsample_padding)
                 self.input_blocks.append(Stage(down))
                 self.skip_channels.append(channels)
                 factor *= 2
-        self.middle_block = Stage(res(channels, channels),
-                                  nn.Identity() if middle_attention == "none" else attention(channels),
-                                  res(channels, channels))
+        self.middle_block = Stage(self.res(channels, channels),
+                                  nn.Identity() if middle_attention == "none" else self.attention(channels),
+                                  self.res(channels, channels))
         if middle_attention == "bare":
             self.middle_block[1].norm = nn.Identity()
         self.channels, self.factor = channels, factor
-        self._res, self._attention = res, attention
+
+    def res(self, channels: int, out: int, resample: str | None = None) -> ResBlock:
+        """A residual block as the options have it."""
+        options = self.config
+        return ResBlock(channels, self.emb_channels, out, dropout=options["dropout"],
+                        scale_shift=options["use_scale_shift_norm"], norm_groups=options["norm_groups"],
+                        norm_eps=options["norm_eps"], resample=resample)
+
+    def attention(self, channels: int) -> AttentionBlock:
+        """Attention as the options have it."""
+        return AttentionBlock(channels, self.heads(channels), self.norm_groups, self.config["norm_eps"])
 
     def heads(self, channels: int) -> int:
         """Attention heads at this many channels."""
@@ -259,12 +261,12 @@ class UNet(Encoder):
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [self._res(channels + skip_channels.pop(), model_channels * mult)]
+                layers = [self.res(channels + skip_channels.pop(), model_channels * mult)]
                 channels = model_channels * mult
                 if factor in attention_resolutions:
-                    layers.append(self._attention(channels))
+                    layers.append(self.attention(channels))
                 if level > 0 and i == num_res_blocks:
-                    up = self._res(channels, channels, "up") if resblock_updown else Upsample(channels, True)
+                    up = self.res(channels, channels, "up") if resblock_updown else Upsample(channels, True)
                     layers.append(up)
                     factor //= 2
                 self.output_blocks.append(Stage(*layers))

@@ -22,15 +22,13 @@ from checkpoints import run_folder
 from checkpoints.load import load_gan, pinned
 from checkpoints.run_report import Report
 from plumbing import distributed
-from plumbing.options import InputError, flat, parse, picked, replace, run
+from plumbing.options import flat, parse, picked, replace, run
 from plumbing.training import EMA, Loop
 
 
 def main() -> None:
     options, typed = parse(Options, __doc__)
-    device = distributed.setup(options.device)
-    if distributed.world() > 1:
-        raise InputError("gan_transfer: works in one process; start it without torchrun")
+    device = distributed.setup_alone(options.device, "gan_transfer")
 
     # What is adapted, to what, with which numbers.
     out = gan_settings.folder_of(options)

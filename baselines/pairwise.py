@@ -18,8 +18,8 @@ from ddpm import Schedule, predict_eps
 class PairwiseLosses:
     """What DDPM-PA adds to Eq. 1, picture by picture.  Made before training: it copies the source network.
 
-    bound      the predicted x_0 is limited to [-bound, bound], as in sampling: at the noisiest
-               timesteps an error in eps becomes one in x_0 of more than a hundred times that size
+    bound      the predicted x_0 is limited to [-bound, bound]: at the noisiest timesteps an error
+               in eps becomes one in x_0 of more than a hundred times that size
     weights    of the three terms, as in `pairwise_loss`
     """
 

@@ -68,11 +68,11 @@ def of_diffusion_model(network: Network) -> dict[str, str]:
 
 def of_gan(network: GAN) -> dict[str, str]:
     """Lines of the report that a GAN has."""
-    config, judge = network.description["config"], "none: it draws, but cannot be adapted"
+    config, other = network.description["config"], "none: it draws, but cannot be adapted"
     if network.discriminator:
-        judge = f"{parameters_of(network.discriminator)}, {words(config['discriminator'])}"
+        other = f"{parameters_of(network.discriminator)}, {words(config['discriminator'])}"
     return {"network": f"StyleGAN2, {parameters_of(network.model)}", "options": words(config["generator"]),
-            "judged by": judge, "pictures": f"{network.image_size}x{network.image_size}"}
+            "discriminator": other, "pictures": f"{network.image_size}x{network.image_size}"}
 
 
 def words(config: dict[str, Any]) -> str:

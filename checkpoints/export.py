@@ -192,7 +192,7 @@ def model_card(network: Network, name: str, run_options: dict[str, Any] | None, 
 def main() -> None:
     options, _ = parse(Options, __doc__)
     out = Path(options.folder).resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{options.folder}: is there already; choose a folder that does not exist yet")
     network, run_options = run_folder.load_model(options.model, options.arch, source=options.source)
     network = need_diffusion_model(network, options.model)

@@ -67,24 +67,26 @@ class GAN:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights, the generator's after g_ema, the discriminator's after d."""
-        judge = self.discriminator.state_dict(prefix="d.") if self.discriminator else {}
-        return {**self.model.state_dict(prefix="g_ema."), **judge}
+        of_d = self.discriminator.state_dict(prefix="d.") if self.discriminator else {}
+        return {**self.model.state_dict(prefix="g_ema."), **of_d}
 
 
 def build(description: dict[str, Any], where: str) -> GAN:
     """Untrained networks from their description; InputError if an option is wrong."""
     try:
         config = description["config"]
-        judge = Discriminator(**config["discriminator"]).eval() if config["discriminator"] else None
-        if judge and judge.size != config["generator"]["size"]:
-            raise ValueError(f"one draws at {config['generator']['size']}, the other judges at {judge.size}")
-        return GAN(Generator(**config["generator"]).eval(), judge, description)
+        generator, discriminator = Generator(**config["generator"]).eval(), None
+        if config["discriminator"]:
+            discriminator = Discriminator(**config["discriminator"]).eval()
+            if discriminator.size != generator.size:
+                raise ValueError(f"one draws at {generator.size}, the other judges at {discriminator.size}")
+        return GAN(generator, discriminator, description)
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{where}: does not describe a StyleGAN2 this program can build "
                          f"({type(error).__name__}: {error})") from None
 
 
-def describe(generator: dict[str, Tensor], judge: dict[str, Tensor], path: Path) -> dict[str, Any]:
+def describe(generator: dict[str, Tensor], discriminator: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """What a published generator and discriminator (or nothing) are, from names and shapes."""
     try:
         layers = [key for key in generator if re.fullmatch(r"convs\.\d+\.conv\.weight", key)]
@@ -93,15 +95,15 @@ def describe(generator: dict[str, Tensor], judge: dict[str, Tensor], path: Path)
                      n_mlp=sum(bool(re.fullmatch(r"style\.\d+\.weight", key)) for key in generator),
                      channel_base=generator[f"convs.{len(layers) - 1}.conv.weight"].shape[1] * size,
                      channel_max=generator["input.input"].shape[1])
-        of_judge = None
-        if judge:
-            channels = judge["convs.0.0.weight"].shape[0]
-            of_judge = dict(size=size, channel_base=channels * size,
-                            channel_max=judge["final_linear.1.weight"].shape[1])
+        other = None
+        if discriminator:
+            channels = discriminator["convs.0.0.weight"].shape[0]
+            other = dict(size=size, channel_base=channels * size,
+                         channel_max=discriminator["final_linear.1.weight"].shape[1])
     except (IndexError, KeyError) as error:
         raise InputError(f"{path}: a StyleGAN2 of another layout than that of its common PyTorch port "
                          f"(no {error.args[0]})") from None
-    return dict(network=NAME, config=dict(generator=found, discriminator=of_judge),
+    return dict(network=NAME, config=dict(generator=found, discriminator=other),
                 layout="StyleGAN2, PyTorch port")
 
 

@@ -123,10 +123,10 @@ def _load_gan(own: dict[str, Any] | None, tensors: dict[str, Tensor], path: Path
     if own is not None:
         description = dict(own, layout="this project's own")
     else:
-        judge = read_set(path, "d")
-        description = gan.describe(tensors, judge, path)
+        discriminator = read_set(path, "d")
+        description = gan.describe(tensors, discriminator, path)
         tensors = {**{f"g_ema.{key}": value for key, value in tensors.items()},
-                   **{f"d.{key}": value for key, value in judge.items()}}
+                   **{f"d.{key}": value for key, value in discriminator.items()}}
     network = gan.build(description, str(path))
     gan.fill(network, tensors, path)
     return network

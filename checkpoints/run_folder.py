@@ -155,7 +155,8 @@ def read_options(folder: Path) -> dict[str, Any]:
                          "--overwrite") from None
     texts = ("source", "target", "method")
     if (not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in texts)
-            or options.get("precision", "fp32") not in ("fp32", "bf16")):
+            or options.get("precision", "fp32") not in ("fp32", "bf16")
+            or options.get("adaptor", "bottleneck") not in adaptor.FORMS):
         raise InputError(f"{file}: not the options of a run, or damaged")
     return options
 
@@ -240,7 +241,7 @@ def load_run(folder: Path, at: int | None = None,
         return network, options
     check_finite(tensors, path)
     try:
-        adaptor.attach(network.model, options["adaptor_width"], options.get("adaptor", "bottleneck"))
+        adaptor.attach(network.model, options.get("adaptor_width"), options.get("adaptor", "bottleneck"))
         adaptor.load_state_dict(network.model, tensors)
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]}") from None

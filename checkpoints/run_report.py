@@ -71,8 +71,9 @@ class Report:
 
     @torch.no_grad()
     def loss(self, pictures: Tensor) -> float:
-        """Eq. 1 of pictures (N, 3, H, W): the mean over NOISES noises and timesteps, spread over the
-        quarters, which are the same for every picture and at every stage.
+        """Eq. 1 of pictures (N, 3, H, W): the mean over NOISES pairs of a noise and a timestep.
+
+        Timesteps are spread over all of T; the pairs are the same for every picture and at every stage.
         """
         schedule, g = self.source.schedule, generator(self.options["seed"], STAGE_NOISE)
         t = (torch.arange(NOISES) + torch.rand(NOISES, generator=g)) * schedule.timesteps / NOISES

@@ -22,7 +22,7 @@ from checkpoints import run_folder
 from checkpoints.load import ASSETS, load_network, load_source
 from checkpoints.network import Network, fingerprint
 from metrics import IntraLPIPS, frechet_distance, intra_lpips, kernel_distance
-from plumbing.files import write_text
+from plumbing.files import read_json, write_text
 from plumbing.memory import fitting
 from plumbing.options import InputError
 from plumbing.pictures import to_tensor
@@ -102,7 +102,7 @@ def intra(judge: Network, pictures: Tensor, shots: Tensor) -> IntraLPIPS:
     Raises ValueError as metrics.intra_lpips does.
     """
     embed = functools.partial(perceptual_features, judge)
-    return intra_lpips(embed, fit(judge, pictures), fit(judge, shots), batch_size=64)
+    return intra_lpips(embed, pictures, shots, batch_size=64)
 
 
 def nearest(judge: Network, pictures: Tensor, shots: Tensor) -> list[float]:
@@ -133,13 +133,13 @@ def reference(target: str, size: int, hold_out: int = 0) -> Reference:
     judge = load_judge(domains.TARGETS[target])
     pixels, labels = domains.evaluation_pictures(target, FRESH, size)
     trained_on, _ = domains.training_images(target, size, hold_out)
-    fresh, shots = fit(judge, to_tensor(pixels)), fit(judge, trained_on)
+    fresh = to_tensor(pixels)
     known = judge.description["attributes"]
     seen, truth = attributes(judge, fresh), dict(zip(known, labels.T))  # the labels lack the last, "domain"
     visible = [name for name in truth if (seen[name].numpy() == truth[name]).mean() >= VISIBLE]
     shares = {name: np.bincount(truth[name], minlength=len(known[name])) / FRESH for name in visible}
-    median = float(np.median(nearest(judge, fresh, shots)))
-    return Reference(shots, features(judge, fresh), visible, shares, median)
+    median = float(np.median(nearest(judge, fresh, trained_on)))
+    return Reference(trained_on, features(judge, fresh), visible, shares, median)
 
 
 def score(samples: Tensor, of_source: Tensor, target: str, hold_out: int = 0) -> dict[str, float]:
@@ -240,7 +240,7 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
     path = folder / "score.json"
     if at is not None:
         run["iterations"], path = at, run_folder.stage_file(folder, at).with_suffix(".json")
-    if path.exists() and (kept := json.loads(path.read_text()))["run"] == run:
+    if (kept := read_json(path)).get("run") == run:
         return kept
     samples = draw(network.to(device), n, steps, str(folder))
     of_source = source_samples(source, min(n, PAIRED), steps, device, network.precision)

@@ -174,15 +174,15 @@ def target_of(options: Options, of_run: dict | None) -> str:
     """--target, or what it is if not given; InputError where nothing says so."""
     if options.target or of_run:
         return options.target or of_run["target"]
-    if drawn_by := domains.drawn_by(options.model):
-        return domains.family(drawn_by)[1]
+    if drawn := domains.drawn_by(options.model):
+        return domains.family(drawn)[1]
     raise InputError(f"--target: say to which pictures {options.model} is to be adapted; a folder, or one of "
                      f"{', '.join(domains.TARGETS)}")
 
 
 def main() -> None:
     options, _ = parse(Options, __doc__)
-    device = distributed.setup(options.device)
+    device = distributed.setup_alone(options.device, "experiments.ascent")
     at_least(options, steps=1, n=1, batch_size=1)
     positive(options, "reach")
     check_seed(options)

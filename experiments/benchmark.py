@@ -263,7 +263,7 @@ def networks(options: Options) -> Iterator[tuple[str, Network]]:
 
 def main() -> None:
     options, _ = parse(Options, __doc__)
-    device = distributed.setup(options.device)
+    device = distributed.setup_alone(options.device, "experiments.benchmark")
     at_least(options, pgd_steps=1, batch_size=1, micro_batch_size=1, repeats=1)
     if not options.pgd_steps:
         raise InputError("--pgd-steps: give at least one")

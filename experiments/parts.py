@@ -24,7 +24,7 @@ from domains import judge
 from experiments import launch, results
 from experiments.results import Row
 from experiments.tables_curves import draw_figure1, draw_iterations
-from experiments.tables_report import ALL_METHODS, PASSES
+from experiments.tables_report import ALL_METHODS, passes_of
 from plumbing.files import read_metrics
 from plumbing.options import short
 from plumbing.pictures import save_grid, to_tensor
@@ -201,8 +201,8 @@ def passes_runs(options: Options, device: torch.device) -> Iterator[Row]:
     jobs = list(itertools.product(options.seeds, options.targets, options.diffusion_methods))
     for seed, target, method in bar(jobs, "passes"):
         usual = launch.relevant_today(target=target, source=options.source(target), method="tan")
-        passes = usual["iterations"] * (1 + usual["pgd_steps"]) // PASSES.get(method, 1)
-        flags = {} if method == "tan" else dict(iterations=passes)
+        share = passes_of("tan", usual["pgd_steps"]) / passes_of(method, usual["pgd_steps"])
+        flags = {} if method == "tan" else dict(iterations=round(usual["iterations"] * share))
         yield measured(options, device, target, method, seed, name="passes" if flags else "", **flags)
 
 

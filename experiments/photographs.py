@@ -38,7 +38,7 @@ from experiments import launch
 from experiments.results import Row
 from experiments.tables_report import difference_table, score_table
 from plumbing import distributed
-from plumbing.files import write_text
+from plumbing.files import read_json, write_text
 from plumbing.options import (
     InputError,
     Positional,
@@ -146,7 +146,7 @@ def scored(options: Options, target: Target, network: Network, file: Path,
     """The figures of what `draw` gives, which are kept in this file: nothing is drawn if it has them."""
     how = dict(n=options.n, steps=options.steps, lpips=options.lpips_net, weights=fingerprint(network),
                others=target.digest_of_others)
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = read_json(file)
     if known.get("how") != how:
         known = dict(how=how, score=target.score(draw()))
         write_text(file, json.dumps(known, indent=1))
@@ -193,7 +193,7 @@ def main() -> None:
         if name_of(folder) not in names or [*map(name_of, options.reference)].count(name_of(folder)) > 1:
             raise InputError(f"--reference {folder}: give one folder of a target's name, {', '.join(names)}")
     launch.heed_signals()
-    device = distributed.setup(options.device)
+    device = distributed.setup_alone(options.device, "experiments.photographs")
     options = replace(options, source=pinned(options.source))
     source = load_diffusion_model(options.source).to(device)
     source.check_steps(options.steps)

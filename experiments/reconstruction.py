@@ -60,7 +60,7 @@ def first_stage_of(name: str) -> tuple[KL | VQ, int]:
 def main() -> None:
     options, _ = parse(Options, __doc__)
     at_least(options, size=8)
-    device = distributed.setup(options.device)
+    device = distributed.setup_alone(options.device, "experiments.reconstruction")
     stage, usual = first_stage_of(options.model)
     stage, size = stage.to(device).eval(), options.size or usual
     if size % stage.factor:

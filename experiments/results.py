@@ -6,7 +6,7 @@ from typing import Any
 
 from domains import judge
 from experiments import launch
-from plumbing.files import write_text
+from plumbing.files import read_json, write_text
 
 Row = dict[str, Any]
 """One scored run: "run" (method, target, seed ...), "score" (figures by name), "rate", "seconds", and the
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 def read(file: Path) -> dict[str, list[Row]]:
     """The runs of each part; none if there is no file yet."""
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(file)
 
 
 def add(file: Path, part: str, found: Row) -> None:

@@ -63,9 +63,7 @@ def main() -> None:
         options = replace(options, methods=tuple(options.diffusion_methods))
     check(options)
     launch.heed_signals()
-    device = distributed.setup(options.device)
-    if distributed.world() > 1:
-        raise InputError("torchrun: the tables are made by one process; start python -m experiments.tables")
+    device = distributed.setup_alone(options.device, "experiments.tables")
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for part in options.parts:

@@ -11,8 +11,6 @@ from plumbing.markdown import markdown
 from settings import METHODS
 
 ALL_METHODS = (*gan_methods.METHODS, *METHODS)  # GANs first, as in the paper's tables
-# Forward passes through the U-Net or the generator in an iteration; 1 for those not named, 1 + J for tan.
-PASSES = {**{name: method.passes for name, method in gan_methods.METHODS.items()}, "pa": 2}
 # What the paper has on photographs: method and parameter rate, and what it measured in this order.
 PAPER = (("TGAN", "100%"), ("TGAN+ADA", "100%"), ("EWC", "100%"), ("CDC", "100%"), ("DCL", "100%"),
          ("DDPM-PA", "100%"), ("TAN", "1.3%"), ("LMD-TAN", "1.6%"))
@@ -25,6 +23,14 @@ PAPER_INTRA = {"babies": (0.510, 0.546, 0.560, 0.583, 0.579, 0.599, 0.592, 0.601
 PAPER_FID = {"babies": (104.79, 102.58, 87.41, 74.39, 52.56, 48.92, 46.70, None),
              "sunglasses": (55.61, 53.64, 59.73, 42.13, 38.01, 34.75, 20.06, None)}
 PAPER_CLASSIFIER = {"10": (0.621, 20.06), "100": (0.637, 22.84)}  # Table 3
+
+
+def passes_of(method: str, pgd_steps: int) -> int:
+    """Forward passes through the U-Net or the generator in an iteration."""
+    if method in gan_methods.METHODS:
+        return gan_methods.METHODS[method].passes
+    uses = METHODS[method]
+    return 1 + uses.pairwise_losses + uses.adversarial_noise * pgd_steps
 
 
 def mean_std(values: list[float]) -> str:
@@ -129,9 +135,7 @@ def time_table(found: list[Row]) -> str:
         mine = of(found, method=method)
         if not mine:
             continue
-        passes = {PASSES.get(method, 1)}
-        if method in METHODS and METHODS[method].adversarial_noise:
-            passes = {1 + row["settings"]["pgd_steps"] for row in mine}
+        passes = {passes_of(method, row["settings"].get("pgd_steps", 0)) for row in mine}
         cells = [_pace(of(mine, target=target)) for target in targets]
         rows.append([method, " / ".join(map(str, sorted(passes))), *cells])
     return markdown("Seconds an iteration, median of a run (and how many iterations); passes through the "

@@ -170,7 +170,7 @@ def read_options() -> Options:
 
 
 def main() -> None:
-    options, started = read_options(), time.time()
+    options, started = read_options(), time.perf_counter()
     seed, out = options.seed, Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -195,7 +195,7 @@ def main() -> None:
     errors = predictor_errors(model, sorted(options.timesteps), seed)
 
     draw_measured(out / "measured.png", angles, adaptation)
-    seconds = round(time.time() - started, 1)
+    seconds = round(time.perf_counter() - started, 1)
     results = dict(options=flags.flat(options), predictor_error=errors,
                    **summarise(angles, noise, adaptation), seconds=seconds)
     text = tables(results)

@@ -55,6 +55,14 @@ def setup(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
+def setup_alone(device: str, program: str) -> torch.device:
+    """`setup` of a program that works in one process: InputError if torchrun started several."""
+    found = setup(device)
+    if world() > 1:
+        raise InputError(f"{program}: works in one process; start it without torchrun")
+    return found
+
+
 def is_launched() -> bool:
     """Whether torchrun started this process; InputError if there are to be several, without all it sets."""
     there = {name for name in TORCHRUN if name in os.environ}

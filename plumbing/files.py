@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 
 from plumbing.options import InputError
 
+ALWAYS = ("iteration", "loss", "seconds")  # in each line of a metrics.jsonl
+
 
 @contextlib.contextmanager
 def blaming(path: Path) -> Iterator[None]:
@@ -92,6 +94,16 @@ def load_checkpoint(path: Path, iterations: float = math.inf) -> dict[str, Any]:
     return state
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds, nothing if there is none; InputError if it is damaged."""
+    if not Path(path).exists():
+        return {}
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it to have it made anew") from None
+
+
 def trim_metrics(path: Path, iterations: int) -> None:
     """Leave the lines of so many iterations in a metrics.jsonl: a run goes on from its checkpoint."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["iteration"] < iterations]
@@ -112,7 +124,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except json.JSONDecodeError:
             break
-        if not isinstance(line, dict) or "iteration" not in line:
+        if not isinstance(line, dict) or not all(isinstance(line.get(name), int | float) for name in ALWAYS):
             break
         lines.append(line)
     return lines

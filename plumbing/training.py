@@ -26,7 +26,8 @@ from plumbing.options import InputError
 class EMA:
     """Exponential moving average of parameters.
 
-    Update i (from 0) has decay min(decay, (1 + i) / (10 + i)): a short run is no average over its start.
+    Update i (from 0) has decay min(decay, (1 + i) / (10 + i)): so a short run's average soon forgets
+    the weights it began with.
     """
 
     def __init__(self, parameters: list[Tensor], decay: float):
@@ -184,7 +185,7 @@ class Loop:
         self.after(self.start, self.start == self.iterations)
         with StopSignal() as stop:
             for iteration in self.bar:
-                self.iteration, self.started, done = iteration, time.time(), iteration + 1
+                self.iteration, self.started, done = iteration, time.perf_counter(), iteration + 1
                 self.optimizer.param_groups[0]["lr"] = self.learning_rate(iteration)
                 self.optimizer.zero_grad()
                 yield iteration
@@ -202,7 +203,7 @@ class Loop:
     def check(self, loss: float, remedy: str, save: bool = True) -> float:
         """The norm of all gradients that there are; InputError if it or the loss is not finite.
 
-        save    the state before the step first
+        save    write checkpoint.pt first, with the state before the step
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).item()
         if not math.isfinite(loss + norm):
@@ -217,7 +218,7 @@ class Loop:
 
     def record(self, **line: Any) -> None:
         """A line of metrics.jsonl, and the loss beside the bar."""
-        seconds, rate = time.time() - self.started, self.optimizer.param_groups[0]["lr"]
+        seconds, rate = time.perf_counter() - self.started, self.optimizer.param_groups[0]["lr"]
         speed = dict(learning_rate=rate, seconds=seconds, images_per_second=self.batch_size / seconds)
         if distributed.rank() == 0:
             add_metrics(self.out / "metrics.jsonl", iteration=self.iteration, **line, **speed)

@@ -195,7 +195,7 @@ def test_pretraining_goes_on_bit_for_bit(tmp_path):
 def test_what_a_file_is(files, capsys):
     call(checkpoints_main.main, files / "source.pt", "--convert", files / "converted.safetensors")
     said = capsys.readouterr().out
-    assert "StyleGAN2, PyTorch port" in said and "judged by" in said and "yes, all" in said
+    assert "StyleGAN2, PyTorch port" in said and "discriminator" in said and "yes, all" in said
     converted = load_network(files / "converted.safetensors")
     assert fingerprint(converted) == fingerprint(load_network(files / "source.pt"))
     assert converted.description["layout"] == "this project's own"
