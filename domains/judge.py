@@ -117,34 +117,36 @@ def nearest(judge: Network, pictures: Tensor, shots: Tensor) -> list[float]:
 @dataclasses.dataclass
 class Reference:
     """What samples of a target are compared with: FRESH of its pictures that no run has seen."""
-    shots: Tensor                    # the training pictures (K, 3, H, W)
-    features: Tensor                 # of the fresh pictures, for toy FID and KID
-    visible: list[str]               # attributes that can be read in the target's pictures
-    shares: dict[str, np.ndarray]    # of each value of a visible attribute, among the fresh pictures
-    nearest: float                   # median of what `nearest` gives for the fresh pictures
+    pictures: Tensor                 # (FRESH, 3, H, W)
+    features: Tensor                 # theirs, for toy FID and KID
+    visible: list[str]               # attributes that can be read in them
+    shares: dict[str, np.ndarray]    # of each value of a visible attribute among them
 
 
 @functools.cache
-def reference(target: str, size: int, hold_out: int = 0) -> Reference:
-    """The comparison for samples of a built-in target at this size, made once a program.
-
-    hold_out   of its ten pictures the last so many were not trained on
-    """
+def reference(target: str, size: int) -> Reference:
+    """The comparison for samples of a built-in target at this size, made once a program."""
     judge = load_judge(domains.TARGETS[target])
     pixels, labels = domains.evaluation_pictures(target, FRESH, size)
-    trained_on, _ = domains.training_images(target, size, hold_out)
-    fresh = to_tensor(pixels)
-    known = judge.description["attributes"]
+    fresh, known = to_tensor(pixels), judge.description["attributes"]
     seen, truth = attributes(judge, fresh), dict(zip(known, labels.T))  # the labels lack the last, "domain"
     visible = [name for name in truth if (seen[name].numpy() == truth[name]).mean() >= VISIBLE]
     shares = {name: np.bincount(truth[name], minlength=len(known[name])) / FRESH for name in visible}
-    median = float(np.median(nearest(judge, fresh, trained_on)))
-    return Reference(trained_on, features(judge, fresh), visible, shares, median)
+    return Reference(fresh, features(judge, fresh), visible, shares)
+
+
+@functools.cache
+def usual_distance(target: str, size: int, hold_out: int) -> float:
+    """Median of what `nearest` gives for fresh pictures of a target around its training pictures, but for the
+    last `hold_out` of these."""
+    shots, _ = domains.training_images(target, size, hold_out)
+    judge = load_judge(domains.TARGETS[target])
+    return float(np.median(nearest(judge, reference(target, size).pictures, shots)))
 
 
 def score(samples: Tensor, of_source: Tensor, target: str, hold_out: int = 0) -> dict[str, float]:
     """Adapted samples (N, 3, H, W), and the source model's from the first M <= N of their noises (M, 3, H, W)
-    -> figures, by name.  `hold_out` as for `reference`.
+    -> figures, by name.  The last `hold_out` of the target's ten pictures were not trained on.
 
     target      share of samples the judge puts in the target domain
     kept        share of visible attributes that agree with the source sample from the same noise
@@ -158,17 +160,18 @@ def score(samples: Tensor, of_source: Tensor, target: str, hold_out: int = 0) ->
 
     Raises InputError for so few samples that no two of them are nearest to the same training picture.
     """
-    judge, fresh = load_judge(domains.TARGETS[target]), reference(target, samples.shape[2], hold_out)
-    known = judge.description["attributes"]
+    judge, size = load_judge(domains.TARGETS[target]), samples.shape[2]
+    known, fresh = judge.description["attributes"], reference(target, size)
+    shots, _ = domains.training_images(target, size, hold_out)
     before, after = attributes(judge, of_source), attributes(judge, samples)
     kept = [(after[name][:len(of_source)] == before[name]).float().mean() for name in fresh.visible]
     covered = [np.bincount(after[name], minlength=len(share)) / len(samples) >= share / 4
                for name, share in fresh.shares.items()]
     try:
-        diversity = intra(judge, samples, fresh.shots)
+        diversity = intra(judge, samples, shots)
     except ValueError as error:
         raise InputError(f"-n {len(samples)}: {error}") from None
-    seen = features(judge, samples)
+    seen, distance = features(judge, samples), float(np.median(nearest(judge, samples, shots)))
     return {
         "target": (after["domain"] == known["domain"].index(target)).float().mean().item(),
         "kept": torch.stack(kept).mean().item(),
@@ -177,7 +180,7 @@ def score(samples: Tensor, of_source: Tensor, target: str, hold_out: int = 0) ->
         "toy KID": 1000 * kernel_distance(seen, fresh.features),
         "toy Intra-LPIPS": diversity.mean,
         "toy Intra-LPIPS std": diversity.std,
-        "memorised": float(np.median(nearest(judge, samples, fresh.shots))) / fresh.nearest,
+        "memorised": distance / usual_distance(target, size, hold_out),
     }
 
 

@@ -44,7 +44,7 @@ def draw_figure1(path: Path, target: str, stages: list[torch.Tensor], iterations
     """Figure 1: pictures of two noises (2, 3, H, W) at each stage, with how near a training picture is."""
     from matplotlib.figure import Figure
     network = judge.load_judge(domains.TARGETS[target])
-    shots = judge.reference(target, stages[0].shape[2]).shots
+    shots = domains.target_images(target, stages[0].shape[2])
     figure = Figure(figsize=(1.35 * len(iterations), 3.2), layout="constrained")
     axes = figure.subplots(2, len(iterations))
     for column, (pictures, count) in enumerate(zip(stages, iterations)):

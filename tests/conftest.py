@@ -16,6 +16,7 @@ import train_tan
 from baselines import gan_transfer
 from checkpoints.network import Network, build, save_network
 from checkpoints.published import LINEAR
+from domains import judge
 from experiments import launch
 from plumbing.options import flag
 from settings import used_by
@@ -110,3 +111,15 @@ def runs_here(monkeypatch):
 
     monkeypatch.setattr(launch, "call_train", call_train)
     return folders
+
+
+@pytest.fixture
+def few_fresh(monkeypatch):
+    """The judge compares with 60 fresh pictures: fast, and good enough where figures do not matter."""
+    made_with_fresh = judge.reference, judge.usual_distance
+    monkeypatch.setattr(judge, "FRESH", 60)
+    for made in made_with_fresh:
+        made.cache_clear()
+    yield
+    for made in made_with_fresh:
+        made.cache_clear()

@@ -176,7 +176,7 @@ def test_a_target_that_the_judge_has_not_seen(monkeypatch, tmp_path):
         tables.check(parts.Options(targets=("hats",)))
 
 
-def test_a_run_is_scored_once(train, tmp_path, monkeypatch, capsys):
+def test_a_run_is_scored_once(train, few_fresh, tmp_path, monkeypatch, capsys):
     built_in = ["--source", "toyfaces", "--target", "sunglasses", "--source-images", "toyfaces"]
     run = train(tmp_path / "run", *built_in, "--iterations", 1)
     call(evaluate.main, run, "-n", 12, "--steps", 2, "--device", "cpu")
@@ -193,7 +193,7 @@ def test_a_run_is_scored_once(train, tmp_path, monkeypatch, capsys):
 
 # ---- stages ------------------------------------------------------------------------------------------------
 
-def test_the_stages_of_a_built_in_run(train, tmp_path, monkeypatch, capsys):
+def test_the_stages_of_a_built_in_run(train, few_fresh, tmp_path, monkeypatch, capsys):
     """Two stages by the judge, the first of which the held-out loss finds best."""
     monkeypatch.setattr(run_report.Report, "loss", lambda self, pictures: len(pictures) + self.ema.updates / 10)
     built_in = ["--source", "toyfaces", "--target", "sunglasses", "--method", "adaptor", "--hold-out", 4]
@@ -226,7 +226,7 @@ def test_the_stages_of_a_built_in_run(train, tmp_path, monkeypatch, capsys):
         call(evaluate.main, *how, "--at", "all", "--lpips-net", "alex")
 
 
-def test_what_was_held_out_is_no_training_picture():
+def test_what_was_held_out_is_no_training_picture(few_fresh):
     shots = to_tensor(domains.ten_shots("sunglasses")[0])
     scores = [judge.score(shots[8:].repeat(3, 1, 1, 1), shots[8:], "sunglasses", hold_out)["memorised"] for hold_out in (0, 2)]
     assert scores[0] < 1e-6 and scores[1] > 0.3

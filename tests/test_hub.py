@@ -118,6 +118,18 @@ def program(server, tmp_path):
 NOWHERE = dict(HF_ENDPOINT="http://127.0.0.1:9")  # where nobody listens
 
 
+SEVERAL = f"""
+import json, runpy, sys
+for command in json.loads(sys.argv[1]):
+    module = command[0] == "-m"
+    sys.argv = command[module:]
+    if module:
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path("{ROOT}/" + command[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("name", ["google/ddpm-tiny", "CompVis/ldm-tiny"])
 def test_a_name_as_source_from_end_to_end(program, server, tiny, tmp_path, name):
     words = ["--target", tiny.targets, "--method", "adaptor", "--iterations", 1, "--batch-size", 2, "--adaptor-width", 4,
@@ -140,10 +152,11 @@ def test_a_name_as_source_from_end_to_end(program, server, tiny, tmp_path, name)
     commands = (["sample.py", name, "-n", 2, "--steps", 2], ["train_tan.py", "--output-dir", "run", "--resume",
                 "--iterations", 2], ["sample.py", "run", "-n", 2, "--steps", 2], ["-m", "checkpoints", name],
                 ["-m", "checkpoints.export", name, "plain"])
-    for command in commands[:1 if "ldm" in name else 5]:
-        command = [ROOT / word if str(word).endswith(".py") else word for word in command]
-        offline = program(*command, **NOWHERE, HF_HUB_OFFLINE="1")
-        assert offline.returncode == 0, offline.stderr
+    commands = [list(map(str, command)) for command in commands[:1 if "ldm" in name else 5]]
+    offline = program("-c", SEVERAL, json.dumps(commands), **NOWHERE, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    if "ldm" in name:
+        return
     unreachable = program(ROOT / "sample.py", name, "-n", 1, "--steps", 1, "--output-dir", "other", **NOWHERE)
     assert unreachable.returncode == 0, unreachable.stderr
     again = program(ROOT / "sample.py", "run", "-n", 1, "--steps", 1, "--output-dir", "more")
@@ -179,18 +192,11 @@ def test_what_cannot_be_had_in_one_line(program, environment, says):
         assert expected in said
 
 
-def test_a_name_that_cannot_be_had_ends_a_program(program):
-    done = program(ROOT / "train_tan.py", "--source", "google/nosuch", "--target", "sunglasses")
-    assert done.returncode == 2 and done.stderr.strip() == done.stderr.strip().splitlines()[0]
-
-
 def test_revisions_files_and_tokens(program, server, tmp_path):
-    done = program("-m", "checkpoints", "google/ddpm-tiny@older")
-    assert done.returncode == 0 and REVISIONS["older"] in done.stdout
-    done = program("-m", "checkpoints", GATED, HF_TOKEN=TOKEN)
-    assert done.returncode == 0 and "UNet" in done.stdout
     shutil.copy(server.root / "google/ddpm-tiny/unet/diffusion_pytorch_model.bin", server.root / "someone/empty/a.bin")
-    done = program("-m", "checkpoints", "someone/empty/a.bin")
+    names = ["google/ddpm-tiny@older", GATED, "someone/empty/a.bin"]
+    done = program("-c", SEVERAL, json.dumps([["-m", "checkpoints", name] for name in names]), HF_TOKEN=TOKEN)
+    assert REVISIONS["older"] in done.stdout and done.stdout.count("UNet") == 2
     assert done.returncode == 2 and "config.json: diffusers' description of the network cannot be read" in done.stderr
     (server.root / "someone/empty/a.bin").unlink()
 
@@ -223,8 +229,3 @@ def test_a_link_to_what_is_not_there_is_no_name(tmp_path, monkeypatch):
     assert hub.is_name("data/models/ffhq.pt") and pinned("data/models/ffhq.pt") == "data/models/ffhq.pt"
     with pytest.raises(InputError, match="ffhq.pt: .*a link to what is not there"):
         load_source("data/models/ffhq.pt")
-
-
-def test_listed_names(program):
-    assert "google/ddpm-ema-" in program("-m", "checkpoints").stdout
-    assert Path(hub.__file__).parent == ROOT / "checkpoints"

@@ -1,5 +1,7 @@
 """Latent diffusion from end to end on a tiny budget: a first stage, a U-Net on its latents, TAN on them, pictures out."""
 
+import functools
+
 import pytest
 import torch
 from conftest import call
@@ -22,13 +24,26 @@ RUN = "--target sunglasses --iterations 4 --batch-size 4 --learning-rate-decay n
 TAN = "--source-images toyfaces --source-count 8 --classifier-iterations 3 --guidance-fade 0 --pgd-steps 2 --adaptor-width 4".split()
 
 
-@pytest.fixture(scope="module", params=["kl", "vq"])
-def source(request, tmp_path_factory):
-    """The file of a latent source that two commands have made."""
-    out = tmp_path_factory.mktemp(request.param)
-    call(pretrain.main, "toyfaces", "--network", request.param, *STAGE, "--output-dir", out / "stage")
-    call(pretrain.main, "toyfaces", "--first-stage", out / "stage" / "model.safetensors", *UNET, "--flip", "--output-dir", out / "unet")
-    return out / "unet" / "model.safetensors"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(kind): the file of a latent source with this kind of first stage, that two commands have made."""
+    @functools.cache
+    def made(kind):
+        out = tmp_path_factory.mktemp(kind)
+        call(pretrain.main, "toyfaces", "--network", kind, *STAGE, "--output-dir", out / "stage")
+        call(pretrain.main, "toyfaces", "--first-stage", out / "stage" / "model.safetensors", *UNET, "--flip", "--output-dir", out / "unet")
+        return out / "unet" / "model.safetensors"
+    return made
+
+
+@pytest.fixture
+def source(made):
+    return made("kl")
+
+
+@pytest.fixture(params=["kl", "vq"])
+def of_both_kinds(made, request):
+    return made(request.param)
 
 
 def test_pictures_are_encoded_in_fp32_whatever_is_around():
@@ -39,8 +54,8 @@ def test_pictures_are_encoded_in_fp32_whatever_is_around():
         assert torch.equal(latents, expected) and torch.equal(network.decode(latents), network.decode(expected)) and latents.dtype == torch.float32
 
 
-def test_what_pretraining_leaves(source):
-    network, stage = load_source(str(source)), load_network(source.parents[1] / "stage" / "model.safetensors")
+def test_what_pretraining_leaves(of_both_kinds):
+    network, stage = load_source(str(of_both_kinds)), load_network(of_both_kinds.parents[1] / "stage" / "model.safetensors")
     assert network.shape == (4, 8, 8) and network.image_size == 16
     assert all(torch.equal(value, stage.model.state_dict()[key]) for key, value in network.first_stage.state_dict().items())
     images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -49,16 +64,16 @@ def test_what_pretraining_leaves(source):
     # the scale factor gives the latents of the training pictures unit variance
     pictures = domains.source_images("toyfaces", 32, 16, 0)
     assert network.encode(pictures).std() == pytest.approx(1, abs=0.02)
-    assert (source.parent / "samples.png").exists() and Image.open(source.parents[1] / "stage" / "samples.png").height > 200
+    assert (of_both_kinds.parent / "samples.png").exists() and Image.open(of_both_kinds.parents[1] / "stage" / "samples.png").height > 200
 
 
 @pytest.mark.parametrize("method", ["tan", "pa"])
-def test_tan_on_latents(source, tmp_path, method):
-    call(train_tan.main, "--source", source, *RUN, *(TAN if method == "tan" else []), "--method", method, "--output-dir", tmp_path)
+def test_tan_on_latents(of_both_kinds, tmp_path, method):
+    call(train_tan.main, "--source", of_both_kinds, *RUN, *(TAN if method == "tan" else []), "--method", method, "--output-dir", tmp_path)
     network, options = run_folder.load_run(tmp_path)
     assert network.shape == (4, 8, 8)
     latents = lambda n: ddpm.sample(n.model, n.schedule, n.shape, [0, 1], 3, clip=False)
-    assert not torch.equal(latents(network), latents(load_source(str(source))))
+    assert not torch.equal(latents(network), latents(load_source(str(of_both_kinds))))
     torch.testing.assert_close(network.sample([0, 1], 3), network.decode(latents(network)))
     assert network.sample([0, 1], 3).shape == (2, 3, 16, 16)
     assert Image.open(tmp_path / "targets.png").width >= 10 * 128  # pictures, not latents

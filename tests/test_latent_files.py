@@ -227,11 +227,3 @@ def test_the_callback_class_is_never_imported(vq, tmp_path, monkeypatch):
     assert CALLBACK.encode() in Path(vq[0]).read_bytes()  # the danger is real: the file names the module
     with pytest.raises(SystemExit, match="imported"):
         importlib.import_module("pytorch_lightning.callbacks.model_checkpoint")
-
-
-def test_truncated_lightning_file(vq):
-    whole = open(vq[0], "rb").read()
-    for n in range(0, len(whole), len(whole) // 10):
-        open(vq[0], "wb").write(whole[:n])
-        with pytest.raises(InputError, match="model.ckpt: not a file of weights that can be read safely"):
-            load_source(vq[0])

@@ -22,7 +22,7 @@ from settings import METHODS, Options, suited
 
 
 @pytest.fixture
-def trained(runs_here, monkeypatch):
+def trained(runs_here, few_fresh, monkeypatch):
     """tables.py with few iterations and small batches; the folders of its runs, in order."""
     monkeypatch.setattr(settings, "SMALL", settings.SMALL | dict(iterations=1, batch_size=4))
     monkeypatch.setattr(gan_settings, "SMALL", gan_settings.SMALL | dict(iterations=1, batch_size=4))
@@ -31,10 +31,7 @@ def trained(runs_here, monkeypatch):
     monkeypatch.setattr(parts, "STAGES", (1, 2))
     monkeypatch.setattr(parts, "VARIANTS", {"J = 2": dict(pgd_steps=2), "Norm as printed": dict(norm="paper")})
     monkeypatch.setattr(parts, "SHOWN", 2)
-    monkeypatch.setattr(judge, "FRESH", 60)
-    judge.reference.cache_clear()
-    yield runs_here
-    judge.reference.cache_clear()
+    return runs_here
 
 
 def test_tables(trained, tmp_path, capsys):

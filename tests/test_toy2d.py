@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import call
 
+import gaussians
 import toy2d
 from classifier import SOURCE, TARGET
 from experiments import toy2d_measured
-from gaussians import MEANS, SCHEDULE, angle, draw_points, optimal_predictor
+from gaussians import MEANS, SCHEDULE, angle, draw_points, optimal_predictor, pretrain, train_classifier
 from plumbing.options import InputError
 from plumbing.seeds import generator
 
@@ -27,7 +28,9 @@ def run(tmp_path_factory):
     @functools.cache
     def run(program, name="a"):
         folder, printed = tmp_path_factory.mktemp(name), io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gaussians, "pretrain", lambda n, *a: pretrain(n // 8, *a))
+            patch.setattr(gaussians, "train_classifier", lambda points, n, *a: train_classifier(points, n // 8, *a))
             call(program.main, *FLAGS, "--output-dir", folder)
         results, = (json.loads(file.read_text()) for file in folder.glob("*.json"))
         return folder, results, printed.getvalue()
