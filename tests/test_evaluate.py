@@ -177,8 +177,7 @@ def test_a_target_that_the_judge_has_not_seen(monkeypatch, tmp_path):
 
 
 def test_a_run_is_scored_once(train, few_fresh, tmp_path, monkeypatch, capsys):
-    built_in = ["--source", "toyfaces", "--target", "sunglasses", "--source-images", "toyfaces"]
-    run = train(tmp_path / "run", *built_in, "--iterations", 1)
+    run = train(tmp_path / "run", "--source", "toyfaces", "--target", "sunglasses", "--method", "adaptor", "--iterations", 1)
     call(evaluate.main, run, "-n", 12, "--steps", 2, "--device", "cpu")
     first = capsys.readouterr().out
     assert f"| {run} | " in first and "(12 pairs)" in first

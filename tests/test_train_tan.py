@@ -508,8 +508,12 @@ def test_the_classifier_that_guides_is_as_the_options_say(train, tmp_path, monke
     assert tuple(seen["kinds"]) == ()  # not the default ones
 
 
-def test_without_the_classifier_check_nothing_is_held_out(train, tmp_path):
-    run = train(tmp_path / "run", "--method", "guided", "--iterations", "0", "--no-classifier-check")
+def test_the_classifier_is_checked_on_pictures_held_out(train, tmp_path, capsys):
+    run = train(tmp_path / "run", "--method", "guided", "--iterations", "0", "--classifier-check")
+    accuracy = run_folder.load_classifier(run).description["held_out_accuracy"]
+    assert len(accuracy) == 4 and all(0 <= share <= 1 for share in accuracy)
+    assert f"(0.5 is chance): {', '.join(f'{share:.2f}' for share in accuracy)}" in capsys.readouterr().out
+    run = train(tmp_path / "other", "--method", "guided", "--iterations", "0", "--no-classifier-check")
     assert run_folder.load_classifier(run).description["held_out_accuracy"] is None
 
 
@@ -644,8 +648,7 @@ def test_the_classifier_learns_in_bf16(train, tmp_path, monkeypatch):
         found.append(original(*a, **how))
         return found[-1]
     monkeypatch.setattr(classifier.F, "cross_entropy", seen)
-    train(tmp_path / "run", "--iterations", "0", "--precision", "bf16", "--classifier-iterations", "40", "--no-classifier-check",
-          "--classifier-learning-rate", "1e-3")
+    train(tmp_path / "run", "--iterations", "0", "--precision", "bf16", "--classifier-iterations", "40", "--classifier-learning-rate", "1e-3")
     assert len(found) == 40 and sum(found[-5:]) < 0.5 * sum(found[:5])
 
 

@@ -112,12 +112,15 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 def test_metrics_drop_what_lies_past_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(dict(iteration=i, loss=i / 3)) + "\n" for i in range(4)) + '{"iteration": 4, "lo')
+    lines = [dict(iteration=i, loss=i / 3, seconds=0.1) for i in range(5)]
+    path.write_text("\n".join(map(json.dumps, lines[:4])) + '\n{"iteration": 4, "lo')
     assert [line["iteration"] for line in read_metrics(path)] == [0, 1, 2, 3]
     trim_metrics(path, 2)
-    add_metrics(path, iteration=2, loss=None)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        dict(iteration=0, loss=0), dict(iteration=1, loss=1 / 3), dict(iteration=2, loss=None)]
+    add_metrics(path, **lines[2])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:3]
+    for damaged in ("[2]", '{"iteration": "3", "loss": 0, "seconds": 1}', '{"iteration": 3, "loss": 0}'):
+        path.write_text(json.dumps(lines[0]) + "\n" + damaged + "\n")
+        assert read_metrics(path) == lines[:1]
     trim_metrics(path, 0)
     assert path.read_text() == "" and read_metrics(tmp_path / "none.jsonl") == []
 
