@@ -46,7 +46,7 @@ from checkpoints.pretrain_settings import (
 from checkpoints.untrained import new_network
 from classifier import guided_loss
 from ddpm import predict_eps
-from domains.indexed import Batch, attributes_of, load_pictures
+from domains.indexed import Batches, attributes_of, load_pictures
 from domains.judge import attribute_loss
 from plumbing import distributed, progress
 from plumbing.figures import save_curve
@@ -68,7 +68,7 @@ def untrained(options: Options) -> Network | gan.GAN:
                        attributes_of(options.source, options.network == "judge"), command)
 
 
-def encode_all(batch_of: Batch, n: int, network: Network, flip: bool, device: torch.device) -> Tensor:
+def encode_all(batches: Batches, n: int, network: Network, flip: bool, device: torch.device) -> Tensor:
     """Latents of all n pictures on the CPU, with `flip` those of their mirror images after them.
 
     Their shape is (n, C, H, W), or (2n, C, H, W) with `flip`.
@@ -76,9 +76,8 @@ def encode_all(batch_of: Batch, n: int, network: Network, flip: bool, device: to
     """
     parts = [(mirrored, indices) for mirrored in ((False, True) if flip else (False,))
              for indices in torch.arange(n).split(64)]
-    latents = []
-    for mirrored, indices in progress.bar(parts, "latents"):
-        images = batch_of(indices)[0]
+    latents, pictures = [], batches(indices for _, indices in parts)
+    for (mirrored, _), (images, _) in zip(progress.bar(parts, "latents"), pictures):
         latents.append(network.encode((images.flip(3) if mirrored else images).to(device)).cpu())
     unscaled = torch.cat(latents)
     network.scale_factor = network.description["scale_factor"] = 1 / unscaled.std().item()
@@ -154,7 +153,7 @@ def prepare(out: Path, old: Iterable[str]) -> None:
     distributed.barrier()
 
 
-def train_gan(out: Path, options: Options, network: gan.GAN, batch_of: Batch, content: dict[str, Any],
+def train_gan(out: Path, options: Options, network: gan.GAN, batches: Batches, content: dict[str, Any],
               state: dict[str, Any] | None, device: torch.device) -> None:
     """The iterations of a StyleGAN2 on content["pictures"] pictures."""
     training, wanted = options.training, options.adversarial
@@ -170,7 +169,7 @@ def train_gan(out: Path, options: Options, network: gan.GAN, batch_of: Batch, co
     def real_pictures(g: torch.Generator) -> Tensor:
         indices = torch.randint(content["pictures"], (b,), generator=g)[players.mine]
         mirrored = torch.rand(b, 1, 1, 1, generator=g)[players.mine] < 0.5
-        images = batch_of(indices)[0]
+        images, _ = next(batches([indices]))
         return torch.where(mirrored & options.data.flip, images.flip(3), images)
 
     keep = dict(content, options=flat(options), gan=players.state)
@@ -196,14 +195,14 @@ def main() -> None:
     state = resumed(out, options) if options.resume else None
     network, of_first_stage = untrained(options), first_stage_objective(options.latent, device)
     data = options.data
-    batch_of, n, read_ahead = load_pictures(options.source, data.size, data.images, training.seed,
-                                            with_targets=options.network == "judge")
-    shown = batch_of(torch.arange(min(16, n)))[0]
+    batches, n = load_pictures(options.source, data.size, data.images, training.seed,
+                               with_targets=options.network == "judge")
+    shown, _ = next(batches([torch.arange(min(16, n))]))
     network.to(device)
     content = dict(pictures=n, first_stage=network.first_stage and digest(network.first_stage.state_dict()))
     if state:
         check_content(out, options, state, content)
-    latents = encode_all(batch_of, n, network, options.data.flip, device) if network.first_stage else None
+    latents = encode_all(batches, n, network, options.data.flip, device) if network.first_stage else None
 
     prepare(out, () if state else FILES)
     weights = sum(value.numel() for value in network.state_dict().values())
@@ -211,7 +210,7 @@ def main() -> None:
                     f"{weights / 1e6:.2f} M weights; {device}, "
                     f"{training.precision}; up to iteration {training.iterations}; {out}/")
     if options.network == "stylegan2":
-        return train_gan(out, options, network, batch_of, content, state, device)
+        return train_gan(out, options, network, batches, content, state, device)
     model, schedule, b = network.model.train(), network.schedule, training.batch_size
     parameters = list(model.parameters())
     # The judge need bear little noise.
@@ -233,14 +232,13 @@ def main() -> None:
         g = generator(training.seed, iteration)                            # every rank draws the global batch
         return g, torch.randint(n, (b,), generator=g)[mine]
 
-    if read_ahead and latents is None:
-        read_ahead(chosen(iteration)[1].tolist() for iteration in range(loop.start, training.iterations))
+    pictures = batches(chosen(iteration)[1] for iteration in range(loop.start, training.iterations))
     for iteration in loop:
         g, indices = chosen(iteration)
         t = torch.randint(noisiest, (b,), generator=g)[mine].to(device)
         mirrored = (torch.rand(b, generator=g)[mine] < 0.5) & options.data.flip
         if latents is None:
-            x0, labels = batch_of(indices)
+            x0, labels = next(pictures)
             if options.data.flip:
                 x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         else:

@@ -1,6 +1,6 @@
 """What pretrain.py learns from: pictures by index, those of a built-in domain with labels."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from plumbing import distributed
 from plumbing.picture_folder import ImageFolder
 from plumbing.pictures import to_tensor
 
-Batch = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""From indices (B,) to images (B, 3, H, W), and labels (B, attributes) where there are some."""
+Batches = Callable[[Iterable[Tensor]], Iterator[tuple[Tensor, Tensor | None]]]
+"""From indices (B,), batch by batch, to images (B, 3, H, W), and labels (B, attributes) or None."""
 
 
 def attributes_of(source: str, with_targets: bool) -> dict[str, list[str]]:
@@ -23,17 +23,16 @@ def attributes_of(source: str, with_targets: bool) -> dict[str, list[str]]:
     return found | (dict(domain=domains.family(source)) if with_targets else {})
 
 
-def load_pictures(source: str, size: int, images: int, seed: int, with_targets: bool
-                  ) -> tuple[Batch, int, Callable[[Iterable[list[int]]], None] | None]:
-    """The pictures of a source, how many there are, and what may be told which will be asked for.
+def load_pictures(source: str, size: int, images: int, seed: int, with_targets: bool) -> tuple[Batches, int]:
+    """The pictures of a source, and how many there are.
 
     Of a built-in domain about `images` are drawn, with labels, and on request its targets' among them.  Of a
     folder all are taken, without labels.
     """
     if source not in domains.SOURCES:
         folder = ImageFolder(source, size, recursive=True, skip=True)
-        return (lambda indices: (folder.batch(indices), None)), len(folder), folder.read_ahead
+        return (lambda order: ((images, None) for images in folder.batches(order))), len(folder)
     draw = domains.draw_family if with_targets else domains.draw
     drawn = draw(source, images, seed, size, distributed.rank() == 0)
     pixels, labels = (torch.from_numpy(values) for values in drawn)
-    return (lambda indices: (to_tensor(pixels[indices]), labels[indices])), len(pixels), None
+    return (lambda order: ((to_tensor(pixels[i]), labels[i]) for i in order)), len(pixels)

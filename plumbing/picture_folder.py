@@ -4,6 +4,7 @@ Everything returned here is float32 (N, 3, size, size) in [-1, 1] unless it says
 """
 
 import collections
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +112,6 @@ class ImageFolder:
         self.paths, self.size, self.skip = list_images(folder, recursive), size, skip
         self.kept: dict[Path, Tensor] = {}
         self.keep = len(self.paths) * size * size * 3 <= MEMORY
-        self.ahead: Iterator[list[Tensor | str]] | None = None
         if skip:
             self._leave_out_damaged(folder)
 
@@ -133,16 +133,19 @@ class ImageFolder:
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """indices (B,), tensor or list -> float32 (B, 3, size, size)."""
-        indices = [int(i) for i in indices]
-        found = next(self.ahead) if self.ahead else [self._pixels_or_fault(i) for i in indices]
-        return to_tensor(torch.stack([self._sound(i, pixels) for i, pixels in zip(indices, found)]))
+        found = [(int(i), self._pixels_or_fault(int(i))) for i in indices]
+        return to_tensor(torch.stack([self._sound(i, pixels) for i, pixels in found]))
 
-    def read_ahead(self, batches: Iterable[list[int]]) -> None:
-        """From now on `batch` is asked for these indices, in this order: what memory cannot keep is read
-        before it is asked for.
+    def batches(self, order: Iterable[Iterable[int]]) -> Iterator[Tensor]:
+        """`batch` of these indices, one after the other: what memory cannot keep is read before it is asked
+        for.
         """
-        if not self.keep:
-            self.ahead = self._read(batches)
+        if self.keep:
+            yield from map(self.batch, order)
+            return
+        order, ahead = itertools.tee([int(i) for i in indices] for indices in order)
+        for indices, found in zip(order, self._read(ahead)):
+            yield to_tensor(torch.stack([self._sound(i, pixels) for i, pixels in zip(indices, found)]))
 
     def _read(self, batches: Iterable[list[int]]) -> Iterator[list[Tensor | str]]:
         """Pixels, or what is wrong with the pictures, of each batch; the next AHEAD are being read meanwhile.

@@ -188,6 +188,9 @@ def test_a_run_is_scored_once(train, few_fresh, tmp_path, monkeypatch, capsys):
         call(evaluate.main, run, "-n", 13, "--steps", 2, "--device", "cpu")
     with pytest.raises(InputError, match="--steps 1001: this model has 1000"):
         call(evaluate.main, run, "-n", 12, "--steps", 1001)
+    (run / "score.json").write_text("{")
+    with pytest.raises(InputError, match="score.json: damaged .*; remove it to have it made anew"):
+        call(evaluate.main, run, "-n", 12, "--steps", 2, "--device", "cpu")
 
 
 # ---- stages ------------------------------------------------------------------------------------------------

@@ -90,6 +90,8 @@ def test_latent_vq(vq, tmp_path):
     assert network.scale_factor == 1 and network.shape == (3, 8, 8) and network.image_size == 16
     schedule = dict(name="scaled-linear", timesteps=1000, beta_start=0.0015, beta_end=0.0195)
     assert network.schedule.config == schedule
+    predicts_x0 = load_source(path, arch(tmp_path, **description, schedule=dict(name="scaled-linear", prediction="x0")))
+    assert predicts_x0.schedule.config == dict(schedule, prediction="x0")  # which betas do not show
     assert "latent-diffusion" in network.description["layout"] and "EMA" in network.description["layout"]
     assert "pytorch_lightning" not in sys.modules
 
