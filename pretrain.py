@@ -52,12 +52,15 @@ from plumbing import distributed, progress
 from plumbing.figures import save_curve
 from plumbing.files import check_replaceable, read_metrics, remove_unfinished
 from plumbing.memory import fitting
-from plumbing.options import flat, parse, run
+from plumbing.options import InputError, flat, parse, run
+from plumbing.picture_folder import refuse_pictures
 from plumbing.pictures import save_grid
 from plumbing.seeds import generator
+from plumbing.shell import quoted
 from plumbing.training import EMA, Loop
 
 FILES = ("checkpoint.pt", "model.safetensors")  # that make a folder a run
+PICTURES = ("samples.png", "loss.png")  # that it has beside them
 
 
 def untrained(options: Options) -> Network | gan.GAN:
@@ -131,7 +134,8 @@ def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
     save_network(out / "model.safetensors", network)
     model.eval()
     if network.description["network"] in ("UNet", gan.NAME):
-        drawn = fitting(lambda at_once: network.sample(range(64), batch_size=at_once), 64)
+        shown_as = functools.partial(progress.bar, text="samples")
+        drawn = fitting(lambda at_once: network.sample(range(64), batch_size=at_once, progress=shown_as), 64)
         save_grid(out / "samples.png", drawn, columns=16)
     elif network.description["network"] in FIRST_STAGES:  # pictures above, what comes back below
         device = next(model.parameters()).device
@@ -141,6 +145,16 @@ def show(out: Path, network: Network, ema: EMA, images: Tensor) -> None:
     ema.swap()
     losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
     save_curve(out / "loss.png", losses, "loss", smooth=100)
+
+
+def check_place(out: Path, options: Options) -> None:
+    """InputError if the folder holds what this run would replace, or pictures."""
+    if (out / "options.json").exists():
+        raise InputError(f"--output-dir {out}: holds the run of another program; choose another")
+    check_replaceable(out, FILES, options.resume, options.overwrite)
+    if not any((out / name).exists() for name in FILES):
+        refuse_pictures(out)
+    domains.keep_apart(out, options.source, recursive=True)
 
 
 def prepare(out: Path, old: Iterable[str]) -> None:
@@ -177,7 +191,7 @@ def train_gan(out: Path, options: Options, network: gan.GAN, batches: Batches, c
                 players.parameters, players.optimizer, ema, functools.partial(learning_rate, training),
                 device, state, keep, after, also=players.load)
     play(loop, players, ema, real_pictures, training.seed)
-    distributed.cleanup()
+    finish(out, network)
 
 
 def main() -> None:
@@ -187,8 +201,7 @@ def main() -> None:
     # What is trained, on what.  All that can be wrong is found out before anything is written.
     out = folder_of(options)
     device = distributed.setup(training.device)
-    check_replaceable(out, FILES, options.resume, options.overwrite)
-    domains.keep_apart(out, options.source, recursive=True)
+    check_place(out, options)
     check(options, typed)
     if training.threads:
         torch.set_num_threads(training.threads)
@@ -204,7 +217,7 @@ def main() -> None:
         check_content(out, options, state, content)
     latents = encode_all(batches, n, network, options.data.flip, device) if network.first_stage else None
 
-    prepare(out, () if state else FILES)
+    prepare(out, () if state else PICTURES + FILES)
     weights = sum(value.numel() for value in network.state_dict().values())
     distributed.say(f"{n} pictures of {options.source} at {options.data.size}x{options.data.size}; "
                     f"{weights / 1e6:.2f} M weights; {device}, "
@@ -257,6 +270,15 @@ def main() -> None:
         optimizer.step()
         ema.update()
         loop.record(loss=total, gradient_norm=gradient_norm)
+    finish(out, network)
+
+
+def finish(out: Path, network: Network | gan.GAN) -> None:
+    """Leave the other processes, and say what there is now."""
+    adapts = {"UNet": "python train_tan.py", gan.NAME: "python -m baselines.gan_transfer"}
+    program, file = adapts.get(network.description["network"]), quoted(out / "model.safetensors")
+    adapted = f"; {program} --source {file} --target FOLDER adapts it" if program else ""
+    distributed.say(f"done: {file}{adapted}")
     distributed.cleanup()
 
 

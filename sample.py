@@ -35,6 +35,7 @@ from plumbing.options import (
     run,
     short,
 )
+from plumbing.picture_folder import is_image
 from plumbing.pictures import read_array, save_grid, save_picture, to_tensor, to_uint8
 from plumbing.progress import bar
 
@@ -64,7 +65,9 @@ class Options:
     batch_size: int = 64
     """Pictures at once on a device."""
     output_dir: Unset[str] = None
-    """Where they go (default: RUN/drawn, RUN/drawn-STAGE, or runs/NAME-samples)."""
+    """Where they go (default: RUN/drawn, RUN/drawn-STAGE, runs/NAME-samples); beside it, a grid of them."""
+    overwrite: bool = False
+    """Replace what is there of the same names."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
 
@@ -104,12 +107,17 @@ def main() -> None:
     drawn = "drawn" if options.at is None else f"drawn-{options.at:06d}"
     default = folder / drawn if of_run else f"runs/{title_of(options.model)}-samples"
     out = Path(options.output_dir or default).resolve()
-    if out.is_dir() and any(out.glob("*.png")):
-        distributed.say(f"note: {out} already holds pictures; those of other seeds, or of another model, "
-                        "stay there")
-    out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.seed, options.seed + options.n)
-    files = {i: out / f"{i:06d}.png" for i in seeds}
+    files, grid = {i: out / f"{i:06d}.png" for i in seeds}, out.with_name(out.name + ".png")
+    there = {path for path in (out.iterdir() if out.is_dir() else ()) if is_image(path)}
+    replaced = [path for path in (*files.values(), grid) if path.exists()]
+    if options.output_dir and replaced and not options.overwrite:
+        raise InputError(f"{replaced[0]}: is there already; replace it with --overwrite, or choose another "
+                         "--output-dir")
+    distributed.barrier()
+    if others := len(there - {*files.values()}):
+        distributed.say(f"note: {out} holds {others} other pictures, which stay there")
+    out.mkdir(parents=True, exist_ok=True)
     mine = seeds[distributed.share(options.n)]
     progress = functools.partial(bar, text="sampling")
     for first in range(0, len(mine), options.batch_size):  # each batch is kept as soon as it is drawn
@@ -121,8 +129,8 @@ def main() -> None:
     distributed.barrier()
     if distributed.rank() == 0:
         shown = [read_array(files[i]) for i in seeds[:256]]
-        save_grid(out.with_name(out.name + ".png"), to_tensor(torch.stack(shown)), columns=min(16, options.n))
-        print(f"{options.n} pictures in {out}/, a grid in {out}.png")
+        save_grid(grid, to_tensor(torch.stack(shown)), columns=min(16, options.n))
+        print(f"{options.n} pictures in {out}/, a grid in {grid}")
     distributed.cleanup()
 
 

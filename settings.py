@@ -321,6 +321,10 @@ def check(options: Options, typed: frozenset[str], source: Network) -> None:
     if METHODS[options.method].pairwise_losses:
         _refuse_lone_pictures(options)
     domains.check_pair(options.source, options.target)
+    sources = options.guidance.source_images
+    if sources and Path(sources).resolve() == Path(options.target).resolve():
+        raise InputError(f"--source-images {sources}: are the target's pictures, from which the classifier "
+                         "has to tell the source's; give pictures like those that the source has learnt")
     for pictures, recursive in ((options.target, options.recursive), (options.guidance.source_images, True),
                                 (options.guidance.classifier_targets, False)):
         domains.keep_apart(folder_of(options), pictures, recursive)

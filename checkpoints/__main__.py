@@ -2,6 +2,7 @@
 
   python -m checkpoints                       which published networks are known, and where to get them
   python -m checkpoints ffhq_p2.pt            what a file is, and whether all of it fits
+  python -m checkpoints runs/sunglasses       what a run is: its source, target, method
   python -m checkpoints model.ckpt --convert ldm.safetensors
                                               the same weights as one file of this project, which loads fast
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from checkpoints import hub
+from checkpoints import hub, run_folder
 from checkpoints.diffusers_folder import files_in
 from checkpoints.gan import GAN
 from checkpoints.load import load_network, locate
@@ -24,7 +25,7 @@ from plumbing.options import InputError, Positional, Unset, parse, run
 @dataclasses.dataclass
 class Options:
     file: Positional[Unset[str]] = None
-    """File of weights, folder of diffusers, name on the Hugging Face Hub or built-in name.
+    """File of weights, folder of diffusers or of a run, name on the Hugging Face Hub or built-in name.
     Default: list what is known."""
     arch: Unset[str] = None
     """Network of a published file that does not show it: a name of the list, or a JSON file."""
@@ -75,6 +76,17 @@ def of_gan(network: GAN) -> dict[str, str]:
             "discriminator": other, "pictures": f"{network.image_size}x{network.image_size}"}
 
 
+def of_run(folder: Path) -> str:
+    """What a run is, in words; InputError if it cannot be read."""
+    network, options = run_folder.load_run(folder)
+    lines = {"run": f"of {options['source']} to {options['target']}, {options['method']}, "
+                    f"{options['iterations']} iterations, seed {options['seed']}",
+             "stages": ", ".join(str(record["iteration"]) for record in run_folder.stages(folder)),
+             "network": f"{network.description['network']}, {parameters_of(network.model)}",
+             "options": words(options)}
+    return "\n".join(f"{name:12}{text}" for name, text in lines.items())
+
+
 def words(config: dict[str, Any]) -> str:
     """The options of a network."""
     return ", ".join(f"{key} {value}" for key, value in config.items())
@@ -96,6 +108,9 @@ def main() -> None:
               "here):")
         for names in hub.KNOWN:
             print(f"{'':24}{names}")
+        return
+    if (Path(options.file) / "options.json").exists() and not options.convert:
+        print(of_run(Path(options.file)))
         return
     path = locate(options.file)
     out = Path(options.convert) if options.convert else None

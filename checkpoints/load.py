@@ -47,9 +47,13 @@ def locate(name: str) -> Path:
         return hub.snapshot_in(path) if path.is_dir() else path
     if hub.is_name(name):
         return hub.fetch(name)
+    if "://" in name:
+        raise InputError(f"{name}: links are not fetched; download the file, or of the Hugging Face Hub give "
+                         "owner/name")
     meant = did_you_mean(path.name, BUILT_IN + BUILT_IN_GANS)
     raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}, of GANs "
-                     f"{', '.join(BUILT_IN_GANS)}; of the Hugging Face Hub give owner/name")
+                     f"{', '.join(BUILT_IN_GANS)}; of the Hugging Face Hub give owner/name; where published "
+                     "files are: python -m checkpoints")
 
 
 def title_of(name: str) -> str:

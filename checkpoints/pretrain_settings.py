@@ -193,6 +193,9 @@ def check(options: Options, typed: frozenset[str]) -> None:
     for name in ("perceptual_weight", "lpips_backbone", "download"):
         if name in typed and options.latent.perceptual == "none":
             raise InputError(f"{flag(name)}: is for --perceptual; give that, too")
+    if options.network in layered and options.shape.channels % options.shape.norm_groups:
+        raise InputError(f"--channels {options.shape.channels}: must be a multiple of --norm-groups, "
+                         f"{options.shape.norm_groups}")
     if "images" in typed and options.source not in domains.SOURCES:
         raise InputError("--images: is how many to draw of a built-in domain; of a folder all are taken")
     if options.network == "stylegan2":

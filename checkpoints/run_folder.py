@@ -25,6 +25,7 @@ from checkpoints.weights_file import read_tensors
 from plumbing import distributed
 from plumbing.files import check_replaceable, load_checkpoint, remove_unfinished, write_text
 from plumbing.options import InputError, check_types, flag, flat, replace
+from plumbing.picture_folder import refuse_pictures
 from plumbing.shell import quoted
 
 T = TypeVar("T")
@@ -52,8 +53,8 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
     newer = {name: value for name, value in flat(type(options)()).items() if name in MAY_CHANGE}
     saved, asked = newer | read_options(out), flat(options)
     if saved.keys() != asked.keys():
-        raise InputError(f"{out}/options.json: from another version of this program; start anew with "
-                         "--overwrite")
+        raise InputError(f"{out}/options.json: of another program, or of another version of this one "
+                         f"(--method {saved['method']}); continue it with that, or choose --output-dir")
     check_types(options, saved, f"{out}/options.json")
     for name in sorted(typed - MAY_CHANGE):
         if json.loads(json.dumps(asked[name])) != saved[name]:
@@ -86,9 +87,9 @@ def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None
     if not (out / "checkpoint.pt").exists():
         return None
     state = load_checkpoint(out / "checkpoint.pt", options["iterations"])
-    if state["source"] != belongs["source"]:
+    if state.get("source") != belongs["source"]:
         raise InputError(f"{out}: belongs to another source than the present {options['source']}")
-    if state["pictures"] != belongs["pictures"]:
+    if state.get("pictures") != belongs["pictures"]:
         raise InputError(f"{options['target']}: the pictures have changed since the run in {out} began; "
                          "start anew with --overwrite or another --output-dir")
     if state.get("compared", belongs["compared"]) != belongs["compared"]:
@@ -108,11 +109,12 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
     if any("\udc80" <= letter <= "\udcff" for letter in str(out)):  # safetensors does not open it
         raise InputError(f"--output-dir {out}: is no UTF-8; choose another name")
     state = read_state(out, options, belongs) if options["resume"] else None
-    is_run = (out / "options.json").exists()
     check_replaceable(out, ("options.json",), options["resume"], options["overwrite"])
-    if not is_run and any((out / name).exists() for name in FILES + FOLDERS):
-        raise InputError(f"{out}: holds files with the names a run would write, but is not a run; choose "
-                         "another --output-dir")
+    if not (out / "options.json").exists():
+        if any((out / name).exists() for name in FILES + FOLDERS):
+            raise InputError(f"{out}: holds files with the names a run would write, but is not a run; choose "
+                             "another --output-dir")
+        refuse_pictures(out)
     arch = arch_of(out, options) if options["resume"] else options.get("arch")
     described = Path(arch).read_text() if _is_file(arch) else None
     distributed.barrier()
@@ -151,8 +153,8 @@ def read_options(folder: Path) -> dict[str, Any]:
     except OSError:
         raise InputError(f"{folder}: not the folder of a run (no options.json)") from None
     except ValueError:
-        raise InputError(f"{file}: damaged; if its source is known, the run can be made anew with "
-                         "--overwrite") from None
+        raise InputError(f"{file}: damaged; if its source is known, the run can be made anew, with the "
+                         "same flags and --overwrite") from None
     texts = ("source", "target", "method")
     if (not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in texts)
             or options.get("precision", "fp32") not in ("fp32", "bf16")
@@ -223,7 +225,13 @@ def load_run(folder: Path, at: int | None = None,
     if not path.exists():
         raise InputError(f"{folder}: this run is not finished; continue it with --output-dir "
                          f"{quoted(folder)} --resume")
-    tensors, description = read_tensors(path)
+    try:
+        tensors, description = read_tensors(path)
+    except InputError as error:
+        if at is not None:
+            raise
+        raise InputError(f"{error}, or have it written anew with --output-dir {quoted(folder)} "
+                         "--resume") from None
     if description is None or not isinstance(description.get("source"), str):
         raise InputError(f"{path}: not the weights of a run")
     try:

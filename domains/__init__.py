@@ -46,6 +46,7 @@ PAINTERS = {
     "haunted-houses": churches.paint_haunted_houses,
     "landscape-drawings": churches.paint_landscape_drawings,
 }
+FEW = 5  # pictures to adapt to: fewer are warned of
 STREAMS = {"train": 0, "shots": 1, "eval": 2}
 # Chosen for ten scenes that together show every value of every attribute.
 SHOTS_SEEDS = {"toyfaces": 986, "toychurches": 31}
@@ -129,7 +130,14 @@ def target_images(name_or_folder: str | Path, size: int, recursive: bool = False
         _say_which(name_or_folder)
         return to_tensor(ten_shots(name_or_folder, size=size)[0])
     _need_folder(name_or_folder, "target", TARGETS)
-    return load_folder(name_or_folder, size, recursive)
+    images = load_folder(name_or_folder, size, recursive)
+    if len(images) < FEW:
+        distributed.say_once(f"note: {name_or_folder}: of {len(images)} picture(s) expect copies; about ten "
+                             "are better")
+    if twice := len(images) - len({image.numpy().tobytes() for image in images}):
+        distributed.say_once(f"note: {name_or_folder}: {twice} of {len(images)} pictures are the same as "
+                             "others")
+    return images
 
 
 def training_images(name_or_folder: str | Path, size: int, hold_out: int = 0,
@@ -183,5 +191,5 @@ def _say_which(name: str) -> None:
 def _need_folder(name: str | Path, role: str, built_in: Collection[str]) -> None:
     if not Path(name).exists():
         meant = did_you_mean(str(name), built_in)
-        raise InputError(f"{name}: neither a folder nor a built-in {role}{meant}; "
-                         f"give a folder of images or one of: {', '.join(sorted(built_in))}")
+        raise InputError(f"{name}: neither a folder nor a built-in {role}{meant}; give a folder of images "
+                         f"(links are not fetched) or one of: {', '.join(sorted(built_in))}")

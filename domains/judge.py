@@ -232,9 +232,7 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
     if not knows(options):
         raise InputError(
             f"{folder}: from {source} to {target}; the judge knows drawn sources and their targets only. "
-            f"For other pictures: python sample.py {quoted(folder)} -n 1000, then python evaluate.py "
-            f"--samples {quoted(Path(folder) / 'drawn')} --target {quoted(target)} --download (--size, for a "
-            "small source the size of its pictures)")
+            f"Any run's stages are compared by python evaluate.py {quoted(folder)} --at all --download")
     need_seen(target)
     network, _ = run_folder.load_run(folder, at)
     network.check_steps(steps)

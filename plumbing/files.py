@@ -57,7 +57,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_replaceable(out: Path, files: Iterable[str], resume: bool, overwrite: bool) -> None:
-    """InputError if `out` has one of these files, of a run that is neither resumed nor given up."""
+    """InputError if `out` is a file, or has one of these files, of a run that is neither resumed nor given
+    up."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--output-dir {out}: is a file; give a folder")
     if not (resume or overwrite) and any((out / name).exists() for name in files):
         raise InputError(f"{out}: holds a run already; continue it with --resume, replace it with "
                          "--overwrite, or choose --output-dir")

@@ -23,13 +23,14 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typeguard
 import tyro
-from tyro.conf import Positional  # noqa: F401 - for the programs' options
+from tyro.conf import Positional
 
 T = TypeVar("T")
 Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 """An option that is None unless typed; its help says what that means."""
 
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+POSITIONAL, = Positional[str].__metadata__
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
 
 
@@ -53,12 +54,25 @@ def parse(options: type[T], description: str | None,
     """Read `argv` (default: this program's) into a dataclass; also the names of the flags that were typed.
 
     A wrong flag or value is answered by tyro, with what it suggests, and ends the program with status 2.
+    A ~ at the beginning of a name is the home folder, also where the shell leaves it (--target=~/photos).
     """
     argv = sys.argv[1:] if argv is None else argv
+    hints = get_type_hints(options, include_extras=True)
+    takes_words = any(POSITIONAL in getattr(hint, "__metadata__", ()) for hint in hints.values())
+    if argv and not argv[0].startswith("-") and not takes_words:
+        meant = f" (did you mean --target {argv[0]}?)" if "target" in hints else ""
+        raise InputError(f"{argv[0]}: which option it is for is not said{meant}; --help lists them")
     words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("-")}
     words |= {word.removeprefix("no_") for word in words}
     found = tyro.cli(options, prog=_program(), description=description, args=argv, config=CONFIG)
-    return found, frozenset(words & flat(found).keys())
+    values = flat(found)
+    if values.get("resume") and values.get("overwrite"):
+        raise InputError("--resume goes on with a run, --overwrite replaces it: give one of the two")
+    for name, value in values.items():
+        if value == "":
+            raise InputError(f"{flag(name)}: is empty; leave it out, or say which")
+    home = {name: os.path.expanduser(value) for name, value in values.items() if isinstance(value, str)}
+    return replace(found, **home), frozenset(words & values.keys())
 
 
 def _program() -> str:

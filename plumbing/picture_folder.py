@@ -33,8 +33,16 @@ def _is_junk(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Whether a file is called as a picture is."""
     return path.suffix.lower() in SUFFIXES
+
+
+def refuse_pictures(out: Path) -> None:
+    """InputError if the folder for a new run holds pictures: those of the run would stand among them."""
+    if out.is_dir() and (found := [path.name for path in out.iterdir() if is_image(path)]):
+        raise InputError(f"--output-dir {out}: holds pictures ({min(found)}), among which a run would write "
+                         "its own; choose another")
 
 
 def list_images(folder: str | Path, recursive: bool = False, remedy: str = "") -> list[Path]:
@@ -55,9 +63,9 @@ def list_images(folder: str | Path, recursive: bool = False, remedy: str = "") -
         raise InputError(f"{folder}: cannot be read, permission denied; check its permissions") from None
     below = sorted(files_below(folder))
     looked_at = [path for path in below if recursive or path in right_here]
-    taken = [path for path in looked_at if _is_image(path)]
-    deeper = [path for path in below if _is_image(path) and path not in right_here] if not recursive else []
-    left_out = describe_left_out([path for path in looked_at if not _is_image(path)])
+    taken = [path for path in looked_at if is_image(path)]
+    deeper = [path for path in below if is_image(path) and path not in right_here] if not recursive else []
+    left_out = describe_left_out([path for path in looked_at if not is_image(path)])
     if deeper:
         what = f"{len(deeper)} {'more ' if taken else ''}pictures in subfolders, such as {deeper[0].parent}"
         left_out = "; ".join(filter(None, (left_out, what + (f": {remedy}" if remedy else ""))))

@@ -195,7 +195,8 @@ class Loop:
                     self.save(done)
                 if stopping and done < self.iterations:
                     self.bar.close()
-                    distributed.say(f"\nstopped and saved after {done} iterations; continue with --resume")
+                    distributed.say(f"\nstopped and saved after {done} iterations; continue with the same "
+                                    "command and --resume")
                     distributed.cleanup()
                     sys.exit(130)
                 self.after(done, saving)

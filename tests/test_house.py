@@ -127,7 +127,7 @@ def test_the_demo_is_small():
         pairs = [(imported, f"{imported}.{name}") for imported, name, _ in imports_of(ast.parse(text))]
         graph[module] = {long if long in modules else short for short, long in pairs if {short, long} & modules.keys()}
     sizes = {module: len(modules[module].splitlines()) for module in {"toy2d", *reached(graph, "toy2d")}}
-    assert sum(sizes.values()) <= 1460, sizes
+    assert sum(sizes.values()) <= 1500, sizes
 
 
 @pytest.mark.parametrize("path, text, says", [

@@ -94,6 +94,31 @@ def test_numbers(check, given, says):
     assert str(error.value) == says
 
 
+@dataclasses.dataclass
+class Run:
+    """Of a program without words of its own."""
+
+    target: str = "sunglasses"
+    """To what."""
+    resume: bool = False
+    """Go on."""
+    overwrite: bool = False
+    """Begin anew."""
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("photos/", r"photos/: .* \(did you mean --target photos/\?\); --help lists them"), ("--target=", "--target: is empty"),
+    ("--resume --overwrite", "--resume goes on with a run, --overwrite replaces it")])
+def test_what_a_program_can_refuse_by_itself(argv, says):
+    with pytest.raises(InputError, match=says):
+        parse(Run, "", argv.split())
+
+
+def test_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(Run, "", ["--target=~/photos"]) == (Run("/home/me/photos"), {"target"})
+
+
 def test_run_prints_one_line_and_exits_with_2(capsys):
     def main():
         raise InputError("a.png: too small")

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_network
+from conftest import call, tiny_network
 from test_checkpoints import PSI, T, X, rewrite
 
+import train_tan
 from checkpoints import run_folder
+from checkpoints.__main__ import main
 from checkpoints.load import load_source
 from checkpoints.network import save_network
 from plumbing.options import InputError
@@ -33,6 +35,21 @@ def test_load_run(run, tiny):
     source = load_source(str(tiny.source))
     assert options["method"] == "tan" and not network.model(X, T).equal(source.model(X, T))
     assert run_folder.load_classifier(run).model(X, T).shape == (2, 2)
+
+
+def test_weights_cut_short(run):
+    content = (run / "weights.safetensors").read_bytes()
+    (run / "weights.safetensors").write_bytes(content[:1000])
+    with pytest.raises(InputError, match="weights.safetensors: .*, or have it written anew with --output-dir .*run --resume"):
+        run_folder.load_run(run)
+    call(train_tan.main, "--output-dir", run, "--resume", "--device", "cpu")
+    assert (run / "weights.safetensors").read_bytes() == content
+
+
+def test_a_run_is_described(run, capsys):
+    call(main, run)
+    said = capsys.readouterr().out
+    assert "to " in said and ", tan, 6 iterations, seed 0" in said and "stages      0, 6" in said and "omega 0.1" in said
 
 
 def test_a_run_from_before_there_were_forms_of_adaptors(run):

@@ -164,7 +164,22 @@ def test_fewer_pictures_than_processes(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "share", lambda n: slice(0, 0))  # as rank 0 of 2 with -n 1
     (tmp_path / "out").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "out" / "000000.png")  # the other rank's
-    draw(finished, tmp_path / "out", "-n", "1")
+    draw(finished, tmp_path / "out", "-n", "1", "--overwrite")
+
+
+def test_what_is_there_is_not_replaced_unasked(finished, tmp_path, capsys):
+    words = [finished, "--output-dir", tmp_path / "out", "-n", 1, *FAST]
+    for name in ("out/IMG_1.JPG", "out.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="out.png: is there already; replace it with --overwrite, or choose another --output-dir"):
+        call(sample.main, *words)
+    assert (tmp_path / "out.png").read_text() == "mine" and len(list((tmp_path / "out").iterdir())) == 1
+    call(sample.main, *words, "--overwrite")
+    assert "holds 1 other pictures, which stay there" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out.png").width >= 16 and (tmp_path / "out" / "IMG_1.JPG").read_text() == "mine"
+    with pytest.raises(InputError, match="000000.png: is there already"):
+        call(sample.main, *words)
 
 
 def test_a_run_in_bf16_is_drawn_in_bf16(train, tmp_path, monkeypatch):

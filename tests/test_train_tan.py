@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 import classifier
 import ddpm
 import domains
+import pretrain
 import settings
 import train_tan
 import unet
+from baselines import gan_transfer
 from checkpoints import network, run_folder, run_report
 from checkpoints.load import load_network, load_source
 from checkpoints.network import save_network
@@ -447,6 +449,7 @@ def test_pictures_that_changed(train, tiny, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--target", "nosuch"], "nosuch: neither a folder nor a built-in target"),
     (["--source", "nosuch"], "nosuch: no such file"),
+    (["--source", "https://huggingface.co/google/ddpm-cat-256"], "links are not fetched; .* of the Hugging Face Hub give owner/name"),
     (["--classifier", "nosuch.pt"], "nosuch.pt: no such file"),
     (["--source-images", "nosuch"], "nosuch: neither a folder nor a built-in source"),
 ])
@@ -968,3 +971,34 @@ def test_a_folder_that_holds_files_of_the_same_names(train, tmp_path):
     (tmp_path / "samples.png").rename(tmp_path / "stages")  # a folder of this name would be emptied
     with pytest.raises(InputError, match="holds files with the names a run would write"):
         train(tmp_path, "--method", "adaptor")
+
+
+def test_where_a_run_cannot_go(train, tiny, tmp_path):
+    photos = shutil.copytree(tiny.sources, tmp_path / "photos")
+    with pytest.raises(InputError, match=r"photos: holds pictures \(0.png\), among which a run would write its own"):
+        train(photos, "--method", "adaptor")
+    with pytest.raises(InputError, match="0.png: is a file; give a folder"):
+        train(photos / "0.png", "--method", "adaptor")
+    with pytest.raises(InputError, match="photos: holds pictures"):
+        call(pretrain.main, tiny.targets, "--size", 16, "--output-dir", photos)
+    assert len(list(photos.iterdir())) == 8
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", 1)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match="run: holds the run of another program"):
+        call(pretrain.main, tiny.targets, "--size", 16, "--output-dir", run, "--overwrite")
+    with pytest.raises(InputError, match="of another program, .*--method adaptor.; continue it with that"):
+        call(gan_transfer.main, "--output-dir", run, "--resume")
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def test_pictures_that_are_few_or_the_same(train, tiny, tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        (tmp_path / "targets").mkdir(exist_ok=True)
+        shutil.copy(tiny.targets / "0.png", tmp_path / "targets" / name)
+    train(tmp_path / "run", "--method", "adaptor", "--iterations", 0, "--target", tmp_path / "targets")
+    said = capsys.readouterr().out
+    assert "targets: of 2 picture(s) expect copies" in said and "targets: 1 of 2 pictures are the same as others" in said
+    train(tmp_path / "usual", "--method", "adaptor", "--iterations", 0)
+    assert "note: " not in capsys.readouterr().out
+    with pytest.raises(InputError, match="--source-images .*: are the target's pictures"):
+        train(tmp_path / "other", "--method", "guided", "--source-images", tiny.targets)

@@ -206,7 +206,7 @@ def test_told_to_stop_it_saves_before_anything_else(tmp_path, capsys):
             if iteration == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
     assert stop.value.code == 130 and events == [("after", 0, False), ("after", 1, False), ("save", 2)]
-    assert "stopped and saved after 2 iterations; continue with --resume" in capsys.readouterr().out
+    assert "stopped and saved after 2 iterations; continue with the same command and --resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == before
 
 
