@@ -95,16 +95,17 @@ class Schedule:
         return (1 - b) * (a / b / (1 - a)).sqrt()                    # a / b = alpha_t
 
     def reverse_step(self, xt: Tensor, t: Tensor, s: Tensor, eps: Tensor, noise: Tensor | None = None,
-                     eta: float | str = 0.0, clip: bool = False, guidance: Tensor | None = None) -> Tensor:
+                     eta: float | str = 0.0, clip: float | None = None,
+                     guidance: Tensor | None = None) -> Tensor:
         """x_s from x_t (Song et al. 2020), s < t, s = -1 for the last step.
 
         With s = t - 1, eta = 1 and no clip its mean is mu_theta of Eq. 3, with 1 / sqrt(alpha_t).
 
         eta         0: DDIM, 1: DDPM, "large": the paper's third choice, DDPM with variance beta_t
         noise       N(0, I); may be None where eta = 0
-        clip        limit the predicted x_0 to [-1, 1], for images.  The direction keeps the model's own eps:
-                    one derived anew from the clipped x_0 leaves speckle in few-step sampling.  So where the
-                    clip bites, eta = 1 is not the clipped posterior mean of Ho et al.
+        clip        limit the predicted x_0 to [-clip, clip]: 1 for images.  The direction keeps the model's
+                    own eps: one derived anew from the clipped x_0 leaves speckle in few-step sampling.  So
+                    where the clip bites, eta = 1 is not the clipped posterior mean of Ho et al.
         guidance    gamma times grad log p(y|x_t), which corrects eps by -sqrt(1 - alpha_bar_t) times it
                     (Dhariwal & Nichol 2021, Algorithm 2): with gamma = 1, E[eps | x_t, y].  From one timestep
                     to the next with eta = 1 this moves the mean by beta_t / sqrt(alpha_t) times it: Eq. 2
@@ -115,8 +116,8 @@ class Schedule:
         if guidance is not None:
             eps = eps - (1 - a).sqrt() * guidance
         x0 = self.predict_x0(xt, t, eps)
-        if clip:
-            x0 = x0.clamp(-1, 1)
+        if clip is not None:
+            x0 = x0.clamp(-clip, clip)
         # "large" widens the noise only: in the direction term it would make the root negative at small t.
         sigma = (1.0 if eta == "large" else eta) * ((1 - b) / (1 - a)).sqrt() * (1 - a / b).sqrt()
         # predicted x0  +  direction pointing to x_t  +  random noise
@@ -149,7 +150,7 @@ def draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def sample(model: Model, schedule: Schedule, shape: Sequence[int], seeds: Sequence[int], steps: int = 50,
-           eta: float | str = 0.0, noise: Tensor | None = None, clip: bool = True,
+           eta: float | str = 0.0, noise: Tensor | None = None, clip: float | None = 1.0,
            device: torch.device | str = "cpu", gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
            gamma: float = 1.0, batch_size: int = 64, progress: Callable[[Iterable], Iterable] = iter,
            on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:

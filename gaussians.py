@@ -209,6 +209,6 @@ def adapt(model: MLP, shots: Tensor, g: torch.Generator, classifier: Model | Non
 def trajectories(model: MLP, noise: Tensor, steps: int) -> Tensor:
     """DDIM from noise (N, E, 2), which comes first, to samples, which come last: (steps + 1, N, E, 2)."""
     path = [noise]
-    sample(model, SCHEDULE, noise.shape[1:], range(len(noise)), steps, noise=noise, clip=False,
+    sample(model, SCHEDULE, noise.shape[1:], range(len(noise)), steps, noise=noise, clip=None,
            batch_size=len(noise), on_step=lambda s, x: path.append(x.clone()))
     return torch.stack(path)

@@ -171,12 +171,12 @@ def describe(source: Network, psi: list[torch.nn.Parameter], targets: Tensor, as
                         + ", ".join(f"{flag(name)} {after[name]}" for name in filled))
 
 
-def pairwise_losses(source: Network, pictures: Tensor, options: Options) -> PairwiseLosses | None:
-    """What DDPM-PA adds to the loss of pictures (N, ...), the x_0 trained on; None for the other methods."""
+def pairwise_losses(source: Network, options: Options) -> PairwiseLosses | None:
+    """What DDPM-PA adds to the loss; None for the other methods."""
     if not METHODS[options.method].pairwise_losses:
         return None
-    largest = pictures.abs().max().item() if source.first_stage else 1.0
-    return PairwiseLosses(source.model, source.schedule, largest, options.pairwise_losses.pairwise_weights)
+    weights = options.pairwise_losses.pairwise_weights
+    return PairwiseLosses(source.model, source.schedule, source.clip, weights)
 
 
 def learning_rate(options: Options, iteration: int) -> float:
@@ -264,8 +264,8 @@ def main() -> None:
 
     # q(x_0): the pictures and, after them, their mirror images, as the network sees them
     x0s = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
-
-    pairwise = pairwise_losses(source, x0s, options)
+    source.clip = x0s.abs().max().item() if source.first_stage else source.clip
+    pairwise = pairwise_losses(source, options)
     board = None
     if options.tensorboard and distributed.rank() == 0:
         board = Board(out / "tensorboard", state["iteration"] + 1 if state else 0)

@@ -18,15 +18,15 @@ from ddpm import Schedule, predict_eps
 class PairwiseLosses:
     """What DDPM-PA adds to Eq. 1, picture by picture.  Made before training: it copies the source network.
 
-    bound      the predicted x_0 is limited to [-bound, bound]: at the noisiest timesteps an error
-               in eps becomes one in x_0 of more than a hundred times that size
+    clip       the predicted x_0 is limited to [-clip, clip], as in sampling: at the noisiest
+               timesteps an error in eps becomes one in x_0 of more than a hundred times that size
     weights    of the three terms, as in `pairwise_loss`
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, bound: float,
+    def __init__(self, model: nn.Module, schedule: Schedule, clip: float,
                  weights: tuple[float, float, float]):
         self.source = copy.deepcopy(model).requires_grad_(False)
-        self.schedule, self.bound, self.weights = schedule, bound, weights
+        self.schedule, self.clip, self.weights = schedule, clip, weights
 
     def __call__(self, xt: Tensor, t: Tensor, eps_theta: Tensor, x0: Tensor) -> Tensor:
         """x_t, timesteps, the adapted network's eps and the training pictures, (B, ...) each -> (B,).
@@ -37,7 +37,7 @@ class PairwiseLosses:
         """
         with torch.no_grad():
             eps_source = predict_eps(self.source, xt, t, self.schedule)
-        adapted, source = (self.schedule.predict_x0(xt, t, eps).clamp(-self.bound, self.bound)
+        adapted, source = (self.schedule.predict_x0(xt, t, eps).clamp(-self.clip, self.clip)
                            for eps in (eps_theta, eps_source))
         adapted = scale_gradient(adapted, self.schedule.at(t, adapted))
         return pairwise_loss(adapted, source, x0, *self.weights)

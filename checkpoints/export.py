@@ -113,12 +113,13 @@ def write_unet(folder: Path, network: Network) -> None:
 
 
 def write_scheduler(folder: Path, network: Network, kind: str, **more: str) -> None:
-    """The noise schedule, for schedulers of the class `kind`; of pixel models the predicted x_0 is clipped.
+    """The noise schedule, for schedulers of the class `kind`, with what the predicted x_0 is limited to.
 
     more   options of that class alone
     """
     write_json(folder / "scheduler_config.json", dict(
-        schedule_config(network.schedule), _class_name=kind, clip_sample=network.first_stage is None, **more))
+        schedule_config(network.schedule), _class_name=kind, clip_sample=network.clip is not None,
+        clip_sample_range=network.clip or 1.0, **more))
 
 
 def write_vae(folder: Path, network: Network, name: str) -> str:

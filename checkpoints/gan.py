@@ -29,6 +29,7 @@ class GAN:
     description: dict[str, Any]
     precision: str = "fp32"
     first_stage: None = None
+    clip: None = None
 
     @property
     def image_size(self) -> int:

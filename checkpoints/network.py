@@ -32,6 +32,8 @@ class Network:
     model, x_0 is the picture.
 
     precision    fp32 or bf16: what the network samples in; first stages always compute in fp32
+    clip         what sampling limits the predicted x_0 to, if to anything: for pictures 1; for latents, once
+                 they are adapted, the largest of the training pictures
     description  network, config and schedule; of latent models first_stage and scale_factor; layout, and what
                  else a file says (made_by, converted_from, ...)
     """
@@ -41,6 +43,7 @@ class Network:
     first_stage: nn.Module | None = None
     scale_factor: float = 1.0
     precision: str = "fp32"
+    clip: float | None = 1.0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,8 +83,8 @@ class Network:
         """Pictures (N, 3, H, W) on the CPU, one for each seed; the options are those of ddpm.sample."""
         device = next(self.model.parameters()).device
         with distributed.autocast(device, self.precision):
-            x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.first_stage is None,
-                        device=device, **options)
+            x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.clip, device=device,
+                        **options)
         if self.first_stage is None or len(x0) == 0:
             return x0
         return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(64)])
@@ -108,6 +111,7 @@ def build(description: dict[str, Any], where: str) -> Network:
             first_stage = FIRST_STAGES[stage["network"]](**stage["config"])
             network.first_stage = first_stage.eval().requires_grad_(False)
             network.scale_factor = float(description.get("scale_factor", 1.0))
+            network.clip = None
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError,
             TypeError, ValueError) as error:  # an option of the wrong type or size raises nearly anything
         raise InputError(f"{where}: does not describe a network this program can build "
@@ -131,8 +135,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def fingerprint(network: Network) -> str:
-    """A short hash of the weights, first stage and all: psi is worth nothing beside another theta."""
-    return digest(network.state_dict(), "" if network.first_stage is None else str(network.scale_factor))
+    """A short hash of the weights, first stage and all: psi is worth nothing beside another theta.
+
+    And of what else tells one latent model's samples from another's.
+    """
+    of_latents = (network.scale_factor, *([network.clip] if network.clip else []))
+    return digest(network.state_dict(), " ".join(map(str, of_latents)) if network.first_stage else "")
 
 
 def digest(tensors: Mapping[str, Tensor], begins: str = "") -> str:

@@ -244,6 +244,7 @@ def load_run(folder: Path, at: int | None = None,
     network.precision = options.get("precision", "fp32")
     if description["source"] != fingerprint(network):
         raise InputError(f"{path}: made from another source than the present {source or options['source']}")
+    network.clip = description.get("clip", network.clip)
     if not any(".adaptor." in key for key in tensors):  # a method that changes theta itself
         load_strictly(network.model, tensors, path)
         return network, options

@@ -88,8 +88,8 @@ class Report:
     def save(self, path: Path, **more: Any) -> None:
         """The weights that the network has now, psi alone or all, with a description."""
         weights = adaptor.state_dict(self.source.model) or self.source.model.state_dict()
-        description = dict(method=self.options["method"], source=self.fingerprint, **more)
-        save_tensors(path, weights, {"description": json.dumps(description)})
+        description = dict(method=self.options["method"], source=self.fingerprint, clip=self.source.clip)
+        save_tensors(path, weights, {"description": json.dumps(description | more)})
 
     def preview(self, done: int, saved: bool) -> None:
         """One more stage and row of progress.png, if one is due after so many iterations."""
@@ -160,7 +160,8 @@ class Report:
         columns = min(16, n)
         adapted = self.draw(self.source, n, steps)
         if adaptor.state_dict(self.source.model):
-            before = dataclasses.replace(self.source, model=adaptor.source_model(self.source.model))
+            before = dataclasses.replace(self.source, model=adaptor.source_model(self.source.model),
+                                         clip=None if self.source.first_stage else self.source.clip)
         else:  # its weights are gone
             before = load_source(self.options["source"], arch_of(self.out, self.options))
             before.precision = self.source.precision

@@ -99,10 +99,10 @@ CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize("t, s", T_AND_S)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("clip", [None, 1.0, 0.7])
 def test_step_is_diffusers_ddim(t, s, eta, clip):
     x, eps, noise = (randn(2, 3, 4, 4, seed=i) for i in range(3))
-    theirs = DDIMScheduler(1000, 1e-4, 0.02, clip_sample=clip, set_alpha_to_one=True)
+    theirs = DDIMScheduler(1000, 1e-4, 0.02, clip_sample=clip is not None, clip_sample_range=clip or 1.0, set_alpha_to_one=True)
     theirs.num_inference_steps = 50 if t - s == 20 else 1000
     expected = theirs.step(eps, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
     torch.testing.assert_close(SCHEDULE.reverse_step(x, full(t), full(s), eps, noise, eta, clip), expected, **CLOSE)
@@ -137,7 +137,7 @@ def test_ddim_follows_the_probability_flow(shape, seeds):
     """For a Gaussian the flow is the linear map from N(sqrt(a) mu, a s^2 + 1 - a) to N(mu, s^2); 1000 steps leave less than 2 % of s."""
     xT = randn(len(seeds), *shape, dtype=torch.float32)
     expected = MU + S * (xT - A[-1] ** 0.5 * MU) / (A[-1] * S ** 2 + 1 - A[-1]) ** 0.5
-    ours = sample(gaussian(MU, S), SCHEDULE, shape, seeds, steps=1000, noise=xT, clip=False)
+    ours = sample(gaussian(MU, S), SCHEDULE, shape, seeds, steps=1000, noise=xT, clip=None)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.02 * S)
 
 
@@ -145,7 +145,7 @@ def test_ddim_follows_the_probability_flow(shape, seeds):
 @pytest.mark.parametrize("shape, seeds", [((2,), range(100)), ((3, 64, 64), [7])])
 def test_samples_have_the_mean_and_std_of_the_data(shape, seeds, eta):
     """Tolerance: 4 standard errors of n independent numbers, and 1 % of s for the 1000 steps."""
-    x = sample(gaussian(MU, S), SCHEDULE, shape, seeds, steps=1000, eta=eta, clip=False)
+    x = sample(gaussian(MU, S), SCHEDULE, shape, seeds, steps=1000, eta=eta, clip=None)
     assert x.shape == (len(seeds), *shape)
     assert abs(x.mean() - MU) < S * (4 / x.numel() ** 0.5 + 0.01)
     assert abs(x.std() - S) < S * (4 / (2 * x.numel()) ** 0.5 + 0.01)
@@ -170,7 +170,7 @@ def test_given_noise_alone_decides_ddim():
 
 def test_clip_keeps_images_in_range():
     run = lambda **more: sample(gaussian(0.9, S), SCHEDULE, (3, 4, 4), [0], steps=7, **more)
-    assert run().abs().max() <= 1 < run(clip=False).abs().max()
+    assert run().abs().max() <= 1 < run(clip=None).abs().max()
 
 
 def test_steps_go_from_the_noisiest_to_the_image():
@@ -232,7 +232,7 @@ def gradient_of_bayes(x, t):
 @pytest.mark.parametrize("eta", [0.0, 0.01, 0.5, 1.0, "large"])
 def test_bayes_guidance_turns_the_mixture_into_one_class(eta):
     """eps of the mixture - sqrt(1-a) grad log p(y|x_t) is eps of the class, by Bayes: the very same samples."""
-    run = lambda model, **more: sample(model, SCHEDULE, (2,), range(40), steps=20, eta=eta, clip=False, **more)
+    run = lambda model, **more: sample(model, SCHEDULE, (2,), range(40), steps=20, eta=eta, clip=None, **more)
     free, guided = run(mixture), run(mixture, gradient=gradient_of_bayes)
     assert 8 < (free @ M > 0).sum() < 32
     torch.testing.assert_close(guided, run(gaussian(M, 1.0)), rtol=0, atol=1e-3)
@@ -240,7 +240,7 @@ def test_bayes_guidance_turns_the_mixture_into_one_class(eta):
 
 @pytest.mark.parametrize("eta", [1.0, "large"])
 def test_guided_ddpm_samples_the_wanted_class(eta):
-    run = lambda **more: sample(mixture, SCHEDULE, (2,), range(100), steps=200, eta=eta, clip=False, gradient=gradient_of_bayes, **more)
+    run = lambda **more: sample(mixture, SCHEDULE, (2,), range(100), steps=200, eta=eta, clip=None, gradient=gradient_of_bayes, **more)
     x = run(gamma=1.0)
     assert ((x.mean(0) - M).abs() < 0.4 + 0.1).all() and (x @ M > 0).float().mean() > 0.95  # 4 standard errors and 0.1
     assert (run(gamma=-1.0) @ M > 0).float().mean() < 0.5  # gamma counts: pushed away

@@ -44,7 +44,7 @@ def test_optimal_predictor_is_the_regression_of_eps_on_xt(t):
 def test_optimal_predictor_samples_its_domain():
     noise = norm(randn(400, 3, 2), dims=(0,))
     model = functools.partial(optimal_predictor, domain=TARGET)
-    x = sample(model, SCHEDULE, (3, 2), range(400), 200, noise=noise, clip=False, batch_size=400)
+    x = sample(model, SCHEDULE, (3, 2), range(400), 200, noise=noise, clip=None, batch_size=400)
     assert (x.mean(0) - MU_T).norm(dim=1).max() < 0.02
     assert wasserstein(x).max() < 0.12  # 400 points have correlated coordinates
     assert torch.equal(gaussians.trajectories(model, noise, 200)[[0, -1]], torch.stack([noise, x]))

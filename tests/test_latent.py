@@ -72,7 +72,10 @@ def test_tan_on_latents(of_both_kinds, tmp_path, method):
     call(train_tan.main, "--source", of_both_kinds, *RUN, *(TAN if method == "tan" else []), "--method", method, "--output-dir", tmp_path)
     network, options = run_folder.load_run(tmp_path)
     assert network.shape == (4, 8, 8)
-    latents = lambda n: ddpm.sample(n.model, n.schedule, n.shape, [0, 1], 3, clip=False)
+    targets = domains.target_images("sunglasses", 16)
+    x0 = network.encode(torch.cat([targets, targets.flip(3)]))
+    assert network.clip == pytest.approx(x0.abs().max().item(), rel=1e-5) and load_source(str(of_both_kinds)).clip is None
+    latents = lambda n: ddpm.sample(n.model, n.schedule, n.shape, [0, 1], 3, clip=n.clip)
     assert not torch.equal(latents(network), latents(load_source(str(of_both_kinds))))
     torch.testing.assert_close(network.sample([0, 1], 3), network.decode(latents(network)))
     assert network.sample([0, 1], 3).shape == (2, 3, 16, 16)

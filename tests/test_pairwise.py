@@ -114,11 +114,11 @@ def test_pictures_need_company(train, tmp_path, flags):
         train(tmp_path / "run", "--method", "pa", *flags)
 
 
-def test_the_bound_is_that_of_pictures_or_of_the_latents_trained_on():
-    source, x0, options = tiny_network(), 3 * randn(4, 3, 16, 16), Options(method="pa")
-    assert train_tan.pairwise_losses(source, x0, options).bound == 1
-    source.first_stage = nn.Identity()
-    assert train_tan.pairwise_losses(source, x0, options).bound == x0.abs().max()
+def test_what_sampling_limits_x0_to():
+    source, options = tiny_network(), Options(method="pa")
+    assert train_tan.pairwise_losses(source, options).clip == 1
+    source.clip = 3.5  # of latents
+    assert train_tan.pairwise_losses(source, options).clip == 3.5
 
 
 def test_what_a_run_compares(train, tiny, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ class TANScheduler(SchedulerMixin, ConfigMixin):
     """DDIM over timesteps spread evenly from the last to the first, each step going to the next in the list.
 
     diffusers' own DDIMScheduler goes T // steps back, whatever the list: its pictures are a little different.
-    The options are named as there; clip_sample limits the predicted x_0 to [-1, 1].
+    The options are named as there; clip_sample limits the predicted x_0 to clip_sample_range.
     """
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # can be made from this config
     order = 1
@@ -22,7 +22,8 @@ class TANScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
-                 beta_schedule: str = "linear", clip_sample: bool = True, prediction_type: str = "epsilon"):
+                 beta_schedule: str = "linear", clip_sample: bool = True, clip_sample_range: float = 1.0,
+                 prediction_type: str = "epsilon"):
         ours = {"scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
         name = ours.get(beta_schedule, beta_schedule)
         prediction = dict(epsilon="eps", v_prediction="v", sample="x0")[prediction_type]
@@ -47,5 +48,6 @@ class TANScheduler(SchedulerMixin, ConfigMixin):
         t_batch, s_batch = (torch.full((len(sample),), i, device=sample.device) for i in (t, s))
         noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype) if eta != 0 else None
         eps = self.schedule.to_eps(model_output, sample, t_batch)
-        xs = self.schedule.reverse_step(sample, t_batch, s_batch, eps, noise, eta, self.config.clip_sample)
+        clip = self.config.clip_sample_range if self.config.clip_sample else None
+        xs = self.schedule.reverse_step(sample, t_batch, s_batch, eps, noise, eta, clip)
         return SchedulerOutput(xs) if return_dict else (xs,)
