@@ -160,7 +160,8 @@ class Options:
     overwrite: bool = False
     """Replace the run in --output-dir."""
     iterations: Unset[int] = None
-    """Updates of psi (default: 300; 160 for a small source, 640 for the targets of toychurches)."""
+    """Updates of psi (default: 300; for a small source 160, for latents of one 320, for the targets of
+    toychurches 640)."""
     batch_size: Unset[int] = None
     """Pictures an iteration, over all processes (default: 40; 16 for a small source)."""
     micro_batch_size: Unset[int] = None
@@ -213,6 +214,7 @@ PAPER = dict(iterations=300, batch_size=40, learning_rate=5e-5, learning_rate_de
 LATENT = dict(learning_rate=1e-5)
 # What suits small networks (64 pixels and less) instead, chosen on babies.
 SMALL = dict(iterations=160, batch_size=16, learning_rate_decay="cosine")
+SMALL_LATENT = dict(iterations=320)
 SMALL_ADAPTORS = {"bottleneck": dict(learning_rate=2e-3, adaptor_width=8),
                   "scale-shift": dict(learning_rate=4e-2),  # few numbers take large steps
                   "low-rank": dict(learning_rate=5e-3)}
@@ -234,7 +236,8 @@ def instead_of_paper(options: Options, source: Network) -> dict:
     method = METHODS[options.method]
     if options.paper or not source.small:
         return LATENT if source.first_stage else {}
-    return {**SMALL, **(SMALL_ADAPTORS[options.adaptor] if method.adaptors else SMALL_FINETUNE),
+    return {**SMALL, **(SMALL_LATENT if source.first_stage else {}),
+            **(SMALL_ADAPTORS[options.adaptor] if method.adaptors else SMALL_FINETUNE),
             **(SMALL_GUIDED if method.guidance else {}),
             **(SMALL_ADVERSARIAL if method.adversarial_noise else {}),
             **(SMALL_PA if method.pairwise_losses else {}),
