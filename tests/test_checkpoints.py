@@ -94,6 +94,8 @@ def test_fingerprint():
     latent = load_source("toyfaces-latent")
     before, latent.scale_factor = fingerprint(latent), 2 * latent.scale_factor  # other latents of the same pictures
     assert fingerprint(latent) != before
+    before, latent.clip = fingerprint(latent), 3.0  # other samples
+    assert fingerprint(latent) != before
 
 
 # ---- built-in names are a list -----------------------------------------------------------------------------
