@@ -139,8 +139,10 @@ def fingerprint(network: Network) -> str:
 
     And of what else tells one latent model's samples from another's.
     """
-    of_latents = (network.scale_factor, *([network.clip] if network.clip else []))
-    return digest(network.state_dict(), " ".join(map(str, of_latents)) if network.first_stage else "")
+    begins = ""
+    if network.first_stage:
+        begins = f"{network.scale_factor}" + (f" {network.clip}" if network.clip else "")
+    return digest(network.state_dict(), begins)
 
 
 def digest(tensors: Mapping[str, Tensor], begins: str = "") -> str:

@@ -238,7 +238,7 @@ def commands(monkeypatch, tmp_path):
         if options.resume:
             options = run_folder.resumed(tmp_path, options, typed)
         else:
-            options = suited(options, SimpleNamespace(image_size=32, small=True))
+            options = suited(options, SimpleNamespace(image_size=32, small=True, first_stage=None))
         (tmp_path / "weights.safetensors").touch()
         (tmp_path / "options.json").write_text(json.dumps(flat(options)))
         return 0
@@ -281,24 +281,32 @@ def test_settings_are_those_that_concern_the_method():
     assert same == {"tan": False, "guided": False, "adaptor": True, "finetune": True, "pa": True}
 
 
-def test_the_published_results_have_the_settings_of_today():
-    found = json.loads((ROOT / "docs" / "results.json").read_text())
+@pytest.mark.parametrize("file, least", [("results.json", 80), ("results-latent.json", 10)])
+def test_the_published_results_have_the_settings_of_today(file, least):
+    found = json.loads((ROOT / "docs" / file).read_text())
     rows = [row for part in found.values() for row in part]
     assert all(results.current(row, 250, 25) for row in rows)
-    assert len(found["tables"]) > 80
+    assert len(found["tables"]) > least
 
 
-@pytest.mark.parametrize("page, begins, name, label", [
-    ("README.md", "Toy FID, lower is better", "toy FID", "`{}`: "), ("docs/results.md", "## Table 2", "toy FID", "{} | "),
-    ("docs/results.md", "## Table 1", "toy Intra-LPIPS", "{} | "), ("docs/results.md", "## Share of samples", "target", "{} | "),
-    ("docs/results.md", "## Distance to", "memorised", "{} | ")])
-def test_the_tables_of_the_pages_have_the_numbers_of_results_json(page, begins, name, label):
+ALL, LATENT = tables_report.ALL_METHODS, ("tan", "guided", "adaptor")
+
+
+@pytest.mark.parametrize("page, begins, name, label, methods, file", [
+    ("README.md", "Toy FID, lower is better", "toy FID", "`{}`: ", METHODS, "results.json"),
+    ("docs/results.md", "## Table 2", "toy FID", "{} | ", ALL, "results.json"),
+    ("docs/results.md", "## Table 1", "toy Intra-LPIPS", "{} | ", ALL, "results.json"),
+    ("docs/results.md", "## Share of samples", "target", "{} | ", ALL, "results.json"),
+    ("docs/results.md", "## Distance to", "memorised", "{} | ", ALL, "results.json"),
+    *(("docs/latent.md", begins, name, label, LATENT, file)
+      for begins, name in (("Toy FID (", "toy FID"), ("Toy Intra-LPIPS (", "toy Intra-LPIPS"), ("Share of samples", "target"))
+      for label, file in (("{} | ", "results-latent.json"), ("*pixels: {}* | ", "results.json")))])
+def test_the_tables_of_the_pages_have_the_numbers_of_results_json(page, begins, name, label, methods, file):
     """Means and standard deviations over seeds, computed anew."""
-    found = json.loads((ROOT / "docs" / "results.json").read_text())["tables"]
+    found = json.loads((ROOT / "docs" / file).read_text())["tables"]
     lines = (ROOT / page).read_text().split(begins)[1].splitlines()
     head = next(line for line in lines if line.startswith("| method"))
     targets = {i: word for i, word in enumerate(head.split(" | ")) if word.rstrip(" |") in domains.TARGETS}
-    methods = METHODS if page == "README.md" else tables_report.ALL_METHODS
     for method in methods:
         row = next((line for line in lines if line.startswith("| " + label.format(method))), None)
         assert row, f"{page}: no row for {method} below {begins}"

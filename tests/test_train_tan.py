@@ -393,7 +393,7 @@ def test_a_run_from_before_there_was_an_option(train, tmp_path):
     assert len(metrics(run)) == 2 and json.loads((run / "options.json").read_text())["compile"] is False
     del options["seed"]  # of which something shows
     (run / "options.json").write_text(json.dumps(options))
-    with pytest.raises(InputError, match="options.json: from another version of this program"):
+    with pytest.raises(InputError, match="options.json: of another program, or of another version of this one"):
         resume(run, "--iterations", "3")
 
 
