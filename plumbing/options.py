@@ -61,7 +61,7 @@ def parse(options: type[T], description: str | None,
     takes_words = any(POSITIONAL in getattr(hint, "__metadata__", ()) for hint in hints.values())
     if argv and not argv[0].startswith("-") and not takes_words:
         meant = f" (did you mean --target {argv[0]}?)" if "target" in hints else ""
-        raise InputError(f"{argv[0]}: which option it is for is not said{meant}; --help lists them")
+        raise InputError(f"{argv[0]}: say which option this is for{meant}; --help lists them")
     words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("-")}
     words |= {word.removeprefix("no_") for word in words}
     found = tyro.cli(options, prog=_program(), description=description, args=argv, config=CONFIG)
