@@ -217,7 +217,7 @@ def main() -> None:
         check_content(out, options, state, content)
     latents = encode_all(batches, n, network, options.data.flip, device) if network.first_stage else None
 
-    prepare(out, () if state else PICTURES + FILES)
+    prepare(out, () if state else PICTURES + FILES)  # these last: killed here, it is still a run
     weights = sum(value.numel() for value in network.state_dict().values())
     distributed.say(f"{n} pictures of {options.source} at {options.data.size}x{options.data.size}; "
                     f"{weights / 1e6:.2f} M weights; {device}, "

@@ -114,7 +114,7 @@ def main() -> None:
     if options.output_dir and replaced and not options.overwrite:
         raise InputError(f"{replaced[0]}: is there already; replace it with --overwrite, or choose another "
                          "--output-dir")
-    distributed.barrier()
+    distributed.barrier()  # all have looked before one of them writes
     if others := len(there - {*files.values()}):
         distributed.say(f"note: {out} holds {others} other pictures, which stay there")
     out.mkdir(parents=True, exist_ok=True)

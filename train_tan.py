@@ -114,6 +114,7 @@ def obtain_classifier(source: Network, inputs: ClassifierInputs | None, options:
     usual = domains.AUGMENT.get(options.target, ("flip", "shift"))
 
     def start() -> Classifier:
+        torch.manual_seed(options.seed)  # dropout
         model = copy.deepcopy(inputs.begins.model).to(device)
         model.use_checkpoint = options.checkpoint_blocks
         # Pass by pass: a block of autocast around all steps would keep its copy of the first weights.

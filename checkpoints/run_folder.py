@@ -158,7 +158,7 @@ def read_options(folder: Path) -> dict[str, Any]:
     texts = ("source", "target", "method")
     if (not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in texts)
             or options.get("precision", "fp32") not in ("fp32", "bf16")
-            or options.get("adaptor", "bottleneck") not in adaptor.FORMS):
+            or options.get("adaptor", "bottleneck") not in tuple(adaptor.FORMS)):
         raise InputError(f"{file}: not the options of a run, or damaged")
     return options
 
@@ -232,7 +232,8 @@ def load_run(folder: Path, at: int | None = None,
             raise
         raise InputError(f"{error}, or have it written anew with --output-dir {quoted(folder)} "
                          "--resume") from None
-    if description is None or not isinstance(description.get("source"), str):
+    if (description is None or not isinstance(description.get("source"), str)
+            or not isinstance(description.get("clip"), float | None)):
         raise InputError(f"{path}: not the weights of a run")
     try:
         network = load_source(source or options["source"], arch_of(folder, options))

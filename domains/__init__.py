@@ -134,7 +134,7 @@ def target_images(name_or_folder: str | Path, size: int, recursive: bool = False
     if len(images) < FEW:
         distributed.say_once(f"note: {name_or_folder}: of {len(images)} picture(s) expect copies; about ten "
                              "are better")
-    if twice := len(images) - len({image.numpy().tobytes() for image in images}):
+    if twice := len(images) - len({hash(image.numpy().tobytes()) for image in images}):
         distributed.say_once(f"note: {name_or_folder}: {twice} of {len(images)} pictures are the same as "
                              "others")
     return images

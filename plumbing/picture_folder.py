@@ -4,7 +4,6 @@ Everything returned here is float32 (N, 3, size, size) in [-1, 1] unless it says
 """
 
 import collections
-import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -141,22 +140,21 @@ class ImageFolder:
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """indices (B,), tensor or list -> float32 (B, 3, size, size)."""
-        found = [(int(i), self._pixels_or_fault(int(i))) for i in indices]
-        return to_tensor(torch.stack([self._sound(i, pixels) for i, pixels in found]))
+        return self._stacked((i, self._pixels_or_fault(i)) for i in map(int, indices))
 
     def batches(self, order: Iterable[Iterable[int]]) -> Iterator[Tensor]:
         """`batch` of these indices, one after the other: what memory cannot keep is read before it is asked
         for.
         """
-        if self.keep:
-            yield from map(self.batch, order)
-            return
-        order, ahead = itertools.tee([int(i) for i in indices] for indices in order)
-        for indices, found in zip(order, self._read(ahead)):
-            yield to_tensor(torch.stack([self._sound(i, pixels) for i, pixels in zip(indices, found)]))
+        return map(self.batch, order) if self.keep else map(self._stacked, self._read(order))
 
-    def _read(self, batches: Iterable[list[int]]) -> Iterator[list[Tensor | str]]:
-        """Pixels, or what is wrong with the pictures, of each batch; the next AHEAD are being read meanwhile.
+    def _stacked(self, found: Iterable[tuple[int, Tensor | str]]) -> Tensor:
+        """Indices, each with its pixels or what is wrong with the picture -> float32 (B, 3, size, size)."""
+        return to_tensor(torch.stack([self._sound(i, pixels) for i, pixels in found]))
+
+    def _read(self, batches: Iterable[Iterable[int]]) -> Iterator[list[tuple[int, Tensor | str]]]:
+        """The indices of each batch, each with its pixels or what is wrong with the picture; the next AHEAD
+        batches are being read meanwhile.
 
         By threads: Pillow decodes and scales without holding the interpreter.
         """
@@ -165,20 +163,20 @@ class ImageFolder:
         waiting = collections.deque()
         try:
             for batch in batches:
-                waiting.append([pool.submit(self._pixels_or_fault, i) for i in batch])
+                waiting.append([(i, pool.submit(self._pixels_or_fault, i)) for i in map(int, batch)])
                 if len(waiting) > AHEAD:
-                    yield [future.result() for future in waiting.popleft()]
+                    yield [(i, future.result()) for i, future in waiting.popleft()]
             while waiting:
-                yield [future.result() for future in waiting.popleft()]
+                yield [(i, future.result()) for i, future in waiting.popleft()]
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _leave_out_damaged(self, folder: str | Path) -> None:
         sound = []
         parts = torch.arange(len(self)).split(32)
-        looks = self._read(part.tolist() for part in parts) if self.keep else map(self._first_bytes, parts)
-        for part, found in zip(parts, progress.bar(looks, f"reading {Path(folder).name}", total=len(parts))):
-            for i, pixels in zip(part.tolist(), found):
+        looks = self._read(parts) if self.keep else map(self._first_bytes, parts)
+        for found in progress.bar(looks, f"reading {Path(folder).name}", total=len(parts)):
+            for i, pixels in found:
                 if isinstance(pixels, str):
                     progress.say(f"left out: {pixels}")
                     continue
@@ -187,15 +185,17 @@ class ImageFolder:
             raise InputError(f"{folder}: none of its {len(self.paths)} pictures can be read")
         self.paths = sound
 
-    def _first_bytes(self, part: Tensor) -> list[str | None]:
-        """What is wrong with pictures, as far as it shows without decoding them; None where nothing is."""
+    def _first_bytes(self, part: Tensor) -> list[tuple[int, str | None]]:
+        """Indices, each with what is wrong with the picture, as far as it shows without decoding it; None
+        where nothing is.
+        """
         faults = []
         for i in part.tolist():
             try:
                 small = 2 * min(size_of(self.paths[i])) < self.size
-                faults.append(f"{self.paths[i]}: too small for size {self.size}" if small else None)
+                faults.append((i, f"{self.paths[i]}: too small for size {self.size}" if small else None))
             except InputError as error:
-                faults.append(str(error))
+                faults.append((i, str(error)))
         return faults
 
     def _pixels_or_fault(self, i: int) -> Tensor | str:

@@ -46,6 +46,14 @@ def test_weights_cut_short(run):
     assert (run / "weights.safetensors").read_bytes() == content
 
 
+@pytest.mark.parametrize("form", ["nosuch", [], {}])
+def test_a_form_of_adaptors_that_there_is_not(run, form):
+    options = json.loads((run / "options.json").read_text())
+    (run / "options.json").write_text(json.dumps(dict(options, adaptor=form)))
+    with pytest.raises(InputError, match="options.json: not the options of a run, or damaged"):
+        run_folder.load_run(run)
+
+
 def test_a_run_is_described(run, capsys):
     call(main, run)
     said = capsys.readouterr().out

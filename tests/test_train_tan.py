@@ -520,6 +520,15 @@ def test_the_classifier_is_checked_on_pictures_held_out(train, tmp_path, capsys)
     assert run_folder.load_classifier(run).description["held_out_accuracy"] is None
 
 
+def test_the_check_leaves_the_classifier_as_it_is(train, tmp_path):
+    """Dropout, too, is drawn as without it."""
+    save_network(tmp_path / "source.safetensors", tiny_network(dropout=0.5))
+    flags = ["--method", "guided", "--iterations", "0", "--source", tmp_path / "source.safetensors"]
+    with_, without = (load_file(train(tmp_path / flag[2:], *flags, flag) / "classifier.safetensors")
+                      for flag in ("--classifier-check", "--no-classifier-check"))
+    assert all(value.equal(without[name]) for name, value in with_.items())
+
+
 def test_resume_after_the_source_has_changed(tiny, train, tmp_path):
     source, run = shutil.copy(tiny.source, tmp_path / "source.safetensors"), tmp_path / "run"
     train(run, "--method", "adaptor", "--iterations", "1", "--source", source)
