@@ -63,10 +63,16 @@ FILES = ("checkpoint.pt", "model.safetensors")  # that make a folder a run
 PICTURES = ("samples.png", "loss.png")  # that it has beside them
 
 
-def untrained(options: Options) -> Network | gan.GAN:
-    """The network to train; InputError if the flags describe none."""
+def untrained(options: Options, state: dict[str, Any] | None) -> Network | gan.GAN:
+    """The network to train; InputError if the flags describe none.
+
+    state    from which it goes on; the network names the commands of all its training
+    """
     torch.manual_seed(options.training.seed)
-    command = shlex.join(["python", "pretrain.py", *(word for word in sys.argv[1:] if word != "--resume")])
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    command = shlex.join(["python", "pretrain.py", *words])
+    if state and (before := state.get("made_by")):
+        command = before if before.endswith(command) else f"{before}, then {command}"
     return new_network(options.network, options.data.size, options.shape, options.latent, options.adversarial,
                        attributes_of(options.source, options.network == "judge"), command)
 
@@ -206,7 +212,7 @@ def main() -> None:
     if training.threads:
         torch.set_num_threads(training.threads)
     state = resumed(out, options) if options.resume else None
-    network, of_first_stage = untrained(options), first_stage_objective(options.latent, device)
+    network, of_first_stage = untrained(options, state), first_stage_objective(options.latent, device)
     data = options.data
     batches, n = load_pictures(options.source, data.size, data.images, training.seed,
                                with_targets=options.network == "judge")
@@ -215,6 +221,7 @@ def main() -> None:
     content = dict(pictures=n, first_stage=network.first_stage and digest(network.first_stage.state_dict()))
     if state:
         check_content(out, options, state, content)
+    content["made_by"] = network.description["made_by"]
     latents = encode_all(batches, n, network, options.data.flip, device) if network.first_stage else None
 
     prepare(out, () if state else PICTURES + FILES)  # these last: killed here, it is still a run

@@ -67,7 +67,7 @@ class Options:
     output_dir: Unset[str] = None
     """Where they go (default: RUN/drawn, RUN/drawn-STAGE, runs/NAME-samples); beside it, a grid of them."""
     overwrite: bool = False
-    """Replace what is there of the same names."""
+    """Replace what is in --output-dir of the same names; a default folder is replaced in any case."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
 
@@ -115,6 +115,8 @@ def main() -> None:
         raise InputError(f"{replaced[0]}: is there already; replace it with --overwrite, or choose another "
                          "--output-dir")
     distributed.barrier()  # all have looked before one of them writes
+    if replaced:
+        distributed.say(f"note: replacing {len(there & {*files.values()})} pictures in {out}")
     if others := len(there - {*files.values()}):
         distributed.say(f"note: {out} holds {others} other pictures, which stay there")
     out.mkdir(parents=True, exist_ok=True)

@@ -200,10 +200,10 @@ def play(loop: Loop, players: Players, ema: EMA, real_pictures: Callable[[torch.
         g = stream(seed, 0, iteration)
         real = real_pictures(g).to(players.device)
         measured = players.discriminator_turn(real, *players.draw(g), iteration, g)
-        loop.check(measured["discriminator_loss"], REMEDY, save=False)  # a state between the turns is none
+        loop.check(measured["discriminator_loss"], REMEDY)
         players.optimizer.step()
         loss = players.generator_turn(*players.draw(g), iteration, g)
-        gradient_norm = loop.check(loss, REMEDY, save=False)
+        gradient_norm = loop.check(loss, REMEDY)
         players.optimizer.step()
         ema.update()
         loop.record(loss=loss, gradient_norm=gradient_norm, **measured)

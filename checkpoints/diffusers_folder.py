@@ -86,13 +86,24 @@ def missing_first_stage(folder: Path) -> str | None:
     return named[0] if named and not first_stage_at(names_in(folder)) else None
 
 
-def needed(names: Collection[str]) -> list[str]:
-    """Of all files of a repository those that are read; none if it holds no network that is known here."""
+def needed(names: Collection[str], file: str | None = None) -> list[str]:
+    """Of all files of a repository those that are read; none if it holds no network that is known here.
+
+    file    the one that is asked for, instead of the best
+    """
+    if file and not any(re.fullmatch(form, file.rpartition("/")[2]) for form in FORMS):
+        return [file] if file in names else []  # stands alone
     places = {*UNETS, *STAGE_PLACES, "scheduler/"}
     described = [name for name in names if name == INDEX
                  or name.endswith("config.json") and name[: name.rfind("/") + 1] in places]
-    weights = weights_of(names)
+    weights = [name for name in names if name == file] if file else weights_of(names)
     return [*weights, *first_stage_at(names), *sorted(described)] if weights else []
+
+
+def undescribed(names: Collection[str]) -> list[str]:
+    """The weights with diffusers' names that have no config.json beside them."""
+    return [name for name in names if any(re.fullmatch(form, name.rpartition("/")[2]) for form in FORMS)
+            and name[: name.rfind("/") + 1] + "config.json" not in names]
 
 
 def names_in(folder: Path) -> set[str]:

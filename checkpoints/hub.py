@@ -7,7 +7,7 @@ HF_TOKEN.
 import re
 from pathlib import Path
 
-from checkpoints.diffusers_folder import missing_first_stage, needed
+from checkpoints.diffusers_folder import missing_first_stage, needed, undescribed
 from checkpoints.weights_file import SUFFIXES
 from plumbing import distributed
 from plumbing.options import InputError
@@ -60,8 +60,8 @@ def fetch(name: str) -> Path:
     try:
         listed = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
         files = [entry.rfilename for entry in listed.siblings]
-        wanted = [file[1:]] if file else needed(files)
-        if not set(wanted) & set(files):
+        wanted = needed(files, file and file[1:])
+        if not wanted:
             raise InputError(f"{name}: has no such file" if file else f"{name}: holds no weights that are "
                                                                       "known here")
         return _inside(Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)), file)
@@ -92,10 +92,12 @@ def _cached(repo: str, file: str | None, revision: str | None) -> Path | None:
     folder = kept / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision or "main")
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:
-        whole = file[1:] in names if file else needed(names)
+        there = needed(names, file and file[1:])
     except InputError:  # parts are missing
         return None
-    return _inside(folder, file) if whole and (file or not missing_first_stage(folder)) else None
+    alone = there == [file and file[1:]]
+    whole = there and not undescribed(there) and (alone or not missing_first_stage(folder))
+    return _inside(folder, file) if whole else None
 
 
 def _inside(folder: Path, file: str | None) -> Path:

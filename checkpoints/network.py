@@ -79,15 +79,15 @@ class Network:
         with torch.autocast(x0.device.type, enabled=False):
             return self.first_stage.decode(x0 / self.scale_factor).clamp(-1, 1) if self.first_stage else x0
 
-    def sample(self, seeds: Sequence[int], steps: int = 50, **options: Any) -> Tensor:
+    def sample(self, seeds: Sequence[int], steps: int = 50, batch_size: int = 64, **options: Any) -> Tensor:
         """Pictures (N, 3, H, W) on the CPU, one for each seed; the options are those of ddpm.sample."""
         device = next(self.model.parameters()).device
         with distributed.autocast(device, self.precision):
             x0 = sample(self.model, self.schedule, self.shape, seeds, steps, clip=self.clip, device=device,
-                        **options)
+                        batch_size=batch_size, **options)
         if self.first_stage is None or len(x0) == 0:
             return x0
-        return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(64)])
+        return torch.cat([self.decode(part.to(device)).cpu() for part in x0.split(batch_size)])
 
     def check_steps(self, steps: int, flag: str = "--steps") -> None:
         """InputError that names the flag for more sampling steps than the schedule has timesteps."""

@@ -23,7 +23,7 @@ from checkpoints.network import Network, check_finite, fingerprint, load_strictl
 from checkpoints.published import ARCHITECTURES
 from checkpoints.weights_file import read_tensors
 from plumbing import distributed
-from plumbing.files import check_replaceable, load_checkpoint, remove_unfinished, write_text
+from plumbing.files import check_replaceable, load_checkpoint, read_metrics, remove_unfinished, write_text
 from plumbing.options import InputError, check_types, flag, flat, replace
 from plumbing.picture_folder import refuse_pictures
 from plumbing.shell import quoted
@@ -82,9 +82,13 @@ def identity(source: Network, targets: Tensor, compared: str | None) -> dict[str
 def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None]) -> dict[str, Any] | None:
     """The training state of the run in `out`, or None if it has saved none.
 
-    Raises InputError if its `identity` is another one, or if more iterations are done than are wanted.
+    Raises InputError if its `identity` is another one, if more iterations are done than are wanted, or if a
+    run that is finished has no state: to begin it again would cost it its weights.
     """
     if not (out / "checkpoint.pt").exists():
+        if (out / "weights.safetensors").exists() and read_metrics(out / "metrics.jsonl"):
+            raise InputError(f"{out}: is finished, and has no checkpoint.pt to go on from; train it anew "
+                             "with --overwrite or in another --output-dir")
         return None
     state = load_checkpoint(out / "checkpoint.pt", options["iterations"])
     if state.get("source") != belongs["source"]:

@@ -16,7 +16,7 @@ def new_network(kind: str, size: int, shape: Shape, latent: Latent, adversarial:
     """A network of this kind for pictures of this size; InputError if there can be none.
 
     attributes   what a classifier or judge tells: names and values
-    made_by      the command that trains it
+    made_by      the command that trains it, or all in turn
     """
     stage = first_stage(latent.first_stage, kind, size) if latent.first_stage else None
     seen, factor = size // stage.model.factor if stage else size, 2 ** (len(shape.channel_mult) - 1)

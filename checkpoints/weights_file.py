@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from plumbing import distributed
-from plumbing.options import InputError
+from plumbing.options import InputError, is_out_of_memory
 
 # What an entry of a training state is called: averaged weights, which are better, and the others.
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "ema_shadow", "params_ema",
@@ -167,6 +167,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     except (InputError, PermissionError):
         raise
     except Exception as error:  # on damaged bytes torch's unpickler raises nearly every type there is
+        if is_out_of_memory(error):
+            raise
         raise unreadable(path, _reason(error)) from None
     return unwrapped(chosen(content, path)), None
 

@@ -184,10 +184,20 @@ def score(samples: Tensor, of_source: Tensor, target: str, hold_out: int = 0) ->
     }
 
 
-def protocol(target: str, n: int, steps: int) -> dict[str, int | str]:
-    """How the runs to a built-in target are scored; figures compare where all of it is the same."""
+@functools.cache
+def source_weights(source: str) -> str:
+    """Tells a source from one of the same name that was trained anew."""
+    return fingerprint(load_source(source))
+
+
+def protocol(target: str, n: int, steps: int, source: str | None = None) -> dict[str, int | str]:
+    """How runs from a source to a built-in target are scored; figures compare where all of it is the same.
+
+    source    None: of pictures that come from none
+    """
     judge = load_judge(domains.TARGETS[target])
-    return dict(n=n, steps=steps, paired=min(n, PAIRED), fresh=FRESH, judge=fingerprint(judge))
+    found = dict(n=n, steps=steps, paired=min(n, PAIRED), fresh=FRESH, judge=fingerprint(judge))
+    return found | (dict(source=source, source_weights=source_weights(source)) if source else {})
 
 
 def draw(network: Network, n: int, steps: int, name: str) -> Tensor:
@@ -236,8 +246,8 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
     need_seen(target)
     network, _ = run_folder.load_run(folder, at)
     network.check_steps(steps)
-    run = {name: options[name] for name in ("source", "target", "method", "seed", "iterations")}
-    run |= protocol(target, n, steps) | dict(weights=fingerprint(network))
+    run = {name: options.get(name) for name in ("target", "method", "seed", "iterations")}
+    run |= protocol(target, n, steps, source) | dict(weights=fingerprint(network))
     path = folder / "score.json"
     if at is not None:
         run["iterations"], path = at, run_folder.stage_file(folder, at).with_suffix(".json")

@@ -194,9 +194,10 @@ def main() -> None:
     of_target = of_run if of_run and target == of_run["target"] else {}
     pictures, _ = domains.training_images(target, network.image_size, of_target.get("hold_out", 0),
                                           of_target.get("recursive", False))
-    ascended = of_run and settings.METHODS[of_run["method"]].adversarial_noise
-    chosen = options.norm or (of_run["norm"] if ascended else settings.suited(
-        settings.Options(target=target, method="tan"), network).adversarial_noise.norm)
+    usual = settings.suited(settings.Options(target=target, method="tan"), network).adversarial_noise.norm
+    uses = settings.METHODS.get(of_run["method"]) if of_run else None
+    of_run_or_usual = of_run.get("norm", "paper") if uses and uses.adversarial_noise else usual
+    chosen = options.norm or of_run_or_usual
     network.to(device).model.requires_grad_(False)
     rows = measure(network, pictures, options, chosen == "own", device)
     title = (f"{options.model} on {len(pictures)} pictures of {target}: J omega = {options.reach:g}, "

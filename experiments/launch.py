@@ -47,7 +47,8 @@ def relevant(options: dict[str, Any]) -> dict[str, Any]:
     program = program_of(options["method"])
     usual = flat(program.options())
     options = usual | options  # an older run does not name what has become an option since
-    found = {name: options[name] for name in usual if name in program.used_by(options["method"]) - UNSEEN}
+    seen = program.used_by(options["method"]) - UNSEEN
+    found = {name: options[name] for name in usual if name in seen}
     if found.get("classifier_targets"):
         found["classifier_targets"] = Path(found["classifier_targets"]).name  # the folder of runs may move
     return json.loads(json.dumps(found))
@@ -86,10 +87,16 @@ def call_train(program: Program, arguments: list[str], log: Path) -> int:
             raise
 
 
+def _same_file(one: Any, other: Any) -> bool:
+    """Whether both are paths to the same file or folder, spelt differently."""
+    paths = isinstance(one, str) and isinstance(other, str) and Path(one).exists() and Path(other).exists()
+    return paths and Path(one).samefile(other)
+
+
 def check_known(folder: Path, known: dict[str, Any], today: dict[str, Any]) -> None:
     """InputError if the run in the folder has other settings than it would have today."""
     for name, value in relevant(known).items():
-        if value != today.get(name):
+        if value != today.get(name) and not _same_file(value, today.get(name)):
             raise InputError(f"{folder}: was trained with {flag(name)} {value}, wanted is {today.get(name)}; "
                              "remove the folder, or choose another --output-dir")
 

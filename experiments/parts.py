@@ -166,8 +166,8 @@ def main_runs(options: Options, device: torch.device) -> Iterator[Row]:
     for seed, target, method in bar(jobs, "runs"):
         yield measured(options, device, target, method, seed)
     for target in options.targets:
-        how = judge.protocol(target, options.n, options.steps)
         for name, pictures in ends(options, target, device).items():
+            how = judge.protocol(target, options.n, options.steps, options.sources(target).get(name))
             yield known(options, None, method=name, target=target) or dict(
                 run=dict(method=name, target=target, **how), score=judge.score(*pictures(), target))
 
@@ -262,7 +262,8 @@ def iterations_runs(options: Options, device: torch.device) -> Iterator[Row]:
             models = [load_source(options.source(target)), *(load_run(folder)[0] for folder in runs)]
             drawn = [model.to(device).sample(range(2), options.steps) for model in models]
             draw_figure1(options.picture("figure1", target), target, drawn, [0, *stages])
-    draw_iterations(options.picture("iterations", target), target, found)
+    if found:
+        draw_iterations(options.picture("iterations", target), target, found)
 
 
 def sample_figures(options: Options, device: torch.device) -> list[Row]:

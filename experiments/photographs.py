@@ -168,13 +168,14 @@ def draw_pictures(options: Options, target: Target, source: Network, device: tor
 
 def tables(found: list[Row]) -> list[str]:
     """Two for each figure: what it is, and what it is less that of adaptors alone."""
-    texts, paired = [], "less that of adaptors alone with the same target and seed, mean ± standard error"
+    texts, paired = [], ("less that of adaptors alone with the same target and seed, mean ± standard error "
+                         "over seeds; all: over the targets' means")
     for name, meaning, sign in (("Intra-LPIPS", "higher is more diverse", 1), ("KID", "lower is better", -1),
                                 ("nearest", "near 0 are copies", 1)):
         if rows := [row for row in found if name in row["score"]]:
             texts += [score_table(rows, name, f"{name} ({meaning})"),
                       difference_table(rows, name, f"{name}, {paired}", "adaptor", sign)]
-    return texts
+    return [text for text in texts if text]
 
 
 def main() -> None:

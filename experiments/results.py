@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from domains import judge
 from experiments import launch
 from plumbing.files import read_json, write_text
@@ -20,22 +22,27 @@ def read(file: Path) -> dict[str, list[Row]]:
 
 def add(file: Path, part: str, found: Row) -> None:
     """One more run, or the same one anew."""
-    results = read(file)  # another command may have added to it meanwhile
-    known = {identity(row): row for row in results.get(part, [])} | {identity(found): found}
-    text = json.dumps(results | {part: list(known.values())}, indent=1)
-    write_text(file, text)
+    with FileLock(f"{file}.lock"):  # another command may add to it, too
+        results = read(file)
+        if found in results.get(part, []):
+            return
+        known = {identity(row): row for row in results.get(part, [])} | {identity(found): found}
+        text = json.dumps(results | {part: list(known.values())}, indent=1)
+        write_text(file, text)
 
 
 def identity(found: Row) -> str:
     """What tells a run from the others."""
-    what = {name: value for name, value in found["run"].items() if name not in ("weights", "judge")}
+    hashes = ("weights", "source_weights", "judge")
+    what = {name: value for name, value in found["run"].items() if name not in hashes}
     trained = found.get("settings")
     return json.dumps([what, trained and launch.relevant(trained)], sort_keys=True)
 
 
 def scored_alike(found: Row, n: int, steps: int) -> bool:
     """Whether a run was scored as it would be today, from n samples of so many steps."""
-    return judge.protocol(found["run"]["target"], n, steps).items() <= found["run"].items()
+    scored = found["run"]
+    return judge.protocol(scored["target"], n, steps, scored.get("source")).items() <= scored.items()
 
 
 def current(found: Row, n: int, steps: int) -> bool:

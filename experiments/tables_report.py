@@ -151,10 +151,11 @@ def _pace(runs: list[Row]) -> str:
 
 
 def difference_table(found: list[Row], name: str, title: str, reference: str, sign: int) -> str:
-    """This figure less that of the reference at the same target and seed: mean ± standard error over
-    pairs, and in how many of them sign * difference is above 0.
+    """This figure less that of the reference at the same target and seed, and in how many of these pairs
+    sign * difference is above 0; no text without pairs.
 
-    Runs are told apart by their label, or else by their method.
+    A target's cell has the mean ± standard error over seeds; that of all, over the targets' means: runs to
+    one target have its pictures in common.  Runs are told apart by their label, or else by their method.
     """
     values: dict[str, dict[tuple, float]] = {}
     for row in found:
@@ -165,12 +166,12 @@ def difference_table(found: list[Row], name: str, title: str, reference: str, si
     for label in [label for label in values if label != reference and reference in values]:
         differences = {pair: value - values[reference][pair] for pair, value in values[label].items()
                        if pair in values[reference]}
-        cells = [_difference([value for (of_target, _), value in differences.items() if of_target == target])
-                 for target in targets]
+        by_target = [[value for (of_target, _), value in differences.items() if of_target == target]
+                     for target in targets]
+        means = [statistics.mean(values) for values in by_target if values]
         won = sum(sign * value > 0 for value in differences.values())
-        rows.append([label, *cells, _difference(list(differences.values())),
-                     f"{won} of {len(differences)}"])
-    return markdown(title, [f"less {reference}", *targets, "all", "better"], rows)
+        rows.append([label, *map(_difference, by_target), _difference(means), f"{won} of {len(differences)}"])
+    return markdown(title, [f"less {reference}", *targets, "all", "better"], rows) if rows else ""
 
 
 def _difference(values: list[float]) -> str:
@@ -184,9 +185,11 @@ def difference_tables(found: list[Row], what: str, reference: str) -> list[str]:
     """The differences in FID, diversity and share of the target."""
     kinds = (("toy FID", "lower is better", -1), ("toy Intra-LPIPS", "higher is more diverse", 1),
              ("target", "share of samples in the target domain", 1))
-    return [difference_table(found, name, f"{what}: {name} ({meaning}), less that of {reference} with the "
-                             "same target and seed, mean ± standard error over pairs", reference, sign)
-            for name, meaning, sign in kinds]
+    tables = [difference_table(found, name, f"{what}: {name} ({meaning}), less that of {reference} with the "
+                               "same target and seed, mean ± standard error over seeds; all: over the "
+                               "targets' means", reference, sign)
+              for name, meaning, sign in kinds]
+    return [table for table in tables if table]
 
 
 def ablation_tables(found: list[Row]) -> list[str]:
@@ -206,14 +209,15 @@ def forms_tables(found: list[Row]) -> list[str]:
 
 def hold_out_table(found: list[Row]) -> list[str]:
     """Toy FID of the best stage of each run, of the one that the held-out loss names, and at the end."""
-    def cell(row: Row) -> str:
-        return f"{row['score']['toy FID']:.2f} after {row['run']['iterations']}"
+    def cell(row: Row | None) -> str:
+        return f"{row['score']['toy FID']:.2f} after {row['run']['iterations']}" if row else ""
 
     rows = []
     for target, seed in itertools.product(targets_of(found), sorted({row["run"]["seed"] for row in found})):
         if mine := of(found, target=target, seed=seed):
+            mine = [row for row in mine if row["settings"] == mine[-1]["settings"]]  # the last run's
             picked = (min(mine, key=lambda row: row["score"]["toy FID"]),
-                      *of(mine, best_held_out=True),
+                      next(iter(of(mine, best_held_out=True)), None),  # none: not all are scored yet
                       max(mine, key=lambda row: row["run"]["iterations"]))
             rows.append([target, str(seed), *map(cell, picked)])
     head = ["target", "seed", "lowest toy FID", "lowest held-out loss", "the end"]

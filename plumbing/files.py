@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from plumbing.options import InputError
+from plumbing.options import InputError, is_out_of_memory
 
 ALWAYS = ("iteration", "loss", "seconds")  # in each line of a metrics.jsonl
 
@@ -87,9 +87,11 @@ def load_checkpoint(path: Path, iterations: float = math.inf) -> dict[str, Any]:
         done = state["iteration"]
     except FileNotFoundError:
         raise InputError(f"{path}: no checkpoint to resume from; leave out --resume to start anew") from None
-    except (OSError, MemoryError):  # not the file's fault
+    except OSError:  # not the file's fault
         raise
     except Exception as error:  # on damaged bytes torch's unpickler raises nearly every type there is
+        if is_out_of_memory(error):
+            raise
         reason = type(error).__name__
         raise InputError(f"{path}: damaged checkpoint ({reason}); start anew with --overwrite") from None
     if done > iterations:

@@ -34,6 +34,11 @@ POSITIONAL, = Positional[str].__metadata__
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whichever library, says that memory ran out."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
 class InputError(Exception):
     """Something the user gave is wrong; the message is one line: the file or flag, and what to do."""
 
@@ -195,7 +200,7 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)):
+        if not is_out_of_memory(error):
             raise
         print("error: out of memory; fewer pictures at once need less: of --micro-batch-size, --batch-size, "
               "--checkpoint-blocks, --precision bf16, those that --help has", file=sys.stderr)

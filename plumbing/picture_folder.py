@@ -22,9 +22,14 @@ JUNK = {"thumbs.db", "desktop.ini", "__macosx"}  # of file managers; hidden file
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and its subfolders, hidden ones and junk left out."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_junk(name)]
+    """All files in a folder and its subfolders, linked ones too; hidden ones and junk left out."""
+    visited = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in visited:  # a link to a folder above would never end
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not _is_junk(name))
         yield from (Path(place) / name for name in names if not _is_junk(name))
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, Unidentif
 from torch import Tensor
 
 from plumbing.files import write_atomic
-from plumbing.options import InputError
+from plumbing.options import InputError, is_out_of_memory
 
 pillow_heif.register_heif_opener()  # the photos of phones
 # Colour profiles and texts beside a picture may be large; Pillow's limits take that for an attack.
@@ -99,6 +99,8 @@ def read_pixels(path: str | Path, size: int) -> Tensor:
     except Image.DecompressionBombError:
         raise InputError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a damaged file
+        if is_out_of_memory(error):
+            raise
         cause = " ".join(str(error).split())
         raise InputError(f"{path}: broken or truncated image ({cause}); remove or replace it") from error
     return torch.from_numpy(np.array(square))

@@ -201,19 +201,16 @@ class Loop:
                     sys.exit(130)
                 self.after(done, saving)
 
-    def check(self, loss: float, remedy: str, save: bool = True) -> float:
+    def check(self, loss: float, remedy: str) -> float:
         """The norm of all gradients that there are; InputError if it or the loss is not finite.
 
-        save    write checkpoint.pt first, with the state before the step
+        Nothing is saved then: from this state the same iteration would fail again.
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).item()
         if not math.isfinite(loss + norm):
-            if save:
-                self.save(self.iteration)
             self.bar.close()
-            file, state = self.out / "checkpoint.pt", ""
-            if file.exists():
-                state = f"; the {'state before it' if save else 'last one that was saved'} is in {file}"
+            file = self.out / "checkpoint.pt"
+            state = f"; the last state that was saved is in {file}" if file.exists() else ""
             raise InputError(f"loss {loss}, gradient {norm} at iteration {self.iteration}{state}; {remedy}")
         return norm
 

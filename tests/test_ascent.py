@@ -1,7 +1,9 @@
 """experiments/ascent.py against closed forms, and the program on the tiny source."""
 
+import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +154,14 @@ def test_the_batch_size_changes_nothing(tiny):
 def test_on_a_run_its_own_target_is_the_default(finished, tiny, capsys):
     call(ascent.main, finished, *SMALL)
     assert f"5 pictures of {tiny.targets}" in capsys.readouterr().out
+
+
+def test_a_run_from_before_norm_was_an_option(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    options = json.loads((run / "options.json").read_text())
+    (run / "options.json").write_text(json.dumps({name: value for name, value in options.items() if name != "norm"}))
+    call(ascent.main, run, *SMALL)
+    assert "norm paper" in capsys.readouterr().out
 
 
 def test_pictures_that_a_run_held_out_are_not_measured(train, tiny, tmp_path, capsys):

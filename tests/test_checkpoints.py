@@ -165,6 +165,10 @@ def test_keys(tiny, tmp_path, change, says):
     (json.dumps(dict(config=TINY, schedule=dict(name="sine"))), "unknown noise schedule 'sine'"),
     (json.dumps(dict(config=dict(TINY, norm_groups=7))), "does not describe a network .*divisible"),
     (json.dumps(dict(config=dict(TINY, image_size=15))), "does not describe a network .*image_size 15 must be divisible by 2"),
+    (json.dumps(dict(config=dict(TINY, attention_resolutions=2))), "attention_resolutions must be a list"),
+    (json.dumps(dict(config=dict(TINY, attention_resolutions=[2, "4"]))), "attention_resolutions must be a list"),
+    (json.dumps(dict(config=TINY, schedule="linear")), '"schedule" must hold'),
+    (json.dumps(dict(config=TINY, scale_factor="x")), '"scale_factor" must be a number'),
     ("{", "nor a JSON file"),
 ])
 def test_architectures(tmp_path, arch, says):

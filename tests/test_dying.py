@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, call, tiny_network
+from PIL import Image
 
 import sample
 import train_tan
@@ -17,8 +18,11 @@ from checkpoints import export
 from checkpoints.load import title_of
 from checkpoints.network import save_network
 from checkpoints.run_folder import load_run
+from checkpoints.weights_file import read_tensors
 from plumbing import distributed
+from plumbing.files import load_checkpoint
 from plumbing.options import InputError, run
+from plumbing.pictures import read_pixels
 from plumbing.training import StopSignal
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -79,6 +83,21 @@ def test_out_of_memory_names_the_flags(error, capsys):
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and len(said.splitlines()) == 1
     assert all(flag in said for flag in ("--micro-batch-size", "--checkpoint-blocks", "--precision"))
+
+
+@pytest.mark.parametrize("read, name, fails", [
+    (load_checkpoint, "torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")), (load_checkpoint, "torch.load", MemoryError()),
+    (read_tensors, "torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")), (lambda path: read_pixels(path, 8), "PIL.ImageOps.fit", MemoryError())])
+def test_a_file_is_not_damaged_because_memory_ran_out(read, name, fails, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise fails
+
+    file = tmp_path / "file"
+    Image.new("RGB", (8, 8)).save(file, "PNG") if "PIL" in name else torch.save({"iteration": 1, "a": torch.ones(1)}, file)
+    read(file)
+    monkeypatch.setattr(name, fail)
+    with pytest.raises(type(fails)):
+        read(file)
 
 
 # ---- pipes -------------------------------------------------------------------------------------------------

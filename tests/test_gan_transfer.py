@@ -250,7 +250,7 @@ def test_a_run_that_diverges_keeps_its_last_state(files, tmp_path):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     out = transfer(files, tmp_path / "goes-on", *flags[:-1], 1e-3, "--iterations", 2)
     saved = (out / "checkpoint.pt").read_bytes()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="the last one that was saved is in .*checkpoint.pt"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="the last state that was saved is in .*checkpoint.pt"):
         patch.setattr(gan_training, "generator_loss", lambda fake: fake.sum() * float("nan"))
         call(gan_transfer.main, "--output-dir", out, "--resume", "--iterations", 4)
     assert (out / "checkpoint.pt").read_bytes() == saved
@@ -264,6 +264,7 @@ def test_a_generator_alone_draws(files, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--method", "tgan", "--cdc-weight", 3], "--cdc-weight: --method tgan does not use it, only cdc; leave it out"),
     (["--batch-size", 1], "--batch-size 1: must be at least 2"),
+    (["--method", "cdc", "--batch-size", 2], "--batch-size 2: cdc judges .* at least 3"),
     (["--method", "tgan", "--batch-size", 7], "--batch-size 7: the discriminator compares pictures in groups .* and would see 7 at once"),
     (["--batch-size", 20], "--batch-size 20: the discriminator compares pictures in groups .* and would see 5 at once"),  # whole ones of cdc
     (["--method", "ada", "--ada-target", "nan"], "--ada-target nan: must be at least -1"),

@@ -201,6 +201,19 @@ def test_revisions_files_and_tokens(program, server, tmp_path):
     (server.root / "someone/empty/a.bin").unlink()
 
 
+def test_one_file_of_diffusers_comes_with_what_describes_it(program, server, tmp_path):
+    name = f"google/ddpm-tiny/unet/diffusion_pytorch_model.bin@{REVISIONS['main']}"
+    latent = f"CompVis/ldm-tiny/unet/diffusion_pytorch_model.safetensors@{REVISIONS['main']}"
+    done = program("-c", SEVERAL, json.dumps([["-m", "checkpoints", name], ["-m", "checkpoints", latent]]))
+    assert done.returncode == 0 and "first stage" in done.stdout, done.stderr
+    fetched = [asked.partition("resolve/")[2][41:] for asked in server.asked if "ddpm-tiny/resolve/" in asked]
+    assert set(fetched) == {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.bin"}
+    config, = (tmp_path / "cache").glob("hub/models--google--ddpm-tiny/snapshots/*/unet/config.json")
+    config.unlink()
+    again = program(ROOT / "sample.py", name, "-n", 1, "--steps", 1)  # a snapshot that is not whole is fetched anew
+    assert again.returncode == 0, again.stderr
+
+
 def test_folders_of_the_cache(tmp_path):
     folder = tmp_path / "models--google--ddpm"
     for sha in ("1", "2"):

@@ -131,3 +131,19 @@ def test_first_stage_that_does_not_do(source, tmp_path, flags, message):
 def test_a_first_stage_is_no_source(source):
     with pytest.raises(InputError, match="not a diffusion model"):
         load_source(str(source.parents[1] / "stage" / "model.safetensors"))
+
+
+def test_the_decoder_takes_no_more_at_once_than_the_network(monkeypatch):
+    """So that going on with fewer pictures, where memory runs out, helps it too."""
+    network, seen = load_source("toyfaces-latent"), []
+    decoder = network.first_stage.decoder
+    whole = decoder.forward
+
+    def forward(z):
+        seen.append(len(z))
+        return whole(z)
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    few = network.sample(range(5), 1, batch_size=2)
+    many = network.sample(range(5), 1)
+    assert seen == [2, 2, 1, 5] and torch.allclose(few, many, atol=1e-3)

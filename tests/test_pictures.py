@@ -308,6 +308,11 @@ def test_what_is_left_out_is_named(tmp_path, png, capsys):
                                        f" 1 without suffix (photo); 2 more pictures in subfolders, such as {tmp_path}/sub/deep:"
                                        " do this\n")
     assert [path.name for path in list_images(tmp_path, recursive=True)] == ["a.jpg", "f.png", "e.png"]
+    other = tmp_path.with_name(tmp_path.name + "-linked")
+    other.mkdir()
+    (other / "photos").symlink_to(tmp_path)
+    (tmp_path / "z-back").symlink_to(tmp_path)  # never ends, if followed
+    assert [path.name for path in list_images(other, recursive=True)] == ["a.jpg", "f.png", "e.png"]
     (tmp_path / "a.jpg").unlink()
     fails(lambda: list_images(tmp_path), "no images in this folder", "it holds 2 .cr2", "2 pictures in subfolders")
 

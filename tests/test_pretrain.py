@@ -281,11 +281,15 @@ def test_resumed_it_is_the_same_run(tmp_path):
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
 
-def test_a_loss_that_is_not_finite_keeps_the_state_before_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "predict_eps", lambda model, xt, t, schedule: model(xt, t) * float("nan"))
-    with pytest.raises(InputError, match="loss nan, .* at iteration 0; the state before it is in .*checkpoint.pt"):
-        call(pretrain.main, "toyfaces", *TINY, "--iterations", 1, "--output-dir", tmp_path)
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 0
+def test_a_run_that_diverged_goes_on_from_what_it_saved_before(tmp_path):
+    flags = ["toyfaces", *TINY, "--warmup", 0, "--save-every", 2, "--output-dir", tmp_path]
+    call(pretrain.main, *flags, "--iterations", 2)
+    with pytest.raises(InputError, match="loss nan, .*; the last state that was saved is in .*checkpoint.pt; go on with --resume"):
+        call(pretrain.main, *flags, "--iterations", 9, "--resume", "--learning-rate", 1e20)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 2
+    call(pretrain.main, *flags, "--iterations", 9, "--resume", "--learning-rate", 1e-4)
+    said = load_network(tmp_path / "model.safetensors").description["made_by"]
+    assert said.count("python pretrain.py") == 2 and "--resume" not in said  # that which diverged left nothing
 
 
 def test_large_gradients_are_limited(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import multiprocessing
 import shutil
 import statistics
 from types import SimpleNamespace
@@ -76,11 +77,13 @@ def test_tables(trained, tmp_path, capsys):
 
 
 def test_where_to_stop():
-    rows = [dict(run=dict(target="babies", seed=seed, iterations=i, best_held_out=best), score={"toy FID": fid})
-            for seed, i, best, fid in ((1, 0, False, 0.9), (1, 80, False, 0.4), (1, 160, True, 0.5), (1, 320, False, 0.6), (2, 80, True, 0.7))]
+    rows = [dict(run=dict(target="babies", seed=seed, iterations=i, best_held_out=best), score={"toy FID": fid}, settings=dict(iterations=length))
+            for seed, i, best, fid, length in ((1, 0, False, 0.9, 320), (1, 80, False, 0.4, 320), (1, 160, True, 0.5, 320), (1, 320, False, 0.6, 320),
+                                               (2, 640, True, 0.1, 640), (2, 80, True, 0.7, 320), (3, 80, False, 0.8, 320))]
     table, = tables_report.hold_out_table(rows)
     assert "| babies | 1 | 0.40 after 80 | 0.50 after 160 | 0.60 after 320 |" in table
-    assert "| babies | 2 | 0.70 after 80 | 0.70 after 80 | 0.70 after 80 |" in table
+    assert "| babies | 2 | 0.70 after 80 | 0.70 after 80 | 0.70 after 80 |" in table  # an older run of another length is left out
+    assert "| babies | 3 | 0.80 after 80 |  | 0.80 after 80 |" in table  # its best stage is not scored yet
 
 
 def test_gans_stand_above_the_diffusion_methods(trained, tmp_path):
@@ -131,6 +134,28 @@ def test_each_run_is_kept_as_it_is_scored(trained, tmp_path, monkeypatch):
     assert [f["run"]["method"] for f in json.loads((tmp_path / "results.json").read_text())["tables"]] == ["adaptor"]
 
 
+def add_rows(file, method):
+    for seed in range(40):
+        results.add(file, "tables", dict(run=dict(method=method, target="babies", seed=seed)))
+
+
+def test_two_commands_lose_no_row(tmp_path):
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=add_rows, args=(tmp_path / "results.json", method)) for method in ("tan", "adaptor")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert len(results.read(tmp_path / "results.json")["tables"]) == 80
+
+
+def test_figures_of_a_source_that_was_trained_anew_are_not_taken(monkeypatch):
+    row = dict(run=dict(method="source model", target="babies") | judge.protocol("babies", 12, 2, "toyfaces"))
+    assert results.current(row, 12, 2)
+    monkeypatch.setattr(judge, "source_weights", lambda source: "new")
+    assert not results.current(row, 12, 2)
+
+
 def test_runs_scored_otherwise_are_not_tabulated():
     same = dict(method="source model", target="babies") | judge.protocol("babies", 12, 2)
     assert results.current(dict(run=same), 12, 2)
@@ -158,14 +183,14 @@ def test_pairs_are_of_the_same_target_and_seed():
 
 
 def test_differences_are_paired():
-    """By hand: babies -0.1, -0.2, sketches +0.6 (seed 1 alone); over all three 0.1 ± sqrt((0.2^2 + 0.3^2 + 0.5^2) / 2 / 3)."""
+    """By hand: babies -0.1, -0.2, sketches +0.6 (seed 1 alone); over both targets (0.6 - 0.15) / 2 ± (0.6 + 0.15) / 2."""
     fids = {("tan", "babies", 1): 0.3, ("tan", "babies", 2): 0.2, ("tan", "sketches", 1): 0.9, ("adaptor", "babies", 1): 0.4,
             ("adaptor", "babies", 2): 0.4, ("adaptor", "sketches", 1): 0.3, ("adaptor", "sketches", 2): 9.0}
     found = [dict(run=dict(method=method, target=target, seed=seed), score={"toy FID": fid}) for (method, target, seed), fid in fids.items()]
     title, _, head, _, row = tables_report.difference_table(found, "toy FID", "FID", "adaptor", -1).splitlines()
     columns = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | ")))
-    assert columns == {"less adaptor": "tan", "babies": "-0.150 ± 0.050", "sketches": "+0.600", "all": "+0.100 ± 0.252", "better": "2 of 3"} \
-        or columns == {"less adaptor": "tan", "sketches": "+0.600", "babies": "-0.150 ± 0.050", "all": "+0.100 ± 0.252", "better": "2 of 3"}
+    assert columns == {"less adaptor": "tan", "babies": "-0.150 ± 0.050", "sketches": "+0.600", "all": "+0.225 ± 0.375", "better": "2 of 3"} \
+        or columns == {"less adaptor": "tan", "sketches": "+0.600", "babies": "-0.150 ± 0.050", "all": "+0.225 ± 0.375", "better": "2 of 3"}
 
 
 TABLE_1 = """
@@ -273,6 +298,18 @@ def test_a_run_with_other_settings_is_not_taken(commands, tmp_path, flags, messa
     with pytest.raises(InputError, match=f"was trained with {message}; remove the folder"):
         launch.train(tmp_path, "cpu", target="babies", source="toyfaces", **flags)
     assert len(commands) == 1
+
+
+def test_a_folder_may_be_spelt_otherwise(commands, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    flags = dict(source="toyfaces", seed=1, method="tan")
+    launch.train(tmp_path, "cpu", target="photos", **flags)
+    launch.train(tmp_path, "cpu", target=f"{tmp_path}/photos/", **flags)
+    assert len(commands) == 1
+    (tmp_path / "others").mkdir()
+    with pytest.raises(InputError, match="--target photos, wanted is others"):
+        launch.train(tmp_path, "cpu", target="others", **flags)
 
 
 def test_settings_are_those_that_concern_the_method():

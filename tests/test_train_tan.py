@@ -347,9 +347,10 @@ def test_a_loss_that_is_not_finite(train, finished, tmp_path, monkeypatch):
 
 def test_a_learning_rate_far_too_high(train, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(InputError, match="loss nan, gradient nan at iteration 1; the state before it"):
-        train(run, "--learning-rate", "1e30")
-    assert all(p.isfinite().all() for p in load_checkpoint(run / "checkpoint.pt")["parameters"])
+    with pytest.raises(InputError, match="loss nan, gradient nan at iteration 1; the last state that was saved is in"):
+        train(run, "--learning-rate", "1e30", "--save-every", 1)
+    state = load_checkpoint(run / "checkpoint.pt")
+    assert state["iteration"] == 1 and all(p.isfinite().all() for p in state["parameters"])
 
 
 def test_a_folder_that_holds_a_run(train, tmp_path):
@@ -500,6 +501,10 @@ def test_a_resume_that_fails_leaves_the_finished_run_alone(train, tmp_path):
     with pytest.raises(InputError, match="damaged checkpoint"):
         resume(run, "--iterations", "2")
     assert run_folder.load_run(run)[1]["method"] == "adaptor"
+    (run / "checkpoint.pt").unlink()
+    with pytest.raises(InputError, match="is finished, and has no checkpoint.pt to go on from"):
+        resume(run, "--iterations", "2")
+    assert run_folder.load_run(run, 1)[1]["method"] == "adaptor"  # its stages are there, too
 
 
 def test_the_classifier_that_guides_is_as_the_options_say(train, tmp_path, monkeypatch):
