@@ -53,7 +53,8 @@ from plumbing.options import (
     run,
     short,
 )
-from plumbing.picture_folder import ImageFolder
+from plumbing.picture_folder import ImageFolder, list_images
+from plumbing.pictures import size_of
 from plumbing.progress import bar
 from plumbing.shell import quoted
 
@@ -88,7 +89,7 @@ class Folders:
     """Folder of many other pictures of the target domain, for FID and KID."""
     size: Unset[int] = None
     """Pixels per side at which all pictures are compared; they are cropped to a square and scaled.
-    Default: 256; for stages of a run the size of its network."""
+    Default: that of the samples, 256 at most; for stages of a run that of its network."""
     cluster_size: Unset[int] = None
     """Compare at most so many random members of a cluster, 50 in Ojha et al. 2021 (default: all)."""
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
@@ -150,8 +151,14 @@ def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callab
 
     own = run_folder.load_run(folder, run_folder.stages(folder)[0]["iteration"], source)[0].image_size
     size = options.folders.size or max(32, own)
-    targets, _ = domains.training_images(options.folders.target or run["target"], size,
-                                         run.get("hold_out", 0), run.get("recursive", False))
+    pictures = functools.partial(domains.training_images, options.folders.target or run["target"],
+                                 hold_out=run.get("hold_out", 0), recursive=run.get("recursive", False))
+    if options.folders.target is None:
+        domains.need_still_there(run["target"], folder)
+        if run_folder.pictures_of(folder) not in (None, run_folder.hash_of(torch.cat(pictures(own)))):
+            print(f"warning: {run['target']}: the pictures have changed since the run in {folder} began; the "
+                  "figures are about the present ones")
+    targets, _ = pictures(size)
     score = comparison(options.folders, targets, reference_of(options.folders, size), size, device)
 
     def compared(iteration: int) -> dict[str, float]:
@@ -188,9 +195,11 @@ def score_stages(folder: Path, options: Options, device: torch.device) -> None:
         mark = " (held-out loss lowest)" if record["iteration"] == best else ""
         cells = " | ".join(f"{value:.4g}" for value in figures.values())
         print(f"| {record['iteration']}{mark} | {cells} |", flush=True)
-    print(f"\n{folder}: {n} samples of each stage, DDIM in {steps} steps; nearest: distance to the nearest "
-          "training picture, near 0 are copies; memorised: that over the distance of fresh pictures, far "
-          "below 1 are copies")
+    copies = {"nearest": "near 0 are copies",
+              "memorised": "over that of fresh pictures, far below 1 are copies"}
+    legend = "".join(f"; {name}: distance to the nearest training picture, {meaning}"
+                     for name, meaning in copies.items() if name in rows[0])
+    print(f"\n{folder}: {n} samples of each stage, DDIM in {steps} steps{legend}")
     if at == "all":
         curves = {name: [row[name] for row in rows] for name in rows[0] if name != "iterations"}
         save_panels(folder / "stages.png", [row["iterations"] for row in rows], curves, "iterations", best)
@@ -203,7 +212,8 @@ def score_folders(options: Folders, device: torch.device) -> None:
     for name in ("samples", "target"):
         if getattr(options, name) is None:
             raise InputError(f"--{name}: missing; --samples and --target go together")
-    size, drawn = options.size or 256, samples_in(Path(options.samples))
+    drawn = samples_in(Path(options.samples))
+    size = options.size or min(256, max(32, *size_of(list_images(drawn)[0])))
     samples, targets = ImageFolder(drawn, size), ImageFolder(options.target, size)
     reference = reference_of(options, size)
     warn_of_old(drawn)

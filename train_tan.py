@@ -263,16 +263,16 @@ def main() -> None:
     speed_up({model, ascended}, options.precision, options.adaptor, options.compile)
     optimizer, ema = torch.optim.Adam(psi, fused=device.type == "cuda"), EMA(psi, options.ema)
 
-    # q(x_0): the pictures and, after them, their mirror images, as the network sees them
-    x0s = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
-    source.clip = x0s.abs().max().item() if source.first_stage else source.clip
-    pairwise = pairwise_losses(source, options)
     board = None
     if options.tensorboard and distributed.rank() == 0:
         board = Board(out / "tensorboard", state["iteration"] + 1 if state else 0)
-    report = Report(out, picked(options, settings.used_by(options.method)), source, identity["source"],
-                    targets, held_out, ema, device, settings.command_of(options), board)
-    b = options.batch_size
+    report = Report(out, picked(options, settings.used_by(options.method)), source, identity, targets,
+                    held_out, ema, device, settings.command_of(options), board)
+
+    # q(x_0): the pictures and, after them, their mirror images, as the network sees them
+    x0s = torch.cat([source.encode(images.to(device)).cpu() for images in (targets, targets.flip(3))])
+    source.clip = x0s.abs().max().item() if source.first_stage else source.clip
+    pairwise, b = pairwise_losses(source, options), options.batch_size
     micro_batches = MicroBatches(options.micro_batch_size or b, fixed=method.pairwise_losses)
     loop = Loop(out, options.method, options.iterations, options.save_every, batch_size=b, parameters=psi,
                 optimizer=optimizer, ema=ema, device=device, state=state, keep=identity, after=report.preview,

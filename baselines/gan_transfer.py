@@ -63,7 +63,7 @@ def main() -> None:
         mirrored = torch.rand(options.batch_size, 1, 1, 1, generator=g) < (0.5 if options.flip else 0)
         return torch.where(mirrored, chosen.flip(3), chosen)
 
-    report = Report(out, picked(options, gan_settings.used_by(options.method)), source, identity["source"],
+    report = Report(out, picked(options, gan_settings.used_by(options.method)), source, identity,
                     targets, targets[:0], ema, device, gan_settings.command_of(options))
     loop = Loop(out, options.method, options.iterations, options.save_every, options.batch_size,
                 players.parameters, players.optimizer, ema, lambda iteration: options.learning_rate, device,

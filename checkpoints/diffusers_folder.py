@@ -23,6 +23,7 @@ from plumbing import distributed
 from plumbing.options import InputError
 
 INDEX = "model_index.json"
+SCHEDULER = "scheduler_config.json"
 UNETS = ("unet_ema/", "unet/", "")  # the first that has weights is taken
 STAGE_PLACES = ("vqvae/", "vae/")
 MODEL = r"diffusion_pytorch_model"
@@ -119,6 +120,8 @@ def files_in(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: a run of train_tan.py, which cannot be the source of another; give the "
                          "source it was made from (python -m checkpoints.export makes one of a run with "
                          "--method finetune)")
+    if runs := sorted(name.partition("/")[0] for name in names if name.endswith("/options.json")):
+        raise InputError(f"{folder}: holds runs, {', '.join(runs[:5])}; give the folder of one")
     try:
         found = weights_of(names)
     except InputError as error:
@@ -151,7 +154,7 @@ def describe(file: Path, arch: str | None, layout: str) -> dict[str, Any]:
     if stage := first_stage_at(names_in(folder)):
         config = folder / Path(stage[0]).parent / "config.json"
         network, scale = diffusers_first_stage.first_stage_options(_read(config), config)
-        description |= dict(first_stage=network, scale_factor=scale)
+        description |= dict(first_stage=network, scale_factor=scale, clip=_limit_in(folder))
     return description
 
 
@@ -180,19 +183,27 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: diffusers' description of the network cannot be read ({error})") from None
 
 
+def _scheduler_of(folder: Path) -> Path | None:
+    """Where the scheduler is described: in the folder or, of a checkpoint of a training, in the one above."""
+    places = (folder / "scheduler", folder, folder.parent / "scheduler")
+    return next((place / SCHEDULER for place in places if (place / SCHEDULER).exists()), None)
+
+
+def _limit_in(folder: Path) -> float | None:
+    """What a latent model's scheduler limits the predicted x_0 to, if it says so."""
+    theirs = _read(file) if (file := _scheduler_of(folder)) else {}
+    return theirs.get("clip_sample_range") if theirs.get("clip_sample") else None
+
+
 def _schedule_in(folder: Path, arch: str | None) -> dict[str, Any]:
-    """Options of our Schedule: the folder's own or, of a checkpoint of a training, that of the folder above,
-    else those of `arch`.
-    """
-    for file in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json",
-                 folder.parent / "scheduler" / "scheduler_config.json"):
-        if file.exists():
-            if arch is not None:
-                raise InputError(f"--arch {arch}: {file} says how it was trained; leave it out")
-            return schedule_options(_read(file), file)
+    """Options of our Schedule: those of the folder's scheduler, else those of `arch`."""
+    if file := _scheduler_of(folder):
+        if arch is not None:
+            raise InputError(f"--arch {arch}: {file} says how it was trained; leave it out")
+        return schedule_options(_read(file), file)
     if arch in ARCHITECTURES:
         return ARCHITECTURES[arch]["schedule"]
     if arch is not None:
         return read_json(arch).get("schedule", LINEAR)
-    raise InputError(f"{folder}: no scheduler_config.json that says with which schedule it was trained; "
+    raise InputError(f"{folder}: no {SCHEDULER} that says with which schedule it was trained; "
                      "add --arch ddpm256 (linear) or --arch FILE.json")

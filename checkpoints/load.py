@@ -50,10 +50,16 @@ def locate(name: str) -> Path:
     if "://" in name:
         raise InputError(f"{name}: links are not fetched; download the file, or of the Hugging Face Hub give "
                          "owner/name")
-    meant = did_you_mean(path.name, BUILT_IN + BUILT_IN_GANS)
+    beside = path.parent.is_dir() and "/" in name
+    meant = did_you_mean(path.name, os.listdir(path.parent) if beside else BUILT_IN + BUILT_IN_GANS)
     raise InputError(f"{name}: no such file or folder{meant}; built-in are {', '.join(BUILT_IN)}, of GANs "
                      f"{', '.join(BUILT_IN_GANS)}; of the Hugging Face Hub give owner/name; where published "
                      "files are: python -m checkpoints")
+
+
+def is_there(name: str) -> bool:
+    """Whether a network of this name is here, or can be on the Hub."""
+    return built_in(name) is not None or os.path.lexists(name) or hub.is_name(name)
 
 
 def title_of(name: str) -> str:

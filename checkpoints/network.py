@@ -34,8 +34,8 @@ class Network:
     precision    fp32 or bf16: what the network samples in; first stages always compute in fp32
     clip         what sampling limits the predicted x_0 to, if to anything: for pictures 1; for latents, once
                  they are adapted, the largest of the training pictures
-    description  network, config and schedule; of latent models first_stage and scale_factor; layout, and what
-                 else a file says (made_by, converted_from, ...)
+    description  network, config and schedule; of latent models first_stage, scale_factor, clip; layout, and
+                 what else a file says (made_by, converted_from, ...)
     """
     model: nn.Module
     schedule: Schedule
@@ -111,7 +111,8 @@ def build(description: dict[str, Any], where: str) -> Network:
             first_stage = FIRST_STAGES[stage["network"]](**stage["config"])
             network.first_stage = first_stage.eval().requires_grad_(False)
             network.scale_factor = float(description.get("scale_factor", 1.0))
-            network.clip = None
+            clip = description.get("clip")
+            network.clip = None if clip is None else float(clip)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError,
             TypeError, ValueError) as error:  # an option of the wrong type or size raises nearly anything
         raise InputError(f"{where}: does not describe a network this program can build "

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import adaptor
+import domains
 from checkpoints.gan import GAN
-from checkpoints.load import load_network, load_source
+from checkpoints.load import is_there, load_network, load_source
 from checkpoints.network import Network, check_finite, fingerprint, load_strictly
 from checkpoints.published import ARCHITECTURES
 from checkpoints.weights_file import read_tensors
@@ -61,11 +62,12 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
             raise InputError(f"{flag(name)} {asked[name]}: the run in {out} has {saved[name]}; leave the "
                              f"flag out (--output-dir {quoted(out)} --resume), or start another run with "
                              "another --output-dir")
+    if "source" not in typed and not is_there(saved["source"]):
+        raise InputError(f"{saved['source']}: the source of the run in {out} is not there any more; give it "
+                         "with --source")
+    if "target" not in typed:
+        domains.need_still_there(saved["target"], out)
     kept = {name: asked[name] for name in (typed & MAY_CHANGE) | {"device"}}
-    wanted, before = kept.get("iterations", saved["iterations"]), saved["iterations"]
-    if wanted != before and (saved.get("learning_rate_decay") == "cosine" or saved.get("guidance_fade")):
-        distributed.say("what falls with the run's length (--learning-rate-decay, --guidance-fade) falls "
-                        f"over {wanted} iterations from now on, not over {before}")
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     return replace(options, **{**saved, **kept, "resume": True})
 
@@ -75,8 +77,12 @@ def identity(source: Network, targets: Tensor, compared: str | None) -> dict[str
 
     compared    which pictures the loss compares with each other, in words; None where it compares none
     """
-    pictures = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
-    return dict(source=fingerprint(source), pictures=pictures, compared=compared)
+    return dict(source=fingerprint(source), pictures=hash_of(targets), compared=compared)
+
+
+def hash_of(pictures: Tensor) -> str:
+    """Tells training pictures (K, 3, H, W), those held out after the others, from other ones."""
+    return hashlib.sha256(pictures.numpy().tobytes()).hexdigest()
 
 
 def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None]) -> dict[str, Any] | None:
@@ -113,6 +119,8 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
     if any("\udc80" <= letter <= "\udcff" for letter in str(out)):  # safetensors does not open it
         raise InputError(f"--output-dir {out}: is no UTF-8; choose another name")
     state = read_state(out, options, belongs) if options["resume"] else None
+    if options["resume"]:
+        _say_what_falls(options, read_options(out)["iterations"])
     check_replaceable(out, ("options.json",), options["resume"], options["overwrite"])
     if not (out / "options.json").exists():
         if any((out / name).exists() for name in FILES + FOLDERS):
@@ -131,6 +139,8 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
                 shutil.rmtree(out / name, ignore_errors=True)
             for name in reversed(FILES):  # options.json last: killed here, it is still a run
                 (out / name).unlink(missing_ok=True)
+            if old := sorted(path.name for path in out.glob("drawn*")):
+                distributed.say(f"note: {', '.join(old)} in {out}: are of the run that was there before")
         done = state["iteration"] if state else 0
         for file in itertools.chain((out / "stages").glob("*"), (out / "progress").glob("*")):
             if file.stem.isdigit() and int(file.stem) > done:  # made anew, as its metrics are
@@ -144,6 +154,15 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
             write_text(out / ARCH, described)
     distributed.barrier()
     return state
+
+
+def _say_what_falls(options: dict[str, Any], before: int) -> None:
+    """What follows from another number of iterations than before, for a run with these (flat) options."""
+    constant = {"learning_rate_decay": "none", "guidance_fade": 0}
+    falling = [flag(name) for name, value in constant.items() if options.get(name, value) != value]
+    if falling and options["iterations"] != before:
+        distributed.say(f"what falls with the run's length ({', '.join(falling)}) falls over "
+                        f"{options['iterations']} iterations from now on, not over {before}")
 
 
 # ---- read back ---------------------------------------------------------------------------------------------
@@ -181,6 +200,12 @@ def _is_file(arch: str | None) -> bool:
 def stage_file(folder: Path, iteration: int) -> Path:
     """The weights of a stage, as in weights.safetensors; its record is beside them, in their description."""
     return Path(folder) / "stages" / f"{iteration:06d}.safetensors"
+
+
+def pictures_of(folder: Path) -> str | None:
+    """`hash_of` the pictures that a run with stages was trained on; None of an older run."""
+    with safe_open(stage_file(folder, stages(folder)[0]["iteration"]), "pt") as file:
+        return json.loads(file.metadata()["description"]).get("pictures")
 
 
 def stages(folder: Path) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ class Report:
 
     options   flat, as options.json has them; those that the method uses
     source    the network that is adapted, a diffusion model or a GAN
-    fingerprint   of the source, from before
+    identity  of the run (`run_folder.identity`)
     targets   the training pictures (K, 3, H, W)
     held_out  pictures kept from training, or none (K', 3, H, W)
     command   that makes the run again
@@ -49,11 +49,11 @@ class Report:
     ema       averages of what learns; they are what the pictures, the losses and the weights show
     """
 
-    def __init__(self, out: Path, options: dict[str, Any], source: Network | GAN, fingerprint: str,
-                 targets: Tensor, held_out: Tensor, ema: EMA, device: torch.device, command: str,
-                 board: Board | None = None):
+    def __init__(self, out: Path, options: dict[str, Any], source: Network | GAN,
+                 identity: dict[str, str | None], targets: Tensor, held_out: Tensor, ema: EMA,
+                 device: torch.device, command: str, board: Board | None = None):
         self.out, self.options, self.source, self.ema = out, options, source, ema
-        self.fingerprint = fingerprint
+        self.identity, self.clip_before = identity, source.clip
         self.targets, self.held_out, self.device = targets, held_out, device
         self.command, self.board = command, board
         self.steps = options.get("sample_steps", 1)  # a GAN draws in one
@@ -88,7 +88,8 @@ class Report:
     def save(self, path: Path, **more: Any) -> None:
         """The weights that the network has now, psi alone or all, with a description."""
         weights = adaptor.state_dict(self.source.model) or self.source.model.state_dict()
-        description = dict(method=self.options["method"], source=self.fingerprint, clip=self.source.clip)
+        description = dict(method=self.options["method"], source=self.identity["source"],
+                           pictures=self.identity["pictures"], clip=self.source.clip)
         save_tensors(path, weights, {"description": json.dumps(description | more)})
 
     def preview(self, done: int, saved: bool) -> None:
@@ -161,7 +162,7 @@ class Report:
         adapted = self.draw(self.source, n, steps)
         if adaptor.state_dict(self.source.model):
             before = dataclasses.replace(self.source, model=adaptor.source_model(self.source.model),
-                                         clip=None if self.source.first_stage else self.source.clip)
+                                         clip=self.clip_before)
         else:  # its weights are gone
             before = load_source(self.options["source"], arch_of(self.out, self.options))
             before.precision = self.source.precision

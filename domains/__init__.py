@@ -132,11 +132,8 @@ def target_images(name_or_folder: str | Path, size: int, recursive: bool = False
     _need_folder(name_or_folder, "target", TARGETS)
     images = load_folder(name_or_folder, size, recursive)
     if len(images) < FEW:
-        distributed.say_once(f"note: {name_or_folder}: of {len(images)} picture(s) expect copies; about ten "
-                             "are better")
-    if twice := len(images) - len({hash(image.numpy().tobytes()) for image in images}):
-        distributed.say_once(f"note: {name_or_folder}: {twice} of {len(images)} pictures are the same as "
-                             "others")
+        distributed.say_once(f"note: {name_or_folder}: {len(images)} picture(s) are few; expect copies of "
+                             "them, about ten are better")
     return images
 
 
@@ -151,6 +148,9 @@ def training_images(name_or_folder: str | Path, size: int, hold_out: int = 0,
     if hold_out and kept < 2:
         raise InputError(f"--hold-out {hold_out}: {name_or_folder} has {len(images)} pictures; at least 2 "
                          "must be left to train on")
+    if any(image.equal(held_out) for held_out in images[kept:] for image in images[:kept]):
+        distributed.say_once(f"note: {name_or_folder}: a picture that is held out is also trained on, so the "
+                             "held-out loss says little")
     return images[:kept], images[kept:]
 
 
@@ -186,6 +186,13 @@ def _say_which(name: str) -> None:
     """Says so if a built-in name is taken beside a folder of that name."""
     if Path(name).is_dir():
         distributed.say_once(f"note: the built-in {name} is taken; for the folder here give ./{name}")
+
+
+def need_still_there(target: str, run: Path) -> None:
+    """InputError if the pictures that a run in this folder was trained on have moved."""
+    if target not in TARGETS and not Path(target).exists():
+        raise InputError(f"{target}: the pictures of the run in {run} are not there any more; give them with "
+                         "--target")
 
 
 def _need_folder(name: str | Path, role: str, built_in: Collection[str]) -> None:

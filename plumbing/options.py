@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typeguard
 import tyro
@@ -63,12 +63,15 @@ def parse(options: type[T], description: str | None,
     """
     argv = sys.argv[1:] if argv is None else argv
     hints = get_type_hints(options, include_extras=True)
-    takes_words = any(POSITIONAL in getattr(hint, "__metadata__", ()) for hint in hints.values())
-    if argv and not argv[0].startswith("-") and not takes_words:
+    words = [name for name, hint in hints.items() if POSITIONAL in getattr(hint, "__metadata__", ())]
+    if argv and not argv[0].startswith("-") and not words:
         meant = f" (did you mean --target {argv[0]}?)" if "target" in hints else ""
         raise InputError(f"{argv[0]}: say which option this is for{meant}; --help lists them")
-    words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("-")}
-    words |= {word.removeprefix("no_") for word in words}
+    _check_choices(options, argv)
+    if asked := [name for name in words if flag(name) in argv]:
+        raise InputError(f"{flag(asked[0])}: is no flag here; write its value alone")
+    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("-")}
+    typed |= {word.removeprefix("no_") for word in typed}
     found = tyro.cli(options, prog=_program(), description=description, args=argv, config=CONFIG)
     values = flat(found)
     if values.get("resume") and values.get("overwrite"):
@@ -77,7 +80,27 @@ def parse(options: type[T], description: str | None,
         if value == "":
             raise InputError(f"{flag(name)}: is empty; leave it out, or say which")
     home = {name: os.path.expanduser(value) for name, value in values.items() if isinstance(value, str)}
-    return replace(found, **home), frozenset(words & values.keys())
+    return replace(found, **home), frozenset(typed & values.keys())
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values that an option of this type may have, if they can be listed."""
+    if get_origin(hint) is Literal:
+        return tuple(map(str, get_args(hint)))
+    inner = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
+    return tuple(value for part in inner for value in _choices(part))
+
+
+def _check_choices(options: type, argv: list[str]) -> None:
+    """InputError for the first value typed for an option that has choices, if it is none of them."""
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            _check_choices(hint, argv)
+        known = _choices(hint)
+        for word, value in zip(argv, argv[1:]) if known else ():
+            if word == flag(name) and value not in known and not value.startswith("-"):
+                raise InputError(f"{word} {value}: must be one of {', '.join(known)}"
+                                 f"{did_you_mean(value, known)}")
 
 
 def _program() -> str:

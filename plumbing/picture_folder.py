@@ -4,6 +4,7 @@ Everything returned here is float32 (N, 3, size, size) in [-1, 1] unless it says
 """
 
 import collections
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,10 +67,14 @@ def list_images(folder: str | Path, recursive: bool = False, remedy: str = "") -
     except PermissionError:
         raise InputError(f"{folder}: cannot be read, permission denied; check its permissions") from None
     below = sorted(files_below(folder))
+    runs = {path.parent for path in below if path.name == "metrics.jsonl" and path.parent != folder}
+    below = [path for path in below if not runs & {*path.parents}]
     looked_at = [path for path in below if recursive or path in right_here]
     taken = [path for path in looked_at if is_image(path)]
     deeper = [path for path in below if is_image(path) and path not in right_here] if not recursive else []
     left_out = describe_left_out([path for path in looked_at if not is_image(path)])
+    if runs and recursive:
+        left_out = "; ".join(filter(None, (left_out, f"what runs have made ({min(runs)})")))
     if deeper:
         what = f"{len(deeper)} {'more ' if taken else ''}pictures in subfolders, such as {deeper[0].parent}"
         left_out = "; ".join(filter(None, (left_out, what + (f": {remedy}" if remedy else ""))))
@@ -93,16 +98,37 @@ def describe_left_out(paths: list[Path]) -> str:
 def load_folder(folder: str | Path, size: int, recursive: bool = False) -> Tensor:
     """All images of `folder` by name, all in memory.
 
-    Says how many lose more than a third by being cut to a square.  Raises InputError as list_images and
-    load_image do.
+    Says which lose more than a third by being cut to a square, and which are the same as others.  Raises
+    InputError as list_images does, and for all that load_image refuses.
     """
     paths = list_images(folder, recursive, remedy="--recursive takes them")
-    images = torch.stack([load_image(path, size) for path in paths])
-    cut = sum(3 * min(shape) < 2 * max(shape) for shape in map(size_of, paths))
-    if cut:
-        distributed.say_once(f"note: {folder}: {cut} of {len(paths)} pictures lose more than a third in "
-                             "being cut to their centre square")
-    return images
+    images, refused = {}, {}
+    for path in paths:
+        try:
+            images[path] = load_image(path, size)
+        except InputError as error:
+            refused[path] = error
+    if refused:
+        (_, why), *more = refused.items()
+        raise InputError(f"{why}" + (f"; nor can be taken {some(path for path, _ in more)}" if more else ""))
+    if cut := [path for path in paths if 3 * min(size_of(path)) < 2 * max(size_of(path))]:
+        distributed.say_once(f"note: {folder}: {len(cut)} of {len(paths)} pictures lose more than a third in "
+                             f"being cut to their centre square: {some(cut)}")
+    first: dict[bytes, Path] = {}  # of each picture
+    if again := [path for path, image in images.items() if first.setdefault(_digest(image), path) != path]:
+        distributed.say_once(f"note: {folder}: {len(again)} of {len(paths)} pictures are the same as others: "
+                             f"{some(again)}")
+    return torch.stack([*images.values()])
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.sha256(image.numpy().tobytes()).digest()
+
+
+def some(paths: Iterable[Path]) -> str:
+    """The names of the first few."""
+    names = [path.name for path in paths]
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def name_of(folder: str | Path) -> str:

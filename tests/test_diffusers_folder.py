@@ -267,6 +267,11 @@ def test_a_folder_of_one_file_and_of_several(tmp_path, tiny):
     (tmp_path / "one" / "optimizer.pt").touch()
     assert load_source(str(tmp_path / "one")).image_size == 16
     shutil.copy(tiny.source, tmp_path / "one" / "other.safetensors")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    for name in ("options.json", "weights.safetensors"):
+        (tmp_path / "runs" / "a" / name).touch()
+    with pytest.raises(InputError, match="runs: holds runs, a; give the folder of one"):
+        load_source(str(tmp_path / "runs"))
     with pytest.raises(InputError, match="one: several files of weights, anything.safetensors, other.safetensors; give"):
         load_source(str(tmp_path / "one"))
     shutil.copy(tiny.source, tmp_path / "one" / "model.safetensors")  # of pretrain.py

@@ -249,7 +249,16 @@ def test_the_stages_of_a_run_on_photos(train, tiny, backbone, tmp_path, capsys, 
     assert [stage["iterations"] for stage in stages] == [0, 2] and stages[0]["Intra-LPIPS"] != stages[1]["Intra-LPIPS"]
     assert all({"FID", "KID", "held-out loss"} <= stage.keys() for stage in stages)
     options = json.loads((run / "options.json").read_text())
+    assert "warning" not in (said := capsys.readouterr().out) and "nearest: distance" in said and "memorised" not in said
+    shutil.copytree(tiny.targets, tmp_path / "others")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "others" / "0.png")
+    (run / "options.json").write_text(json.dumps(dict(options, target=str(tmp_path / "others"))))
+    call(evaluate.main, run, "--at", 2, "-n", 6, "--steps", 2, *lpips)
+    around.pop()
+    assert "others: the pictures have changed since the run in" in capsys.readouterr().out
     (run / "options.json").write_text(json.dumps(dict(options, target="moved")))
+    with pytest.raises(InputError, match="moved: the pictures of the run in .* are not there any more; give them with --target"):
+        call(evaluate.main, run, "--at", 2, "-n", 6, "--steps", 2, *lpips)
     call(evaluate.main, run, "--at", "2", "-n", 6, "--steps", 2, *lpips, "--target", tiny.targets)
     assert torch.equal(*around)
     shutil.copytree(tiny.targets, tmp_path / "four")

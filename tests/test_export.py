@@ -1,6 +1,7 @@
 """export.py: diffusers, in a process that knows nothing of this project, draws the same from the folder."""
 
 import ast
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from conftest import ROOT, TINY, call
 from safetensors.torch import load_file, save_file
 
 from checkpoints import export
+from checkpoints.__main__ import main as checkpoints_main
 from checkpoints.load import load_source
 from checkpoints.network import build, save_network
 from checkpoints.run_folder import load_run
@@ -178,6 +180,20 @@ def test_what_diffusers_can_be_is_read_back(networks, exported, name):
     with torch.no_grad():
         torch.testing.assert_close(back.model(x, T), network.model(x, T)[:, :3], atol=1e-5, rtol=1e-5)
     assert back.schedule.alpha_bar.equal(network.schedule.alpha_bar)
+
+
+def test_a_latent_model_keeps_its_limit(networks, tmp_path):
+    """In our own files, in a plain folder and back: `ddpm.sample` draws blots without it."""
+    network = networks["plain-kl"][1]
+    limited = dataclasses.replace(network, description=dict(network.description, clip=3.5))
+    save_network(tmp_path / "a.safetensors", limited)
+    call(export.main, tmp_path / "a.safetensors", tmp_path / "folder")
+    call(checkpoints_main, tmp_path / "folder", "--convert", tmp_path / "b.safetensors")
+    drawn = [load_source(str(tmp_path / name)).sample(range(2), 4) for name in ("a.safetensors", "folder", "b.safetensors")]
+    assert drawn[0].allclose(drawn[1], atol=1e-4) and drawn[0].allclose(drawn[2], atol=1e-4)
+    assert not drawn[0].allclose(network.sample(range(2), 4), atol=0.01)
+    call(export.main, networks["plain-kl"][0], tmp_path / "none")
+    assert load_source(str(tmp_path / "none")).clip is None and load_source(str(tmp_path / "folder")).clip == 3.5
 
 
 def test_adaptors_are_in_it(networks, exported, tiny):

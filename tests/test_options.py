@@ -51,7 +51,7 @@ def test_every_type_and_what_was_typed():
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["out", "-n", "many"], "invalid literal for int() with base 10: 'many'"), (["out", "--source", "cats"], "invalid choice 'cats'"),
+    (["out", "-n", "many"], "invalid literal for int() with base 10: 'many'"),
     (["out", "--gama", "3"], "--gamma FLOAT"), ([], "Missing from"), (["out", "--sour", "faces"], "Unrecognized options"),
 ])
 def test_wrong_input(argv, says, capsys):
@@ -112,6 +112,14 @@ class Run:
 def test_what_a_program_can_refuse_by_itself(argv, says):
     with pytest.raises(InputError, match=says):
         parse(Run, "", argv.split())
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("out --source face", r"--source face: must be one of faces, churches \(did you mean faces\?\)"), ("out --parts nose eyes", None),
+    ("out --parts eyes", "--parts eyes: must be one of nose, ears"), ("--out out", "--out: is no flag here; write its value alone")])
+def test_choices_and_words_without_a_flag(argv, says, capsys):
+    with pytest.raises(InputError if says else SystemExit, match=says):
+        parse(Options, "", argv.split())
 
 
 def test_home(monkeypatch):

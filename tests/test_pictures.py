@@ -320,7 +320,20 @@ def test_what_is_left_out_is_named(tmp_path, png, capsys):
 def test_a_wide_picture_loses_more_than_a_third(tmp_path, png, capsys):
     png("a.png", size=(8, 12)), png("b.png", size=(24, 16)), png("c.png", size=(8, 13))
     load_folder(tmp_path, 8)
-    assert "1 of 3 pictures lose more than a third" in capsys.readouterr().out
+    assert "1 of 3 pictures lose more than a third in being cut to their centre square: c.png" in capsys.readouterr().out
+
+
+def test_all_pictures_that_cannot_be_taken_are_named(tmp_path, png):
+    png("a.png"), png("b.png", size=(2, 2)), (tmp_path / "c.png").write_text("x"), png("d.png", size=(2, 2))
+    fails(lambda: load_folder(tmp_path, 8), "b.png: too small (2x2) for size 8", "; nor can be taken c.png, d.png")
+
+
+def test_what_runs_have_made_is_not_learnt_from(tmp_path, png, capsys):
+    png("a.png"), png("sub/b.png"), png("runs/x/samples.png"), png("runs/x/progress/000001.png")
+    (tmp_path / "runs" / "x" / "metrics.jsonl").touch()
+    assert [path.name for path in list_images(tmp_path, recursive=True)] == ["a.png", "b.png"]
+    assert f"left out are what runs have made ({tmp_path}/runs/x)" in capsys.readouterr().out
+    assert len(list_images(tmp_path / "runs" / "x", recursive=True)) == 2  # asked for
 
 
 @pytest.mark.parametrize("suffix, kind", [("heic", "HEIF"), ("HIF", "HEIF"), ("avif", "AVIF")])

@@ -198,8 +198,23 @@ def test_more_iterations_of_a_run_that_fades(flags, noted, train, tmp_path, caps
     run = train(tmp_path / "run", "--iterations", "2", *flags)
     resume(run, "--iterations", "2")
     assert "falls over" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="has done 2 already"):
+        resume(run, "--iterations", "1")
+    assert "falls over" not in capsys.readouterr().out
     resume(run, "--iterations", "3")
-    assert ("falls over 3 iterations from now on, not over 2" in capsys.readouterr().out) == noted
+    said = capsys.readouterr().out
+    assert ("falls over 3 iterations from now on, not over 2" in said) == noted and ("--guidance-fade" in said) == ("--guidance-fade" in flags)
+
+
+@pytest.mark.parametrize("name, says", [("target", "gone: the pictures of the run"), ("source", "gone: the source of the run")])
+def test_what_a_run_was_made_of_has_moved(name, says, train, tiny, tmp_path):
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", 1)
+    options = json.loads((run / "options.json").read_text())
+    (run / "options.json").write_text(json.dumps(options | {name: "gone"}))
+    with pytest.raises(InputError, match=f"{says} in .* not there any more; give .* with --{name}"):
+        resume(run, "--iterations", 2)
+    resume(run, "--iterations", 2, f"--{name}", options[name])
+    assert len(metrics(run)) == 2
 
 
 def test_a_seed_is_a_run(train, finished, tmp_path):
@@ -353,7 +368,7 @@ def test_a_learning_rate_far_too_high(train, tmp_path):
     assert state["iteration"] == 1 and all(p.isfinite().all() for p in state["parameters"])
 
 
-def test_a_folder_that_holds_a_run(train, tmp_path):
+def test_a_folder_that_holds_a_run(train, tmp_path, capsys):
     run = train(tmp_path / "run", "--method", "guided", "--iterations", "1", "--samples", "1")
     with pytest.raises(InputError, match="holds a run already; continue it with --resume, replace it with --overwrite"):
         train(run, "--method", "finetune", "--iterations", "2")
@@ -367,6 +382,7 @@ def test_a_folder_that_holds_a_run(train, tmp_path):
     assert not any(path.read_bytes() == b"old" for path in run.iterdir() if path.is_file())
     assert [record["iteration"] for record in run_folder.stages(run)] == [0, 2]
     assert (run / "drawn").exists()  # not a file of train_tan.py
+    assert "note: drawn in" in capsys.readouterr().out
     assert json.loads((run / "options.json").read_text())["overwrite"] is False
 
 
@@ -1011,7 +1027,11 @@ def test_pictures_that_are_few_or_the_same(train, tiny, tmp_path, capsys):
         shutil.copy(tiny.targets / "0.png", tmp_path / "targets" / name)
     train(tmp_path / "run", "--method", "adaptor", "--iterations", 0, "--target", tmp_path / "targets")
     said = capsys.readouterr().out
-    assert "targets: of 2 picture(s) expect copies" in said and "targets: 1 of 2 pictures are the same as others" in said
+    assert "targets: 2 picture(s) are few; expect copies" in said and "targets: 1 of 2 pictures are the same as others: b.png" in said
+    for name in ("c.png", "d.png"):  # the last is held out
+        shutil.copy(tiny.targets / "1.png", tmp_path / "targets" / name)
+    train(tmp_path / "held", "--method", "adaptor", "--iterations", 0, "--target", tmp_path / "targets", "--hold-out", 1)
+    assert "targets: a picture that is held out is also trained on" in capsys.readouterr().out
     train(tmp_path / "usual", "--method", "adaptor", "--iterations", 0)
     assert "note: " not in capsys.readouterr().out
     with pytest.raises(InputError, match="--source-images .*: are the target's pictures"):
