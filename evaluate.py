@@ -8,17 +8,16 @@
       run's folder.  For a run on other pictures: Intra-LPIPS and nearest, with
       --reference also FID and KID
   python evaluate.py --samples runs/photos/drawn --target photos/
-      any folders: Intra-LPIPS of the samples around the training pictures, and how near they come to them (of
-      a small source also --size 64, or whatever size its samples have)
+      any folders: Intra-LPIPS of the samples around the training pictures, and how near they come to them
   python evaluate.py --samples DIR --target DIR --reference DIR
       and FID, KID to a larger set of pictures of the target domain
 
 The paper's figures (section 5.2): Intra-LPIPS of 1,000 samples (sample.py -n 1000) around the ten training
 pictures, FID to 2,500 (sunglasses) and 2,700 (babies) pictures.  It names neither a size nor LPIPS's
-backbone: by default they are 256x256 and VGG, as is usual.  The weights of LPIPS's backbone and
-of Inception are downloaded if --download allows it, else the message says which file to put where.  GAN
-samples are scored the same way: only the folders matter.  python -m experiments.tables makes the tables and
-figures of sections 5.2 to 5.4.
+backbone: by default they are 256x256 (smaller samples: their own size) and VGG, as is usual.  The weights of
+LPIPS's backbone and of Inception are downloaded if --download allows it, else the message says which file to
+put where.  GAN samples are scored the same way: only the folders matter.  python -m experiments.tables makes
+the tables and figures of sections 5.2 to 5.4.
 """
 
 import dataclasses
@@ -213,7 +212,7 @@ def score_folders(options: Folders, device: torch.device) -> None:
         if getattr(options, name) is None:
             raise InputError(f"--{name}: missing; --samples and --target go together")
     drawn = samples_in(Path(options.samples))
-    size = options.size or min(256, max(32, *size_of(list_images(drawn)[0])))
+    size = options.size or min(256, max(32, min(size_of(list_images(drawn)[0]))))
     samples, targets = ImageFolder(drawn, size), ImageFolder(options.target, size)
     reference = reference_of(options, size)
     warn_of_old(drawn)

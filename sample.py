@@ -115,8 +115,8 @@ def main() -> None:
         raise InputError(f"{replaced[0]}: is there already; replace it with --overwrite, or choose another "
                          "--output-dir")
     distributed.barrier()  # all have looked before one of them writes
-    if replaced:
-        distributed.say(f"note: replacing {len(there & {*files.values()})} pictures in {out}")
+    if old := there & {*files.values()}:
+        distributed.say(f"note: replacing {len(old)} pictures in {out}")
     if others := len(there - {*files.values()}):
         distributed.say(f"note: {out} holds {others} other pictures, which stay there")
     out.mkdir(parents=True, exist_ok=True)

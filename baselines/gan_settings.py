@@ -11,7 +11,6 @@ from baselines import gan_methods
 from baselines.gan_training import check_groups
 from checkpoints.gan import GAN
 from checkpoints.load import title_of
-from plumbing import distributed
 from plumbing.options import (
     InputError,
     Unset,
@@ -116,9 +115,9 @@ def check(options: Options, typed: frozenset[str], source: GAN) -> None:
     positive(options, "learning_rate")
     check_seed(options)
     check_groups(options.batch_size, gan_methods.whole if options.method == "cdc" else int)
-    if options.method == "cdc" and options.batch_size // distributed.world() < 3:
+    if options.method == "cdc" and options.batch_size < 3:
         raise InputError(f"--batch-size {options.batch_size}: cdc judges some pictures whole and the rest in "
-                         "patches; give each process at least 3")
+                         "patches; give at least 3")
     if len(options.numbers.dcl_weights) != 2:
         raise InputError("--dcl-weights: give two numbers of at least 0")
     domains.check_pair(options.source, options.target)

@@ -92,19 +92,31 @@ def needed(names: Collection[str], file: str | None = None) -> list[str]:
 
     file    the one that is asked for, instead of the best
     """
-    if file and not any(re.fullmatch(form, file.rpartition("/")[2]) for form in FORMS):
-        return [file] if file in names else []  # stands alone
+    if file and file not in names:
+        return []
+    if file and not _is_of_diffusers(file):
+        return [file]  # stands alone
+    # The folder of the pipeline, "" or that of a checkpoint, whose scheduler may be in the folder above.
+    root = re.sub(r"unet(_ema)?/$", "", file[: file.rfind("/") + 1]) if file else ""
+    above = re.sub(r"[^/]+/$", "", root) + f"scheduler/{SCHEDULER}"
+    inside = [name.removeprefix(root) for name in names if name.startswith(root)]
+    weights = [file.removeprefix(root)] if file else weights_of(inside)
     places = {*UNETS, *STAGE_PLACES, "scheduler/"}
-    described = [name for name in names if name == INDEX
+    described = [name for name in inside if name == INDEX
                  or name.endswith("config.json") and name[: name.rfind("/") + 1] in places]
-    weights = [name for name in names if name == file] if file else weights_of(names)
-    return [*weights, *first_stage_at(names), *sorted(described)] if weights else []
+    found = [root + name for name in (*weights, *first_stage_at(inside), *sorted(described))]
+    return [*found, *({above} & {*names} - {*found})] if weights else []
 
 
 def undescribed(names: Collection[str]) -> list[str]:
     """The weights with diffusers' names that have no config.json beside them."""
-    return [name for name in names if any(re.fullmatch(form, name.rpartition("/")[2]) for form in FORMS)
-            and name[: name.rfind("/") + 1] + "config.json" not in names]
+    return [name for name in names
+            if _is_of_diffusers(name) and name[: name.rfind("/") + 1] + "config.json" not in names]
+
+
+def _is_of_diffusers(name: str) -> bool:
+    """Whether a file is called as diffusers calls weights."""
+    return any(re.fullmatch(form, name.rpartition("/")[2]) for form in FORMS)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -120,12 +132,13 @@ def files_in(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: a run of train_tan.py, which cannot be the source of another; give the "
                          "source it was made from (python -m checkpoints.export makes one of a run with "
                          "--method finetune)")
-    if runs := sorted(name.partition("/")[0] for name in names if name.endswith("/options.json")):
-        raise InputError(f"{folder}: holds runs, {', '.join(runs[:5])}; give the folder of one")
+    runs = sorted(name.partition("/")[0] for name in names if name.endswith("/options.json"))
     try:
-        found = weights_of(names)
+        found = weights_of({name for name in names if name.partition("/")[0] not in runs})
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
+    if runs and not found:
+        raise InputError(f"{folder}: holds runs, {', '.join(runs[:5])}; give the folder of one")
     if not found:
         raise InputError(f"{folder}: holds no network: no run (options.json), no folder of diffusers "
                          "(diffusion_pytorch_model.safetensors or .bin), no file of weights")
@@ -190,9 +203,13 @@ def _scheduler_of(folder: Path) -> Path | None:
 
 
 def _limit_in(folder: Path) -> float | None:
-    """What a latent model's scheduler limits the predicted x_0 to, if it says so."""
+    """What a latent model's scheduler limits the predicted x_0 to, if to anything.
+
+    1 is what diffusers writes where nobody chose; latents of unit variance exceed it.
+    """
     theirs = _read(file) if (file := _scheduler_of(folder)) else {}
-    return theirs.get("clip_sample_range") if theirs.get("clip_sample") else None
+    limit = theirs.get("clip_sample_range", 1.0)
+    return limit if theirs.get("clip_sample") and limit != 1.0 else None
 
 
 def _schedule_in(folder: Path, arch: str | None) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _cached(repo: str, file: str | None, revision: str | None) -> Path | None:
         there = needed(names, file and file[1:])
     except InputError:  # parts are missing
         return None
-    alone = there == [file and file[1:]]
+    alone = file and len(there) == 1
     whole = there and not undescribed(there) and (alone or not missing_first_stage(folder))
     return _inside(folder, file) if whole else None
 

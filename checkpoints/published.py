@@ -202,11 +202,11 @@ def read_json(file: str) -> dict[str, Any]:
                          f"({error})") from None
     if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
         raise InputError(f"--arch {file}: must hold {{\"config\": {{...}}, \"schedule\": {{...}}}}")
-    where, kinds = description["config"].get("attention_resolutions", []), (int, float)
+    where = description["config"].get("attention_resolutions", [])
     if not isinstance(where, list) or not all(isinstance(factor, int) for factor in where):
         raise InputError(f"--arch {file}: attention_resolutions must be a list of whole numbers")
     if not isinstance(description.get("schedule", {}), dict | None):
         raise InputError(f"--arch {file}: \"schedule\" must hold {{\"name\": ..., \"timesteps\": ...}}")
-    if not isinstance(description.get("scale_factor", 1.0), kinds):
+    if not isinstance(description.get("scale_factor", 1.0), int | float):
         raise InputError(f"--arch {file}: \"scale_factor\" must be a number")
     return description

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import domains
 import settings
 from baselines import gan_methods, gan_settings
 from checkpoints.load import load_source
@@ -89,7 +90,8 @@ def call_train(program: Program, arguments: list[str], log: Path) -> int:
 
 def _same_file(one: Any, other: Any) -> bool:
     """Whether both are paths to the same file or folder, spelt differently."""
-    paths = isinstance(one, str) and isinstance(other, str) and Path(one).exists() and Path(other).exists()
+    paths = all(isinstance(path, str) and path not in domains.TARGETS and Path(path).exists()
+                for path in (one, other))
     return paths and Path(one).samefile(other)
 
 

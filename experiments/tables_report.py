@@ -166,9 +166,11 @@ def difference_table(found: list[Row], name: str, title: str, reference: str, si
     for label in [label for label in values if label != reference and reference in values]:
         differences = {pair: value - values[reference][pair] for pair, value in values[label].items()
                        if pair in values[reference]}
+        if not differences:
+            continue
         by_target = [[value for (of_target, _), value in differences.items() if of_target == target]
                      for target in targets]
-        means = [statistics.mean(values) for values in by_target if values]
+        means = [statistics.mean(of_seeds) for of_seeds in by_target if of_seeds]
         won = sum(sign * value > 0 for value in differences.values())
         rows.append([label, *map(_difference, by_target), _difference(means), f"{won} of {len(differences)}"])
     return markdown(title, [f"less {reference}", *targets, "all", "better"], rows) if rows else ""

@@ -22,15 +22,18 @@ AHEAD = 4  # batches
 JUNK = {"thumbs.db", "desktop.ini", "__macosx"}  # of file managers; hidden files are not named either
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and its subfolders, linked ones too; hidden ones and junk left out."""
+def files_below(folder: Path, links: bool) -> Iterator[Path]:
+    """All files in a folder and its subfolders, with `links` in linked ones, too; hidden ones and junk left
+    out.
+    """
     visited = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=links):
         if (real := os.path.realpath(place)) in visited:  # a link to a folder above would never end
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not _is_junk(name))
+        kept = [name for name in folders if not _is_junk(name)]
+        folders[:] = sorted(kept, key=lambda name: (os.path.islink(os.path.join(place, name)), name))
         yield from (Path(place) / name for name in names if not _is_junk(name))
 
 
@@ -66,7 +69,7 @@ def list_images(folder: str | Path, recursive: bool = False, remedy: str = "") -
         raise InputError(f"{folder}: is a file; give a folder of images") from None
     except PermissionError:
         raise InputError(f"{folder}: cannot be read, permission denied; check its permissions") from None
-    below = sorted(files_below(folder))
+    below = sorted(files_below(folder, links=recursive))
     runs = {path.parent for path in below if path.name == "metrics.jsonl" and path.parent != folder}
     below = [path for path in below if not runs & {*path.parents}]
     looked_at = [path for path in below if recursive or path in right_here]
@@ -111,7 +114,7 @@ def load_folder(folder: str | Path, size: int, recursive: bool = False) -> Tenso
     if refused:
         (_, why), *more = refused.items()
         raise InputError(f"{why}" + (f"; nor can be taken {some(path for path, _ in more)}" if more else ""))
-    if cut := [path for path in paths if 3 * min(size_of(path)) < 2 * max(size_of(path))]:
+    if cut := [path for path in paths if 3 * min(shape := size_of(path)) < 2 * max(shape)]:
         distributed.say_once(f"note: {folder}: {len(cut)} of {len(paths)} pictures lose more than a third in "
                              f"being cut to their centre square: {some(cut)}")
     first: dict[bytes, Path] = {}  # of each picture

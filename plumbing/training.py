@@ -20,7 +20,7 @@ from torch import Tensor
 from plumbing import distributed, progress
 from plumbing.board import Board
 from plumbing.files import add_metrics, save_checkpoint, trim_metrics
-from plumbing.options import InputError
+from plumbing.options import InputError, is_out_of_memory
 
 
 class EMA:
@@ -166,9 +166,9 @@ class Loop:
             self.ema.load_state_dict(state["ema"])
             if self.also:
                 self.also(state)
-        except torch.OutOfMemoryError:
-            raise
-        except (LookupError, RuntimeError, TypeError, ValueError):
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise InputError(f"{self.out}/checkpoint.pt: is of another network than the options describe; "
                              "start anew with --overwrite") from None
         distributed.say(f"resuming at iteration {state['iteration']}")

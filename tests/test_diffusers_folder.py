@@ -272,6 +272,8 @@ def test_a_folder_of_one_file_and_of_several(tmp_path, tiny):
         (tmp_path / "runs" / "a" / name).touch()
     with pytest.raises(InputError, match="runs: holds runs, a; give the folder of one"):
         load_source(str(tmp_path / "runs"))
+    shutil.copy(tiny.source, tmp_path / "runs" / "model.safetensors")
+    assert load_source(str(tmp_path / "runs")).image_size == 16  # a run beside it does not matter
     with pytest.raises(InputError, match="one: several files of weights, anything.safetensors, other.safetensors; give"):
         load_source(str(tmp_path / "one"))
     shutil.copy(tiny.source, tmp_path / "one" / "model.safetensors")  # of pretrain.py

@@ -192,6 +192,11 @@ def test_a_latent_model_keeps_its_limit(networks, tmp_path):
     drawn = [load_source(str(tmp_path / name)).sample(range(2), 4) for name in ("a.safetensors", "folder", "b.safetensors")]
     assert drawn[0].allclose(drawn[1], atol=1e-4) and drawn[0].allclose(drawn[2], atol=1e-4)
     assert not drawn[0].allclose(network.sample(range(2), 4), atol=0.01)
+    scheduler = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    known = scheduler.read_text()
+    scheduler.write_text(json.dumps(dict(json.loads(known), clip_sample_range=1.0)))  # nobody chose it
+    assert load_source(str(tmp_path / "folder")).clip is None
+    scheduler.write_text(known)
     call(export.main, networks["plain-kl"][0], tmp_path / "none")
     assert load_source(str(tmp_path / "none")).clip is None and load_source(str(tmp_path / "folder")).clip == 3.5
 

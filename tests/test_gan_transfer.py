@@ -264,7 +264,7 @@ def test_a_generator_alone_draws(files, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--method", "tgan", "--cdc-weight", 3], "--cdc-weight: --method tgan does not use it, only cdc; leave it out"),
     (["--batch-size", 1], "--batch-size 1: must be at least 2"),
-    (["--method", "cdc", "--batch-size", 2], "--batch-size 2: cdc judges .* at least 3"),
+    (["--method", "cdc", "--batch-size", 2], "--batch-size 2: cdc judges .* give at least 3"),
     (["--method", "tgan", "--batch-size", 7], "--batch-size 7: the discriminator compares pictures in groups .* and would see 7 at once"),
     (["--batch-size", 20], "--batch-size 20: the discriminator compares pictures in groups .* and would see 5 at once"),  # whole ones of cdc
     (["--method", "ada", "--ada-target", "nan"], "--ada-target nan: must be at least -1"),

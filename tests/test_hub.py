@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from test_diffusers_folder import VAES, diffusers_model
 
-from checkpoints import hub
+from checkpoints import diffusers_folder, hub
 from checkpoints.load import load_source, pinned
 from plumbing.options import InputError
 
@@ -212,6 +212,17 @@ def test_one_file_of_diffusers_comes_with_what_describes_it(program, server, tmp
     config.unlink()
     again = program(ROOT / "sample.py", name, "-n", 1, "--steps", 1)  # a snapshot that is not whole is fetched anew
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("file, wanted", [
+    ("unet/diffusion_pytorch_model.bin", {"unet/diffusion_pytorch_model.bin", "unet/config.json", "scheduler/scheduler_config.json"}),
+    ("step-5/unet/diffusion_pytorch_model.bin", {"step-5/unet/diffusion_pytorch_model.bin", "step-5/unet/config.json", "scheduler/scheduler_config.json"}),
+    ("a.ckpt", {"a.ckpt"}), ("b.ckpt", set())])
+def test_what_is_read_with_one_file(file, wanted):
+    names = ["README.md", "a.ckpt", "scheduler/scheduler_config.json", *(f"{place}unet/{name}" for place in ("", "step-5/") for name in (
+        "config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"))]
+    found = diffusers_folder.needed(names, file)
+    assert set(found) == wanted and len(found) == len(wanted) and not diffusers_folder.undescribed(found)
 
 
 def test_folders_of_the_cache(tmp_path):

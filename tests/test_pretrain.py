@@ -283,6 +283,8 @@ def test_resumed_it_is_the_same_run(tmp_path):
 
 def test_a_run_that_diverged_goes_on_from_what_it_saved_before(tmp_path):
     flags = ["toyfaces", *TINY, "--warmup", 0, "--save-every", 2, "--output-dir", tmp_path]
+    with pytest.raises(InputError, match="at iteration 1; start again with a lower --learning-rate"):  # nothing is saved yet
+        call(pretrain.main, *flags, "--iterations", 2, "--learning-rate", 1e30)
     call(pretrain.main, *flags, "--iterations", 2)
     with pytest.raises(InputError, match="loss nan, .*; the last state that was saved is in .*checkpoint.pt; go on with --resume"):
         call(pretrain.main, *flags, "--iterations", 9, "--resume", "--learning-rate", 1e20)

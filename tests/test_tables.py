@@ -157,9 +157,9 @@ def test_figures_of_a_source_that_was_trained_anew_are_not_taken(monkeypatch):
 
 
 def test_runs_scored_otherwise_are_not_tabulated():
-    same = dict(method="source model", target="babies") | judge.protocol("babies", 12, 2)
+    same = dict(method="fresh pictures", target="babies") | judge.protocol("babies", 12, 2)
     assert results.current(dict(run=same), 12, 2)
-    for other in (same | dict(n=13), same | dict(fresh=1), {name: same[name] for name in ("method", "target", "n", "steps")}, same | dict(seed=1)):
+    for other in (same | dict(method="source model"), same | dict(n=13), same | dict(fresh=1), {name: same[name] for name in ("method", "target", "n", "steps")}, same | dict(seed=1)):
         assert not results.current(dict(run=other), 12, 2)  # the last: a run that does not say how it was trained
 
 
