@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite(train, finished, tmp_path, monkeypatch):
         return guided_loss(*a) * (float("nan") if len(steps) == 3 else 1)
     with monkeypatch.context() as patch, pytest.raises(InputError, match="at iteration 2; .* a lower --learning-rate") as error:
         patch.setattr(train_tan, "guided_loss", broken)
-        train(run)
+        train(run, "--save-every", 1)
     assert "\n" not in str(error.value)
     state = load_checkpoint(run / "checkpoint.pt")
     assert state["iteration"] == 2 and all(p.isfinite().all() for p in state["parameters"])
@@ -498,10 +498,9 @@ def test_a_published_file_needs_an_arch(tiny, train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_method(capsys):
-    with pytest.raises(SystemExit):
+def test_an_unknown_method():
+    with pytest.raises(InputError, match="--method dreambooth: must be one of tan, guided, adaptor, finetune, pa"):
         call(train_tan.main, "--method", "dreambooth")
-    assert " invalid choice 'dreambooth'" in capsys.readouterr().err
 
 
 def test_a_single_target_picture(tiny, train, tmp_path):
@@ -823,8 +822,10 @@ def test_held_out_pictures_are_not_trained_on(train, tiny, tmp_path):
         (tmp_path / "three" / name).unlink()
     flags = "--method", "guided", "--iterations", "3"
     run, three = train(tmp_path / "run", *flags, "--hold-out", "2"), train(tmp_path / "other", *flags, "--target", tmp_path / "three")
-    for name in ("weights.safetensors", "classifier.safetensors", "targets.png"):
+    for name in ("classifier.safetensors", "targets.png"):
         assert (run / name).read_bytes() == (three / name).read_bytes()
+    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (run, three))  # the descriptions name other pictures
+    assert ours.keys() == theirs.keys() and all(value.equal(theirs[name]) for name, value in ours.items())
     assert losses(run) == losses(three)
 
 
