@@ -52,7 +52,7 @@ from plumbing.options import (
     run,
     short,
 )
-from plumbing.picture_folder import ImageFolder, list_images
+from plumbing.picture_folder import ImageFolder, hash_of, list_images
 from plumbing.pictures import size_of
 from plumbing.progress import bar
 from plumbing.shell import quoted
@@ -154,7 +154,7 @@ def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callab
                                  hold_out=run.get("hold_out", 0), recursive=run.get("recursive", False))
     if options.folders.target is None:
         domains.need_still_there(run["target"], folder)
-        if run_folder.pictures_of(folder) not in (None, run_folder.hash_of(torch.cat(pictures(own)))):
+        if run_folder.pictures_of(folder) not in (None, hash_of(torch.cat(pictures(own)))):
             print(f"warning: {run['target']}: the pictures have changed since the run in {folder} began; the "
                   "figures are about the present ones")
     targets, _ = pictures(size)

@@ -272,18 +272,13 @@ def main() -> None:
         loss.backward()
         distributed.sum_gradients(parameters)
         total = distributed.sum_over_ranks(loss.detach().clone()).item()
-        gradient_norm = loop.check(total, remedy(out))
+        gradient_norm = loop.check(total, "start again with a lower --learning-rate",
+                                   with_state="go on with --resume and a lower --learning-rate")
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, torch.tensor(gradient_norm))
         optimizer.step()
         ema.update()
         loop.record(loss=total, gradient_norm=gradient_norm)
     finish(out, network)
-
-
-def remedy(out: Path) -> str:
-    """What to do about a run that diverges."""
-    begin = "go on with --resume and" if (out / "checkpoint.pt").exists() else "start again with"
-    return f"{begin} a lower --learning-rate"
 
 
 def finish(out: Path, network: Network | gan.GAN) -> None:

@@ -6,7 +6,6 @@ each row of progress.png, and what was measured there.  checkpoint.pt holds the 
 for people.
 """
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -26,7 +25,7 @@ from checkpoints.weights_file import read_tensors
 from plumbing import distributed
 from plumbing.files import check_replaceable, load_checkpoint, read_metrics, remove_unfinished, write_text
 from plumbing.options import InputError, check_types, flag, flat, replace
-from plumbing.picture_folder import refuse_pictures
+from plumbing.picture_folder import hash_of, refuse_pictures
 from plumbing.shell import quoted
 
 T = TypeVar("T")
@@ -73,16 +72,12 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
 
 
 def identity(source: Network, targets: Tensor, compared: str | None) -> dict[str, str | None]:
-    """What has to be the same when a run goes on: source, training pictures (K, 3, H, W) and `compared`.
+    """What has to be the same when a run goes on: source, training pictures (K, 3, H, W), those held out
+    after the others, and `compared`.
 
     compared    which pictures the loss compares with each other, in words; None where it compares none
     """
     return dict(source=fingerprint(source), pictures=hash_of(targets), compared=compared)
-
-
-def hash_of(pictures: Tensor) -> str:
-    """Tells training pictures (K, 3, H, W), those held out after the others, from other ones."""
-    return hashlib.sha256(pictures.numpy().tobytes()).hexdigest()
 
 
 def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None]) -> dict[str, Any] | None:

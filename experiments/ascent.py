@@ -196,8 +196,8 @@ def main() -> None:
                                           of_target.get("recursive", False))
     usual = settings.suited(settings.Options(target=target, method="tan"), network).adversarial_noise.norm
     uses = settings.METHODS.get(of_run["method"]) if of_run else None
-    of_run_or_usual = of_run.get("norm", "paper") if uses and uses.adversarial_noise else usual
-    chosen = options.norm or of_run_or_usual
+    default = of_run.get("norm", "paper") if uses and uses.adversarial_noise else usual
+    chosen = options.norm or default
     network.to(device).model.requires_grad_(False)
     rows = measure(network, pictures, options, chosen == "own", device)
     title = (f"{options.model} on {len(pictures)} pictures of {target}: J omega = {options.reach:g}, "

@@ -87,8 +87,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
     """The values that an option of this type may have, if they can be listed."""
     if get_origin(hint) is Literal:
         return tuple(map(str, get_args(hint)))
-    inner = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
-    return tuple(value for part in inner for value in _choices(part))
+    return tuple(value for part in get_args(hint) for value in _choices(part))
 
 
 def _check_choices(options: type, argv: list[str]) -> None:

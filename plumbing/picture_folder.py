@@ -71,16 +71,17 @@ def list_images(folder: str | Path, recursive: bool = False, remedy: str = "") -
         raise InputError(f"{folder}: cannot be read, permission denied; check its permissions") from None
     below = sorted(files_below(folder, links=recursive))
     runs = {path.parent for path in below if path.name == "metrics.jsonl" and path.parent != folder}
-    below = [path for path in below if not runs & {*path.parents}]
+    below = [path for path in below if runs.isdisjoint(path.parents)] if runs else below
     looked_at = [path for path in below if recursive or path in right_here]
     taken = [path for path in looked_at if is_image(path)]
     deeper = [path for path in below if is_image(path) and path not in right_here] if not recursive else []
-    left_out = describe_left_out([path for path in looked_at if not is_image(path)])
+    notes = [describe_left_out([path for path in looked_at if not is_image(path)])]
     if runs and recursive:
-        left_out = "; ".join(filter(None, (left_out, f"what runs have made ({min(runs)})")))
+        notes.append(f"what runs have made ({min(runs)})")
     if deeper:
         what = f"{len(deeper)} {'more ' if taken else ''}pictures in subfolders, such as {deeper[0].parent}"
-        left_out = "; ".join(filter(None, (left_out, what + (f": {remedy}" if remedy else ""))))
+        notes.append(what + (f": {remedy}" if remedy else ""))
+    left_out = "; ".join(filter(None, notes))
     if not taken:
         there = f"; it holds {left_out}" if left_out else ""
         raise InputError(f"{folder}: no images in this folder (.jpg, .png, .heic, .webp, .tif and the "
@@ -117,15 +118,16 @@ def load_folder(folder: str | Path, size: int, recursive: bool = False) -> Tenso
     if cut := [path for path in paths if 3 * min(shape := size_of(path)) < 2 * max(shape)]:
         distributed.say_once(f"note: {folder}: {len(cut)} of {len(paths)} pictures lose more than a third in "
                              f"being cut to their centre square: {some(cut)}")
-    first: dict[bytes, Path] = {}  # of each picture
-    if again := [path for path, image in images.items() if first.setdefault(_digest(image), path) != path]:
+    first: dict[str, Path] = {}  # of each picture
+    if again := [path for path, image in images.items() if first.setdefault(hash_of(image), path) != path]:
         distributed.say_once(f"note: {folder}: {len(again)} of {len(paths)} pictures are the same as others: "
                              f"{some(again)}")
     return torch.stack([*images.values()])
 
 
-def _digest(image: Tensor) -> bytes:
-    return hashlib.sha256(image.numpy().tobytes()).digest()
+def hash_of(pictures: Tensor) -> str:
+    """Tells a picture, or several (K, 3, H, W), from other ones."""
+    return hashlib.sha256(pictures.numpy().tobytes()).hexdigest()
 
 
 def some(paths: Iterable[Path]) -> str:

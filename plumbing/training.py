@@ -201,16 +201,18 @@ class Loop:
                     sys.exit(130)
                 self.after(done, saving)
 
-    def check(self, loss: float, remedy: str) -> float:
+    def check(self, loss: float, remedy: str, with_state: str | None = None) -> float:
         """The norm of all gradients that there are; InputError if it or the loss is not finite.
 
+        with_state    the remedy where a state was saved, if that is another one
         Nothing is saved then: from this state the same iteration would fail again.
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).item()
         if not math.isfinite(loss + norm):
             self.bar.close()
-            file = self.out / "checkpoint.pt"
-            state = f"; the last state that was saved is in {file}" if file.exists() else ""
+            file, state = self.out / "checkpoint.pt", ""
+            if file.exists():
+                state, remedy = f"; the last state that was saved is in {file}", with_state or remedy
             raise InputError(f"loss {loss}, gradient {norm} at iteration {self.iteration}{state}; {remedy}")
         return norm
 
