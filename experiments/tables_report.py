@@ -106,7 +106,7 @@ def order_table(found: list[Row]) -> str:
     gans, diffusion = range(5), range(5, 7)  # of OURS
     kinds = {"GANs": [*itertools.combinations(gans, 2)],
              "DDPM-PA and TAN": [*itertools.combinations(diffusion, 2)],
-             "one of either": [*itertools.product(gans, diffusion)]}
+             "a GAN and a diffusion model": [*itertools.product(gans, diffusion)]}
     kinds["all"] = [pair for pairs in kinds.values() for pair in pairs]
 
     def cell(name: str, paper: dict[str, tuple], pairs: list[tuple[int, int]]) -> str:
