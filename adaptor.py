@@ -169,12 +169,16 @@ def attach(unet: UNet, width: int | None = None, form: str = "bottleneck") -> No
     device = next(unet.parameters()).device
     unet.requires_grad_(False)
     for layer in layers(unet, form):
-        if form == "bottleneck":
-            psi = Adaptor(layer.channels, layer.emb_channels, layer.out_channels, width, layer.scale,
-                          unet.norm_groups)
-        else:
-            psi = ScaleShift(layer) if form == "scale-shift" else LowRank(layer, width)
-            layer.forward = MethodType(_adapted, layer)  # a residual block asks for its adaptor by itself
+        match form:
+            case "bottleneck":
+                psi = Adaptor(layer.channels, layer.emb_channels, layer.out_channels, width, layer.scale,
+                              unet.norm_groups)
+            case "scale-shift":
+                psi = ScaleShift(layer)
+            case "low-rank":
+                psi = LowRank(layer, width)
+        if form != "bottleneck":  # a residual block asks for its adaptor by itself
+            layer.forward = MethodType(_adapted, layer)
         layer.adaptor = psi.to(device, memory_format=torch.channels_last)
 
 

@@ -275,14 +275,16 @@ def warn_of_old(samples: Path) -> None:
               "drawn, draw them again with sample.py")
 
 
-def unused(options: Options) -> tuple[set[str], str]:
-    """The options that have nothing to say about what is scored, and why."""
+def unused(options: Options) -> dict[str, str]:
+    """The options that have nothing to say about what is scored, and why: {name: reason}."""
     if not options.runs:
-        return {*flat(options.sampling)}, "is for runs; --samples are scored as they are"
+        return dict.fromkeys(flat(options.sampling), "is for runs; --samples are scored as they are")
     if options.sampling.at and not any(judge.knows(run_folder.read_options(run)) for run in options.runs):
-        return set(), ""
-    return {*flat(options.folders), "source"}, ("is for folders of pictures (--samples DIR), and for stages "
-                                                "of runs that the judge does not know; give those alone")
+        return {}
+    of_folders = ("is for folders of pictures (--samples DIR), and for stages of runs that the judge does "
+                  "not know; give those alone")
+    return {**dict.fromkeys(flat(options.folders), of_folders),
+            "source": "is for stages (--at) of a run whose source has moved; a built-in one does not"}
 
 
 def main() -> None:
@@ -290,9 +292,9 @@ def main() -> None:
     at = options.sampling.at
     if bool(options.runs) == bool({"samples", *(() if at else ("target", "reference"))} & typed):
         raise InputError("what to score: give either folders of runs, or --samples DIR --target DIR")
-    names, why = unused(options)
-    for name in sorted(names & typed):
-        raise InputError(f"{flag(name)}: {why}; leave it out")
+    reasons = unused(options)
+    for name in sorted(reasons.keys() & typed):
+        raise InputError(f"{flag(name)}: {reasons[name]}; leave it out")
     if at and at != "all" and not at.isdecimal():
         raise InputError(f"--at {at}: give all, or the iterations of a stage")
     at_least(options, n=2, steps=1, size=32, cluster_size=2)

@@ -193,6 +193,9 @@ def source_weights(source: str) -> str:
 def protocol(target: str, n: int, steps: int, source: str | None = None) -> dict[str, int | str]:
     """How runs from a source to a built-in target are scored; figures compare where all of it is the same.
 
+    Whatever changes what `draw` gives belongs here; an option that is new only where it is not as usual, so
+    that the figures of older runs still hold.
+
     source    None: of pictures that come from none
     """
     judge = load_judge(domains.TARGETS[target])
@@ -216,14 +219,22 @@ def source_samples(source: str, n: int, steps: int, device: torch.device, precis
 
 
 def knows(options: dict) -> bool:
-    """Whether a run with these (flat) options went from a drawn source to one of its targets."""
+    """Whether a run with these (flat) options went from a drawn source to one of its targets that the judge
+    has seen.
+    """
     drawn = domains.drawn_by(options["source"])
-    return drawn is not None and domains.TARGETS.get(options["target"]) == drawn
+    target = options["target"]
+    return drawn is not None and domains.TARGETS.get(target) == drawn and has_seen(target)
+
+
+def has_seen(target: str) -> bool:
+    """Whether the judge of a drawn target's source has learnt that target."""
+    return target in load_judge(domains.TARGETS[target]).description["attributes"]["domain"]
 
 
 def need_seen(target: str) -> None:
     """InputError for a drawn target that its source's judge has not seen: a new one needs a new judge."""
-    if target not in load_judge(domains.TARGETS[target]).description["attributes"]["domain"]:
+    if not has_seen(target):
         raise InputError(f"{target}: the judge has not seen it, and cannot score it; train one that has "
                          "(docs/built-in-weights.md)")
 
@@ -239,11 +250,12 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
     """
     options = run_folder.read_options(folder)
     source, target = options["source"], options["target"]
+    if target in domains.TARGETS:
+        need_seen(target)
     if not knows(options):
         raise InputError(
             f"{folder}: from {source} to {target}; the judge knows drawn sources and their targets only. "
             f"Any run's stages are compared by python evaluate.py {quoted(folder)} --at all --download")
-    need_seen(target)
     network, _ = run_folder.load_run(folder, at)
     network.check_steps(steps)
     run = {name: options.get(name) for name in ("target", "method", "seed", "iterations")}

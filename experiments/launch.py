@@ -47,9 +47,10 @@ def relevant(options: dict[str, Any]) -> dict[str, Any]:
     """Of a run's (flat) options, those that its figures depend on: {name: value as in JSON}."""
     program = program_of(options["method"])
     usual = flat(program.options())
+    gone = options.keys() - usual.keys()  # an option of another version: that run is like none of today
     options = usual | options  # an older run does not name what has become an option since
-    seen = program.used_by(options["method"]) - UNSEEN
-    found = {name: options[name] for name in usual if name in seen}
+    seen = program.used_by(options["method"]) - UNSEEN | gone
+    found = {name: value for name, value in options.items() if name in seen}
     if found.get("classifier_targets"):
         found["classifier_targets"] = Path(found["classifier_targets"]).name  # the folder of runs may move
     return json.loads(json.dumps(found))

@@ -17,7 +17,7 @@ from torch import Tensor
 import adaptor
 import domains
 from baselines import gan_methods, gan_settings
-from checkpoints.load import load_source
+from checkpoints.load import BUILT_IN, load_source
 from checkpoints.run_folder import best_stage, load_run, read_options
 from checkpoints.run_folder import stages as stages_of
 from domains import judge
@@ -73,6 +73,10 @@ class Options:
         if method in gan_methods.METHODS:
             return gan_settings.usual_source(target)
         return domains.TARGETS[target] + ("-latent" if self.latent else "")
+
+    def has_source(self, target: str) -> bool:
+        """Whether there is such a source of diffusion models."""
+        return self.source(target) in BUILT_IN
 
     @property
     def diffusion_methods(self) -> list[str]:

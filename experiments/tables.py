@@ -19,7 +19,7 @@ commands so far; the pictures have the methods of the last command.
 
 from pathlib import Path
 
-from checkpoints.load import BUILT_IN, load_source
+from checkpoints.load import load_source
 from domains import judge
 from experiments import launch, results
 from experiments.parts import WORK, Options
@@ -50,17 +50,20 @@ def check(options: Options) -> None:
             raise InputError(f"--{name}: give at least one"
                              + " (GANs have no latent source)" * (name == "methods" and options.latent))
     for target in options.targets:
-        if options.source(target) not in BUILT_IN:
+        if not options.has_source(target):
             raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
         judge.need_seen(target)
-        load_source(options.source(target)).check_steps(options.steps)
+    for source in map(options.source, options.targets):
+        load_source(source).check_steps(options.steps)
 
 
 def main() -> None:
-    options, _ = parse(Options, __doc__)
+    options, typed = parse(Options, __doc__)
     options = each_once(options, "targets", "methods", "seeds", "parts")
     if options.latent:
         options = replace(options, methods=tuple(options.diffusion_methods))
+    if "targets" not in typed:
+        options = replace(options, targets=tuple(filter(options.has_source, options.targets)))
     check(options)
     launch.heed_signals()
     device = distributed.setup_alone(options.device, "experiments.tables")

@@ -96,7 +96,8 @@ def _check_choices(options: type, argv: list[str]) -> None:
         if dataclasses.is_dataclass(hint):
             _check_choices(hint, argv)
         known = _choices(hint)
-        for word, value in zip(argv, argv[1:]) if known else ():
+        words = [part for word in argv for part in word.split("=", 1 if word.startswith("--") else 0)]
+        for word, value in zip(words, words[1:]) if known else ():
             if word == flag(name) and value not in known and not value.startswith("-"):
                 raise InputError(f"{word} {value}: must be one of {', '.join(known)}"
                                  f"{did_you_mean(value, known)}")

@@ -35,7 +35,7 @@ def test_the_latent_sources_decode_what_they_encode(source, error, spread):
     assert latents.std() == pytest.approx(1, abs=spread)
 
 
-@pytest.mark.parametrize("domain", ["toyfaces", *domains.TARGETS])
+@pytest.mark.parametrize("domain", [*domains.SOURCES, *filter(judge.has_seen, domains.TARGETS)])
 def test_the_judge_knows_domains_and_attributes(domain):
     source = domains.TARGETS.get(domain, domain)
     network = judge.load_judge(source)

@@ -86,6 +86,7 @@ SAMPLES, TARGET = ["--samples", "docs/images"], ["--target", "docs/images"]
     (["x", "--steps", "0"], "--steps 0: must be at least 1"),
     (["x", "--size", "64"], "--size: is for folders of pictures \\(--samples DIR\\), and for stages"),
     (["x", "--seed", "0"], "--seed: is for folders of pictures"),
+    (["x", "--source", "y"], "--source: is for stages \\(--at\\) of a run whose source has moved"),
     (["--samples", "x", "--target", "y", "-n", "10"], "-n: is for runs; --samples are scored as they are"),
     (["--samples", "x", "--target", "y", "--steps=10"], "--steps: is for runs"),
 ])
@@ -174,6 +175,8 @@ def test_a_target_that_the_judge_has_not_seen(monkeypatch, tmp_path):
         call(evaluate.main, tmp_path)
     with pytest.raises(InputError, match="hats: the judge has not seen it"):
         tables.check(parts.Options(targets=("hats",)))
+    assert not judge.knows(dict(source="toyfaces", target="hats"))  # so its stages are scored like those of any folder
+    assert judge.knows(dict(source="toyfaces-latent", target="babies"))
 
 
 def test_a_run_is_scored_once(train, few_fresh, tmp_path, monkeypatch, capsys):

@@ -101,7 +101,7 @@ def test_larger_pictures_are_reduced():
 def test_fewer_samples_at_once_where_memory_is_short():
     sizes = []
 
-    def sample(seeds, steps, batch_size, progress):
+    def sample(seeds, steps, batch_size, **_):
         sizes.append(batch_size)
         if batch_size > 16:
             raise torch.OutOfMemoryError

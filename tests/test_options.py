@@ -116,6 +116,7 @@ def test_what_a_program_can_refuse_by_itself(argv, says):
 
 @pytest.mark.parametrize("argv, says", [
     ("out --source face", r"--source face: must be one of faces, churches \(did you mean faces\?\)"), ("out --parts nose eyes", None),
+    ("out --source=face", "--source face: must be one of"), ("--source faces out --n", None),
     ("out --parts eyes", "--parts eyes: must be one of nose, ears"), ("--out out", "--out: is no flag here; write its value alone")])
 def test_choices_and_words_without_a_flag(argv, says, capsys):
     with pytest.raises(InputError if says else SystemExit, match=says):

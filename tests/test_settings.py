@@ -1,11 +1,18 @@
 """settings.py: what suits which source, which options a method uses, and what is refused by the name of its flag."""
 
+import dataclasses
+import math
 import re
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 
+import adaptor
 import settings
+from baselines import gan_methods, gan_settings
+from checkpoints import pretrain_settings
+from checkpoints.load import load_gan, load_source
 from plumbing.options import InputError, flag, flat, parse, replace
 from settings import METHODS, PAPER, Options, suited, used_by
 
@@ -60,6 +67,7 @@ def test_options_of_a_method():
 def test_what_suits_the_forms_of_adaptors_on_small_sources(form, rate, width):
     given = suited(Options(adaptor=form), source_of(32))
     assert (given.learning_rate, given.adaptor_width) == (rate, width)
+    assert settings.SMALL_ADAPTORS.keys() == adaptor.FORMS.keys()
     assert suited(Options(adaptor="low-rank", adaptor_width=2), source_of(32)).adaptor_width == 2
 
 
@@ -104,14 +112,60 @@ def test_what_is_refused(flags, says, train, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def kinds(hint):
+    """The types that a hint is made of."""
+    return {kind for part in get_args(hint) for kind in kinds(part)} or {hint}
+
+
+def numbers_of(options):
+    """The options that are numbers, or some numbers, by name, with their types."""
+    found = {}
+    for group in [options, *(getattr(options, field.name) for field in dataclasses.fields(options))]:
+        hints = get_type_hints(type(group)) if dataclasses.is_dataclass(group) else {}
+        found |= {name: kinds(hint) & {int, float} for name, hint in hints.items() if kinds(hint) & {int, float}}
+    return {name: found[name] for name in flat(options) if name in found}
+
+
+def programs():
+    faces, gan = load_source("toyfaces"), load_gan("toyfaces-stylegan2")
+    for method in METHODS:
+        start = replace(Options(), method=method, source="toyfaces")
+        yield suited(start, faces), used_by(method), lambda options, name: settings.check(options, {name}, faces)
+    for method in gan_methods.METHODS:
+        start = replace(gan_settings.Options(), method=method, source="toyfaces-stylegan2")
+        yield (gan_settings.suited(start, gan), gan_settings.used_by(method),
+               lambda options, name: gan_settings.check(options, {name}, gan))
+    for network in get_args(get_type_hints(pretrain_settings.Options)["network"]):
+        start = pretrain_settings.Options(source="toyfaces", network=network)
+        yield start, flat(start), lambda options, name: pretrain_settings.check(options, {name})
+
+
+def test_no_number_goes_unchecked():
+    """Of any program, method and network; an option that is added later is among them by itself."""
+    free, seen = {"gamma", "ada_target"}, set()
+    for options, used, check in programs():
+        for name, types in numbers_of(options).items():
+            for wrong in (-1, math.nan) if float in types else (-1,):
+                value = flat(options)[name]
+                several = (wrong,) * len(value) if isinstance(value, tuple) else wrong
+                if name not in used or name in free and wrong == -1:
+                    continue
+                seen.add(name)
+                with pytest.raises(InputError, match=f"^{flag(name)}"):
+                    check(replace(options, **{name: several}), name)
+    assert {"omega", "pairwise_weights", "warmup", "ewc_weight", "channel_mult", "kl_weight"} <= seen
+
+
 @pytest.mark.parametrize("target, method, expected", [
     ("sunglasses", "tan", dict(iterations=160, batch_size=16, learning_rate=2e-3, learning_rate_decay="cosine", adaptor_width=8,
                                classifier_iterations=100, guidance_fade=0.5, pgd_steps=2, omega=0.1, norm="own")),
     ("haunted-houses", "finetune", dict(iterations=640, learning_rate=3e-4)),
+    *(("sunglasses", form, dict(learning_rate=numbers["learning_rate"])) for form, numbers in settings.SMALL_ADAPTORS.items()),
     ("sunglasses", "pa", dict(learning_rate=3e-4, pairwise_weights=(0.5, 0.5, 0.05)))])
 def test_the_numbers_of_small_sources_are_those_of_the_help(target, method, expected, capsys):
     """As in note 13, and each named where --help says what the option's default is."""
-    found = flat(suited(Options(target=target, method=method), source_of(32)))
+    chosen = dict(method=method) if method in METHODS else dict(adaptor=method)
+    found = flat(suited(Options(target=target, **chosen), source_of(32)))
     assert {name: found[name] for name in expected} == expected
     with pytest.raises(SystemExit):
         parse(Options, "", ["--help"])

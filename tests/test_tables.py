@@ -156,6 +156,12 @@ def test_figures_of_a_source_that_was_trained_anew_are_not_taken(monkeypatch):
     assert not results.current(row, 12, 2)
 
 
+def test_a_run_with_an_option_that_is_gone_is_like_none_of_today():
+    flags = dict(target="babies", source="toyfaces", method="tan")
+    trained, today = flat(suited(Options(**flags), launch.known_source("toyfaces"))), launch.relevant_today(**flags)
+    assert launch.relevant(trained) == today != launch.relevant(trained | dict(momentum=0.9))
+
+
 def test_runs_scored_otherwise_are_not_tabulated():
     same = dict(method="fresh pictures", target="babies") | judge.protocol("babies", 12, 2)
     assert results.current(dict(run=same), 12, 2)
@@ -164,7 +170,9 @@ def test_runs_scored_otherwise_are_not_tabulated():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--latent", "--targets", "haunted-houses"], "haunted-houses: has no latent source"), (["--steps", 1001], "--steps 1001: this model has 1000")])
+    (["--latent", "--targets", "haunted-houses"], "haunted-houses: has no latent source"),
+    (["--latent", "--steps", 1001], "--steps 1001: this model has 1000"),  # haunted houses are not asked for
+    (["--steps", 1001], "--steps 1001: this model has 1000")])
 def test_what_tables_refuses(flags, message, tmp_path):
     with pytest.raises(InputError, match=message):
         call(tables.main, *flags, "--output-dir", tmp_path / "out")
