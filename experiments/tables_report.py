@@ -138,8 +138,8 @@ def time_table(found: list[Row]) -> str:
         passes = {passes_of(method, row["settings"].get("pgd_steps", 0)) for row in mine}
         cells = [_pace(of(mine, target=target)) for target in targets]
         rows.append([method, " / ".join(map(str, sorted(passes))), *cells])
-    return markdown("Seconds an iteration, mean of the runs' medians (in brackets: iterations); passes through the "
-                    "U-Net or the generator in each", ["method", "passes", *targets], rows)
+    return markdown("Seconds an iteration, mean of the runs' medians (in brackets: iterations); passes "
+                    "through the U-Net or the generator in each", ["method", "passes", *targets], rows)
 
 
 def _pace(runs: list[Row]) -> str:
