@@ -52,7 +52,7 @@ def frozen(model: Callable) -> Iterator[None]:
 
 
 def denoising_loss(model: Callable, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """|| eps - eps_theta(x_t, t) ||^2, what Eqs. 7 and 8 ascend, summed over each image.
+    """|| eps - eps_theta(x_t, t) ||^2, what Eqs. 8 and 10 ascend, summed over each image.
 
     x0, eps (B, ...), t (B,) -> (B,)
     """

@@ -19,7 +19,7 @@ from unet import Encoder, UNet, attend
 
 SOURCE, TARGET = 0, 1
 BATCHES, ACCURACY, ENCODING = 2, 3, 4  # streams of random numbers; 0 is that of the iterations
-VERSIONS = 2, 16  # of each source and target picture, where changed copies are encoded once
+VERSIONS = 2, 16  # changed copies of each source and target picture that a latent model encodes, once
 AUGMENTATIONS = ("flip", "shift", "colour")
 
 
@@ -223,7 +223,7 @@ def accuracy_by_quarter(model: Classifier, schedule: Schedule, source: Tensor, t
             hits.append((answers == label).float().mean().item())
         return sum(hits) / times
 
-    bounds = [quarter * schedule.timesteps // 4 for quarter in range(5)]
+    bounds = [-(-quarter * schedule.timesteps // 4) for quarter in range(5)]  # rounded up, as t * 4 // T
     source_repeats = max(1, repeats * len(target) // len(source))
     return [(right(source, SOURCE, source_repeats, *quarter) + right(target, TARGET, repeats, *quarter)) / 2
             for quarter in zip(bounds, bounds[1:])]

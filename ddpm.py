@@ -26,7 +26,7 @@ class Schedule:
                  "cosine": alpha_bar ~ cos^2, beta at most 0.999 (Nichol & Dhariwal 2021);
                  no beta_start, beta_end
     timesteps    T
-    prediction   what a network gives that was trained with it: "eps", "v" or "x0"
+    prediction   what the network gives: "eps", "v" or "x0"
     """
 
     def __init__(self, name: str = "linear", timesteps: int = 1000, beta_start: float = 1e-4,
@@ -109,7 +109,7 @@ class Schedule:
         guidance    gamma times grad log p(y|x_t), which corrects eps by -sqrt(1 - alpha_bar_t) times it
                     (Dhariwal & Nichol 2021, Algorithm 2): with gamma = 1, E[eps | x_t, y].  From one timestep
                     to the next with eta = 1 this moves the mean by beta_t / sqrt(alpha_t) times it: Eq. 2
-                    with the variance beta_t, but for a factor 1 / sqrt(alpha_t) that is nearly 1.  Unlike
+                    with the variance beta_t, but for 1 / sqrt(alpha_t): nearly 1 where linear.  Unlike
                     Eq. 2 it is right for every eta, and for steps of any length.
         """
         a, b = self.at(t, xt), self.at(s, xt)                        # alpha_bar_t, alpha_bar_s

@@ -160,7 +160,7 @@ def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callab
     targets, _ = pictures(size)
     score = comparison(options.folders, targets, reference_of(options.folders, size), size, device)
 
-    def compared(iteration: int) -> dict[str, float]:
+    def scored(iteration: int) -> dict[str, float]:
         network, _ = run_folder.load_run(folder, iteration, source)
         network.check_steps(steps)
         samples = judge.draw(network.to(device), n, steps, f"{folder} --at {iteration}")
@@ -168,7 +168,7 @@ def stage_scorer(folder: Path, options: Options, device: torch.device) -> Callab
             return score(at_size(samples, size))[1]
         except ValueError as error:
             raise InputError(f"-n {n}: {error}") from None
-    return compared
+    return scored
 
 
 def score_stages(folder: Path, options: Options, device: torch.device) -> None:
@@ -236,7 +236,7 @@ def score_folders(options: Folders, device: torch.device) -> None:
 
 
 def samples_in(folder: Path) -> Path:
-    """The folder of samples, of a run that in which sample.py put them: beside them are plots and targets."""
+    """The folder of samples; of a run, that in which sample.py put them: beside it are other pictures."""
     if not (folder / "options.json").exists():
         return folder
     if not (folder / "drawn").is_dir():

@@ -155,7 +155,7 @@ def wasserstein(x: Tensor) -> Tensor:
 
 
 def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor, t: int, repeats: int,
-                      g: torch.Generator, gamma: float, omega: float, steps: int,
+                      g: torch.Generator, gamma: float, omega: float, J: int,
                       own: bool = False) -> dict[str, Tensor]:
     """First gradients (E, 2) by name, of shots (10, E, 2) repeated `repeats` times, at one t.  All have the
     same noises.
@@ -171,7 +171,7 @@ def compare_gradients(model: Model, classifiers: dict[str, Model], shots: Tensor
     noises = torch.randn(max(len(many), len(x0)), *many.shape[1:], generator=g)
     reference = output_gradient(model, many, torch.full((len(many),), t), noises[:len(many)])
     eps, times = noises[:len(x0)], torch.full((len(x0),), t)
-    worst, _ = worst_case_noise(model, SCHEDULE, x0, times, eps, steps, omega, (0,), own)
+    worst, _ = worst_case_noise(model, SCHEDULE, x0, times, eps, J, omega, (0,), own)
     found = {"reference": reference, "worst": worst}
     for name, noise in (("baseline", eps), ("norm only", norm(eps, dims=(0,))), ("adversarial", worst)):
         found[name] = output_gradient(model, x0, times, noise)
@@ -185,7 +185,7 @@ def adapt(model: MLP, shots: Tensor, g: torch.Generator, classifier: Model | Non
           J: int, learning_rate: float, iterations: int, progress: Progress = iter, fading: int = 0,
           own: bool = False) -> Iterator[MLP]:
     """Algorithm 1: fine-tune a copy of `model` for each draw of shots (10, E, 2), 40 points an iteration;
-    yields the networks after each.  Without classifier and with J = 0 it is the baseline.
+    yields the copies, which go on changing, after each.  Without classifier, with J = 0: the baseline.
 
     fading    iterations over which gamma falls to 0; 0: it stays, as printed
     """

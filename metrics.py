@@ -1,6 +1,6 @@
 """The measurements of section 5.2, Intra-LPIPS and FID, and KID, unbiased where samples are few.
 
-All are distances between sets of features (N, D).
+All take sets of features (N, D).
 
 Where the features come from is the caller's choice: the networks that the field compares by are in
 checkpoints/perceptual.py, and the built-in domains have their own (domains/judge.py).

@@ -7,8 +7,8 @@
   python sample.py runs/sunglasses-cdc             a GAN of baselines/
   torchrun --nproc_per_node=8 sample.py runs/sunglasses -n 1000
 
-Picture i comes from seed + i alone: the same noise through source and adapted model gives a pair, and the
-number of processes and the batch size change nothing.
+A picture is named by its seed, and comes from that alone: the same noise through source and adapted model
+gives a pair, and the number of processes and the batch size change nothing.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class Options:
     output_dir: Unset[str] = None
     """Where they go (default: RUN/drawn, RUN/drawn-STAGE, runs/NAME-samples); beside it, a grid of them."""
     overwrite: bool = False
-    """Replace what is in --output-dir of the same names; a default folder is replaced in any case."""
+    """Replace what is in --output-dir of the same names; in a default folder they are in any case."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or mps."""
 

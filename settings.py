@@ -120,9 +120,9 @@ class PictureOptions:
     """What a run shows."""
 
     samples: int = 32
-    """Pictures in samples.png (0: no pictures)."""
+    """Pairs in samples.png (0: no samples, in progress.png neither)."""
     sample_steps: int = 50
-    """DDIM steps for them."""
+    """DDIM steps for them (for progress.png: at most 25)."""
     previews: int = 5
     """Rows of progress.png after the first, and stages that are kept."""
 
@@ -152,15 +152,14 @@ class Options:
     """All numbers that the paper states, whatever the source, but psi's share of the parameters, and its
     method, tan, unless another is given; what it leaves open stays as it is here."""
     output_dir: Unset[str] = None
-    """Where the run goes (default: runs/TARGET).
-    Added to it are -SOURCE for a source that is not the target's usual one, and -METHOD where that is given.
-    """
+    """Where the run goes (default: runs/TARGET, with -SOURCE for a source that is not the target's usual
+    one, and -METHOD where that is given)."""
     resume: bool = False
-    """Continue the run in --output-dir (or of this target and method); its own options hold."""
+    """Continue the run in --output-dir, or in the default folder; its own options hold."""
     overwrite: bool = False
     """Replace the run in --output-dir."""
     iterations: Unset[int] = None
-    """Updates of psi (default: 300; for a small source 160, for latents of one 320, for the targets of
+    """Updates (default: 300; for a small source 160, for latents of one 320, for the targets of
     toychurches 640)."""
     batch_size: Unset[int] = None
     """Pictures an iteration, over all processes (default: 40; 16 for a small source)."""

@@ -223,7 +223,7 @@ def watch(loop: Loop, line: dict[str, Any], fades: bool) -> None:
     bearable = 2.0 if fades else 0.5  # on latents a constant pull of half the residual ruins the model
     fading = "" if fades else "--guidance-fade 0.5, "
     for quarter, ratio in enumerate(line.get("guidance_ratio", []), start=1):
-        if ratio is not None and ratio > bearable:
+        if ratio is not None and ratio > 1.001 * bearable:  # a limit of 0.5 leaves 0.5 and rounding
             loop.warn(f"in timestep quarter {quarter} the guidance is over {bearable} times what is left to "
                       f"learn; {fading}--guidance-limit 0.5 or a lower --gamma is safer")
 

@@ -40,7 +40,8 @@ class PairwiseLosses:
         adapted, source = (self.schedule.predict_x0(xt, t, eps).clamp(-self.clip, self.clip)
                            for eps in (eps_theta, eps_source))
         adapted = scale_gradient(adapted, self.schedule.at(t, adapted))
-        return pairwise_loss(adapted, source, x0, *self.weights)
+        with torch.autocast(xt.device.type, enabled=False):  # bf16 does not tell nearly equal networks apart
+            return pairwise_loss(adapted, source, x0, *self.weights)
 
 
 def high_frequency(x: Tensor) -> Tensor:

@@ -146,6 +146,12 @@ def fingerprint(network: Network) -> str:
     return digest(network.state_dict(), begins)
 
 
+def reading(network: Network) -> dict[str, Any]:
+    """What the weights of a diffusion model mean: the options of its network and schedule, as in JSON."""
+    options = {**network.model.config, "prediction": network.schedule.prediction, **network.schedule.config}
+    return json.loads(json.dumps(options))
+
+
 def digest(tensors: Mapping[str, Tensor], begins: str = "") -> str:
     """A short hash of tensors and their names."""
     found = hashlib.sha256(begins.encode())

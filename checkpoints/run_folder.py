@@ -19,7 +19,7 @@ import adaptor
 import domains
 from checkpoints.gan import GAN
 from checkpoints.load import is_there, load_network, load_source
-from checkpoints.network import Network, check_finite, fingerprint, load_strictly
+from checkpoints.network import Network, check_finite, fingerprint, load_strictly, reading
 from checkpoints.published import ARCHITECTURES
 from checkpoints.weights_file import read_tensors
 from plumbing import distributed
@@ -71,16 +71,33 @@ def resumed(out: Path, options: T, typed: frozenset[str]) -> T:
     return replace(options, **{**saved, **kept, "resume": True})
 
 
-def identity(source: Network, targets: Tensor, compared: str | None) -> dict[str, str | None]:
+def identity_of(source: Network | GAN) -> dict[str, Any]:
+    """What a source must keep while runs from it go on and are read; of a GAN it is the weights alone."""
+    return dict(source=fingerprint(source), reading={} if isinstance(source, GAN) else reading(source))
+
+
+def _what_differs(known: dict[str, Any], present: dict[str, Any]) -> str:
+    """How `identity_of` a source differs from what is known of another, in words; empty where it does not.
+
+    Of older runs the weights alone are known.
+    """
+    if known.get("source") != present["source"]:
+        return "its weights are others"
+    return ", ".join(f"its {name} is {present['reading'].get(name)}, not {value}"
+                     for name, value in known.get("reading", {}).items()
+                     if present["reading"].get(name) != value)
+
+
+def identity(source: Network | GAN, targets: Tensor, compared: str | None) -> dict[str, Any]:
     """What has to be the same when a run goes on: source, training pictures (K, 3, H, W), those held out
     after the others, and `compared`.
 
     compared    which pictures the loss compares with each other, in words; None where it compares none
     """
-    return dict(source=fingerprint(source), pictures=hash_of(targets), compared=compared)
+    return identity_of(source) | dict(pictures=hash_of(targets), compared=compared)
 
 
-def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None]) -> dict[str, Any] | None:
+def read_state(out: Path, options: dict[str, Any], belongs: dict[str, Any]) -> dict[str, Any] | None:
     """The training state of the run in `out`, or None if it has saved none.
 
     Raises InputError if its `identity` is another one, if more iterations are done than are wanted, or if a
@@ -92,8 +109,8 @@ def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None
                              "with --overwrite or in another --output-dir")
         return None
     state = load_checkpoint(out / "checkpoint.pt", options["iterations"])
-    if state.get("source") != belongs["source"]:
-        raise InputError(f"{out}: belongs to another source than the present {options['source']}")
+    if differs := _what_differs(state, belongs):
+        raise InputError(f"{out}: belongs to another source than the present {options['source']} ({differs})")
     if state.get("pictures") != belongs["pictures"]:
         raise InputError(f"{options['target']}: the pictures have changed since the run in {out} began; "
                          "start anew with --overwrite or another --output-dir")
@@ -104,7 +121,7 @@ def read_state(out: Path, options: dict[str, Any], belongs: dict[str, str | None
     return state
 
 
-def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None]) -> dict[str, Any] | None:
+def open_run(out: Path, options: dict[str, Any], belongs: dict[str, Any]) -> dict[str, Any] | None:
     """Make the folder, emptied of an earlier run unless this one resumes it, and write the (flat) options
     and a copy of the file that --arch names.
 
@@ -142,7 +159,8 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, str | None])
                 file.unlink()
         if done < options["iterations"] or state is None:
             # A finished run that goes on is not finished.
-            (out / "weights.safetensors").unlink(missing_ok=True)
+            for name in ("weights.safetensors", "samples.png", "stages.json", "stages.png", "report.html"):
+                (out / name).unlink(missing_ok=True)
         text = json.dumps(dict(options, resume=False, overwrite=False), indent=1)
         write_text(out / "options.json", text)
         if described:
@@ -257,7 +275,8 @@ def load_run(folder: Path, at: int | None = None,
         raise InputError(f"{error}, or have it written anew with --output-dir {quoted(folder)} "
                          "--resume") from None
     if (description is None or not isinstance(description.get("source"), str)
-            or not isinstance(description.get("clip"), float | None)):
+            or not isinstance(description.get("clip"), float | None)
+            or not isinstance(description.get("reading", {}), dict)):
         raise InputError(f"{path}: not the weights of a run")
     try:
         network = load_source(source or options["source"], arch_of(folder, options))
@@ -267,8 +286,9 @@ def load_run(folder: Path, at: int | None = None,
         raise InputError(f"{folder}: the source of this run cannot be found; give it with --source "
                          f"({error})") from None
     network.precision = options.get("precision", "fp32")
-    if description["source"] != fingerprint(network):
-        raise InputError(f"{path}: made from another source than the present {source or options['source']}")
+    if differs := _what_differs(description, identity_of(network)):
+        raise InputError(f"{path}: made from another source than the present {source or options['source']} "
+                         f"({differs})")
     network.clip = description.get("clip", network.clip)
     if not any(".adaptor." in key for key in tensors):  # a method that changes theta itself
         load_strictly(network.model, tensors, path)

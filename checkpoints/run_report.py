@@ -88,8 +88,8 @@ class Report:
     def save(self, path: Path, **more: Any) -> None:
         """The weights that the network has now, psi alone or all, with a description."""
         weights = adaptor.state_dict(self.source.model) or self.source.model.state_dict()
-        description = dict(method=self.options["method"], source=self.identity["source"],
-                           pictures=self.identity["pictures"], clip=self.source.clip)
+        kept = {name: self.identity[name] for name in ("source", "reading", "pictures")}
+        description = dict(kept, method=self.options["method"], clip=self.source.clip)
         save_tensors(path, weights, {"description": json.dumps(description | more)})
 
     def preview(self, done: int, saved: bool) -> None:

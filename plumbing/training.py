@@ -136,9 +136,9 @@ class Loop:
     state            of a checkpoint to go on from
     keep             what else a checkpoint holds
     board            where metrics go as well
-    also             called with a checkpoint that is gone on from: `keep` may hold more that learns
+    also             called with the checkpoint that is resumed, to restore what else learns
     after            called before the first iteration and after each with the number done and whether it
-                     is saved
+                     is saved (before the first: whether it is the end)
     """
 
     def __init__(self, out: Path, text: str, iterations: int, save_every: int, batch_size: int,

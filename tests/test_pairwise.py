@@ -74,6 +74,16 @@ def test_the_source_network_is_the_one_from_before_and_x0_is_limited():
     assert all(not p.requires_grad for p in added.source.parameters())
 
 
+def test_bf16_is_for_the_networks_alone():
+    """The similarities of two networks that hardly differ: in bf16 their KL came out negative."""
+    added, xt, t = pairwise.PairwiseLosses(Linear(0.3), Schedule(), 1e6, (1.0, 0.0, 0.0)), randn(4, 3, 8, 8), torch.tensor([100, 200, 300, 400])
+    eps = 0.3 * xt + 0.1 * randn(4, 3, 8, 8, seed=1)
+    exact = added(xt, t, eps, xt)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(added(xt, t, eps, xt), exact)
+    assert (exact > 0).all()
+
+
 def test_the_noisier_the_less_it_weighs(monkeypatch):
     """Each picture's gradient comes with its alpha_bar_t, through its own loss and through those of the others."""
     schedule, t = Schedule(), torch.tensor([10, 200, 400, 500])

@@ -14,7 +14,8 @@ import train_tan
 from checkpoints import run_folder
 from checkpoints.__main__ import main
 from checkpoints.load import load_source
-from checkpoints.network import save_network
+from checkpoints.network import save_network, save_tensors
+from checkpoints.weights_file import read_tensors
 from plumbing.options import InputError
 from settings import Options
 
@@ -72,6 +73,26 @@ def test_another_source_under_the_same_name(run):
     says = "weights.safetensors: made from another source than the present .*source.safetensors"
     with pytest.raises(InputError, match=says):
         run_folder.load_run(run)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda network: network.description["schedule"].update(prediction="v"), "its prediction is v, not eps"),
+    (lambda network: network.description["schedule"].update(name="cosine"), "its name is cosine, not linear"),
+    (lambda network: network.description["config"].update(flip_sin_to_cos=False), "its flip_sin_to_cos is False, not True")])
+def test_the_same_weights_read_otherwise(change, says, run):
+    """Weights alone do not make a source: what they mean stands in its description."""
+    network = load_source(str(run.parent / "source.safetensors"))
+    change(network)
+    save_network(run.parent / "source.safetensors", network)
+    says = f"another source than the present .*source.safetensors \\({says}\\)"
+    with pytest.raises(InputError, match=says):
+        run_folder.load_run(run)
+    with pytest.raises(InputError, match=says):
+        call(train_tan.main, "--output-dir", run, "--resume", "--iterations", 9)
+    tensors, description = read_tensors(run / "weights.safetensors")
+    del description["reading"]  # as of an older run, of which this is not known
+    save_tensors(run / "weights.safetensors", tensors, {"description": json.dumps(description)})
+    run_folder.load_run(run)
 
 
 @pytest.mark.parametrize("change, says", [

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY, call, tiny_network
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
@@ -327,7 +328,7 @@ def test_gamma_and_learning_rate_fall_to_0(train, tmp_path, monkeypatch):
     assert {line["learning_rate"] for line in metrics(constant)} == {1e-3}
 
 
-@pytest.mark.parametrize("fades, ratio, warned", [(False, 0.4, 0), (False, 0.6, 1), (True, 1.9, 0), (True, 2.1, 1)])
+@pytest.mark.parametrize("fades, ratio, warned", [(False, 0.4, 0), (False, 0.5000001, 0), (False, 0.6, 1), (True, 1.9, 0), (True, 2.1, 1)])
 def test_guidance_that_outweighs_the_pictures_is_warned_of(fades, ratio, warned):
     warnings = []
     train_tan.watch(SimpleNamespace(warn=warnings.append), dict(guidance_ratio=[None, 0.1, ratio, 0.1]), fades)
@@ -973,14 +974,18 @@ def test_changes_that_keep_a_built_in_target(made, train, tmp_path):
 
 
 def test_a_finished_run_that_goes_on_is_not_finished(train, tmp_path, monkeypatch):
-    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1")
+    run = train(tmp_path / "run", "--method", "adaptor", "--iterations", "1", "--samples", "2")
+    of_the_end = [run / name for name in ("weights.safetensors", "samples.png", "report.html", "stages.json", "stages.png")]
+    for file in of_the_end[3:]:
+        file.touch()  # by evaluate.py --at all
+    assert all(file.exists() for file in of_the_end)
 
     def killed(*a):
         raise Enough
     monkeypatch.setattr(train_tan, "guided_loss", killed)
     with pytest.raises(Enough):
         resume(run, "--iterations", "2")
-    assert not (run / "weights.safetensors").exists() and (run / "checkpoint.pt").exists()
+    assert not any(file.exists() for file in of_the_end) and (run / "checkpoint.pt").exists()
 
 
 def test_a_run_among_the_pictures_that_it_reads(tiny, train, tmp_path):
@@ -1033,6 +1038,10 @@ def test_pictures_that_are_few_or_the_same(train, tiny, tmp_path, capsys):
         shutil.copy(tiny.targets / "1.png", tmp_path / "targets" / name)
     train(tmp_path / "held", "--method", "adaptor", "--iterations", 0, "--target", tmp_path / "targets", "--hold-out", 1)
     assert "targets: a picture that is held out is also trained on" in capsys.readouterr().out
+    shutil.copytree(tiny.targets, tmp_path / "mirrored")
+    ImageOps.mirror(Image.open(tiny.targets / "0.png")).save(tmp_path / "mirrored" / "last.png")
+    train(tmp_path / "held2", "--method", "adaptor", "--iterations", 0, "--target", tmp_path / "mirrored", "--hold-out", 1)
+    assert "mirrored: a picture that is held out is also trained on" in capsys.readouterr().out
     train(tmp_path / "usual", "--method", "adaptor", "--iterations", 0)
     assert "note: " not in capsys.readouterr().out
     with pytest.raises(InputError, match="--source-images .*: are the target's pictures"):
