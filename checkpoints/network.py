@@ -17,7 +17,7 @@ from ddpm import Schedule, sample
 from plumbing import distributed
 from plumbing.files import write_atomic
 from plumbing.options import InputError
-from unet import UNet
+from unet import AttentionBlock, UNet
 
 SMALL_SIZE = 64  # pixels a side
 FIRST_STAGES = {"VQ": autoencoder.VQ, "KL": autoencoder.KL}
@@ -147,9 +147,22 @@ def fingerprint(network: Network) -> str:
 
 
 def reading(network: Network) -> dict[str, Any]:
-    """What the weights of a diffusion model mean: the options of its network and schedule, as in JSON."""
-    options = {**network.model.config, "prediction": network.schedule.prediction, **network.schedule.config}
-    return json.loads(json.dumps(options))
+    """What the weights of a diffusion model mean where they do not show it themselves, as in JSON.
+
+    The same for each spelling of the same network: files of other programs come with other options.
+    """
+    config, schedule = network.model.config, network.schedule.config
+    modules = [*network.model.modules(), *(network.first_stage.modules() if network.first_stage else ())]
+    found = dict(
+        prediction=network.schedule.prediction,
+        schedule=[schedule[name] for name in ("name", "timesteps", "beta_start", "beta_end")
+                  if schedule["name"] != "cosine" or not name.startswith("beta")],
+        image_size=network.model.image_size,
+        sinusoids=[config["flip_sin_to_cos"], config["freq_shift"]],
+        padding=None if config["resblock_updown"] else config["downsample_padding"],
+        heads=[m.num_heads for m in modules if isinstance(m, AttentionBlock)],
+        norms=sorted({(m.num_groups, m.eps) for m in modules if isinstance(m, nn.GroupNorm)}))
+    return json.loads(json.dumps(found))
 
 
 def digest(tensors: Mapping[str, Tensor], begins: str = "") -> str:

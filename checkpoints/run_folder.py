@@ -83,9 +83,9 @@ def _what_differs(known: dict[str, Any], present: dict[str, Any]) -> str:
     """
     if known.get("source") != present["source"]:
         return "its weights are others"
-    return ", ".join(f"its {name} is {present['reading'].get(name)}, not {value}"
+    return "; ".join(f"{name} {present['reading'][name]} instead of {value}"
                      for name, value in known.get("reading", {}).items()
-                     if present["reading"].get(name) != value)
+                     if present["reading"].get(name, value) != value)
 
 
 def identity(source: Network | GAN, targets: Tensor, compared: str | None) -> dict[str, Any]:
@@ -157,9 +157,9 @@ def open_run(out: Path, options: dict[str, Any], belongs: dict[str, Any]) -> dic
         for file in itertools.chain((out / "stages").glob("*"), (out / "progress").glob("*")):
             if file.stem.isdigit() and int(file.stem) > done:  # made anew, as its metrics are
                 file.unlink()
-        if done < options["iterations"] or state is None:
+        if (out / "weights.safetensors").exists() and (done < options["iterations"] or state is None):
             # A finished run that goes on is not finished.
-            for name in ("weights.safetensors", "samples.png", "stages.json", "stages.png", "report.html"):
+            for name in ("samples.png", "stages.json", "stages.png", "report.html", "weights.safetensors"):
                 (out / name).unlink(missing_ok=True)
         text = json.dumps(dict(options, resume=False, overwrite=False), indent=1)
         write_text(out / "options.json", text)

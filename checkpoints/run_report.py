@@ -50,7 +50,7 @@ class Report:
     """
 
     def __init__(self, out: Path, options: dict[str, Any], source: Network | GAN,
-                 identity: dict[str, str | None], targets: Tensor, held_out: Tensor, ema: EMA,
+                 identity: dict[str, Any], targets: Tensor, held_out: Tensor, ema: EMA,
                  device: torch.device, command: str, board: Board | None = None):
         self.out, self.options, self.source, self.ema = out, options, source, ema
         self.identity, self.clip_before = identity, source.clip

@@ -148,10 +148,10 @@ def training_images(name_or_folder: str | Path, size: int, hold_out: int = 0,
     if hold_out and kept < 2:
         raise InputError(f"--hold-out {hold_out}: {name_or_folder} has {len(images)} pictures; at least 2 "
                          "must be left to train on")
-    trained = torch.cat([images[:kept], images[:kept].flip(3)])
-    if any(image.equal(held_out) for held_out in images[kept:] for image in trained):
-        distributed.say_once(f"note: {name_or_folder}: a picture that is held out is also trained on, as it "
-                             "is or mirrored, so the held-out loss says little")
+    if any(held_out.equal(image) or held_out.equal(image.flip(2))
+           for held_out in images[kept:] for image in images[:kept]):
+        distributed.say_once(f"note: {name_or_folder}: a picture that is held out, or its mirror image, is "
+                             "also trained on, so the held-out loss says little")
     return images[:kept], images[kept:]
 
 

@@ -250,12 +250,11 @@ def score_run(folder: Path, n: int, steps: int, device: torch.device,
     """
     options = run_folder.read_options(folder)
     source, target = options["source"], options["target"]
-    if target in domains.TARGETS:
-        need_seen(target)
     if not knows(options):
         raise InputError(
-            f"{folder}: from {source} to {target}; the judge knows drawn sources and their targets only. "
-            f"Any run's stages are compared by python evaluate.py {quoted(folder)} --at all --download")
+            f"{folder}: from {source} to {target}; the judge knows drawn sources, and their targets that it "
+            "has learnt. Any run's stages are compared by "
+            f"python evaluate.py {quoted(folder)} --at all --download")
     network, _ = run_folder.load_run(folder, at)
     network.check_steps(steps)
     run = {name: options.get(name) for name in ("target", "method", "seed", "iterations")}

@@ -99,8 +99,9 @@ def _same_file(one: Any, other: Any) -> bool:
 def check_known(folder: Path, known: dict[str, Any], today: dict[str, Any]) -> None:
     """InputError if the run in the folder has other settings than it would have today."""
     for name, value in relevant(known).items():
-        if value != today.get(name) and not _same_file(value, today.get(name)):
-            raise InputError(f"{folder}: was trained with {flag(name)} {value}, wanted is {today.get(name)}; "
+        wanted = today.get(name, "no such option")
+        if value != wanted and not _same_file(value, wanted):
+            raise InputError(f"{folder}: was trained with {flag(name)} {value}, wanted is {wanted}; "
                              "remove the folder, or choose another --output-dir")
 
 

@@ -37,6 +37,7 @@ def test_the_latent_sources_decode_what_they_encode(source, error, spread):
 
 @pytest.mark.parametrize("domain", [*domains.SOURCES, *filter(judge.has_seen, domains.TARGETS)])
 def test_the_judge_knows_domains_and_attributes(domain):
+    assert sum(map(judge.has_seen, domains.TARGETS)) >= 7
     source = domains.TARGETS.get(domain, domain)
     network = judge.load_judge(source)
     pixels, labels = domains.evaluation_pictures(domain, 100)

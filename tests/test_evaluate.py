@@ -171,7 +171,7 @@ def test_a_target_that_the_judge_has_not_seen(monkeypatch, tmp_path):
     judge.need_seen("babies")
     monkeypatch.setitem(domains.TARGETS, "hats", "toyfaces")
     (tmp_path / "options.json").write_text(json.dumps(dict(source="toyfaces-latent", target="hats", method="adaptor")))
-    with pytest.raises(InputError, match="hats: the judge has not seen it"):
+    with pytest.raises(InputError, match="to hats; the judge knows drawn sources, and their targets that it has learnt. Any run's stages"):
         call(evaluate.main, tmp_path)
     with pytest.raises(InputError, match="hats: the judge has not seen it"):
         tables.check(parts.Options(targets=("hats",)))

@@ -16,7 +16,7 @@ from checkpoints import export
 from checkpoints.__main__ import main as checkpoints_main
 from checkpoints.load import load_source
 from checkpoints.network import build, save_network
-from checkpoints.run_folder import load_run
+from checkpoints.run_folder import identity_of, load_run
 from plumbing.options import InputError
 from plumbing.pictures import to_uint8
 
@@ -275,3 +275,15 @@ def test_bad_input(finished, tiny, tmp_path):
             call(export.main, finished, there)
     with pytest.raises(InputError, match="source.safetensors/out: cannot be made"):
         call(export.main, finished, tiny.source / "out")
+
+
+@pytest.mark.parametrize("config", [
+    dict(num_heads=2, num_head_channels=-1), dict(num_heads=4, num_head_channels=8), dict(attention_resolutions=[2, 1]), dict(attention_resolutions=[2, 8])])
+def test_an_export_is_the_same_source_in_other_words(config, tmp_path):
+    """So that a run may go on from it: diffusers spells heads and resolutions its own way."""
+    description = dict(network="UNet", config=dict(TINY, image_size=16, **config), schedule=dict(name="cosine"))
+    save_network(tmp_path / "source.safetensors", build(description, "source"))
+    call(export.main, tmp_path / "source.safetensors", tmp_path / "exported")
+    source, exported = (load_source(str(tmp_path / name)) for name in ("source.safetensors", "exported"))
+    assert source.model.config != exported.model.config or "num_heads" not in config
+    assert identity_of(source) == identity_of(exported)

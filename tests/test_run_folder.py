@@ -76,9 +76,10 @@ def test_another_source_under_the_same_name(run):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda network: network.description["schedule"].update(prediction="v"), "its prediction is v, not eps"),
-    (lambda network: network.description["schedule"].update(name="cosine"), "its name is cosine, not linear"),
-    (lambda network: network.description["config"].update(flip_sin_to_cos=False), "its flip_sin_to_cos is False, not True")])
+    (lambda network: network.description["schedule"].update(prediction="v"), "prediction v instead of eps"),
+    (lambda network: network.description["schedule"].update(name="cosine"), "schedule .'cosine', 1000. instead of .'linear', 1000, .*"),
+    (lambda network: network.description["config"].update(norm_groups=4), "norms .*4, 1e-05.* instead of .*8, 1e-05.*"),
+    (lambda network: network.description["config"].update(flip_sin_to_cos=False), "sinusoids .False, 0. instead of .True, 0.")])
 def test_the_same_weights_read_otherwise(change, says, run):
     """Weights alone do not make a source: what they mean stands in its description."""
     network = load_source(str(run.parent / "source.safetensors"))

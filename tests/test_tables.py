@@ -156,10 +156,13 @@ def test_figures_of_a_source_that_was_trained_anew_are_not_taken(monkeypatch):
     assert not results.current(row, 12, 2)
 
 
-def test_a_run_with_an_option_that_is_gone_is_like_none_of_today():
+def test_a_run_with_an_option_that_is_gone_is_like_none_of_today(tmp_path):
     flags = dict(target="babies", source="toyfaces", method="tan")
     trained, today = flat(suited(Options(**flags), launch.known_source("toyfaces"))), launch.relevant_today(**flags)
     assert launch.relevant(trained) == today != launch.relevant(trained | dict(momentum=0.9))
+    launch.check_known(tmp_path, trained, today)
+    with pytest.raises(InputError, match="was trained with --momentum None, wanted is no such option; remove the folder"):
+        launch.check_known(tmp_path, trained | dict(momentum=None), today)
 
 
 def test_runs_scored_otherwise_are_not_tabulated():
