@@ -153,7 +153,7 @@ def reading(network: Network) -> dict[str, Any]:
     """
     config, schedule = network.model.config, network.schedule.config
     modules = [*network.model.modules(), *(network.first_stage.modules() if network.first_stage else ())]
-    found = dict(
+    return dict(
         prediction=network.schedule.prediction,
         schedule=[schedule[name] for name in ("name", "timesteps", "beta_start", "beta_end")
                   if schedule["name"] != "cosine" or not name.startswith("beta")],
@@ -161,8 +161,8 @@ def reading(network: Network) -> dict[str, Any]:
         sinusoids=[config["flip_sin_to_cos"], config["freq_shift"]],
         padding=None if config["resblock_updown"] else config["downsample_padding"],
         heads=[m.num_heads for m in modules if isinstance(m, AttentionBlock)],
-        norms=sorted({(m.num_groups, m.eps) for m in modules if isinstance(m, nn.GroupNorm)}))
-    return json.loads(json.dumps(found))
+        norms=[list(norm) for norm in sorted({(m.num_groups, m.eps) for m in modules
+                                              if isinstance(m, nn.GroupNorm)})])
 
 
 def digest(tensors: Mapping[str, Tensor], begins: str = "") -> str:

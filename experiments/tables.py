@@ -19,7 +19,6 @@ commands so far; the pictures have the methods of the last command.
 
 from pathlib import Path
 
-from checkpoints.load import load_source
 from domains import judge
 from experiments import launch, results
 from experiments.parts import WORK, Options
@@ -54,7 +53,7 @@ def check(options: Options) -> None:
             raise InputError(f"--targets {target}: has no latent source; leave it or --latent out")
         judge.need_seen(target)
     for source in map(options.source, options.targets):
-        load_source(source).check_steps(options.steps)
+        launch.known_source(source).check_steps(options.steps)
 
 
 def main() -> None:

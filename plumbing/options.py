@@ -92,11 +92,11 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 def _check_choices(options: type, argv: list[str]) -> None:
     """InputError for the first value typed for an option that has choices, if it is none of them."""
+    words = [part for word in argv for part in word.split("=", 1 if word.startswith("--") else 0)]
     for name, hint in get_type_hints(options, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             _check_choices(hint, argv)
         known = _choices(hint)
-        words = [part for word in argv for part in word.split("=", 1 if word.startswith("--") else 0)]
         for word, value in zip(words, words[1:]) if known else ():
             if word == flag(name) and value not in known and not value.startswith("-"):
                 raise InputError(f"{word} {value}: must be one of {', '.join(known)}"
