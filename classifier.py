@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm import Schedule
-from unet import Encoder, UNet, attend
+from unet import Encoder, GroupNorm, UNet, attend
 
 SOURCE, TARGET = 0, 1
 BATCHES, ACCURACY, ENCODING = 2, 3, 4  # streams of random numbers; 0 is that of the iterations
@@ -114,7 +114,7 @@ class Classifier(Encoder):
         super().__init__(**options)
         tokens = (self.image_size // self.factor) ** 2
         head = AttentionPool(tokens, self.channels, self.heads(self.channels), self.out_channels)
-        self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, self.channels), nn.SiLU(), head)
+        self.out = nn.Sequential(GroupNorm(self.norm_groups, self.channels), nn.SiLU(), head)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.out(self.encode(x, t)[0])  # (B, C, H, W) -> (B, C', h, w) -> (B, out_channels)

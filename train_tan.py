@@ -254,8 +254,8 @@ def main() -> None:
 
     # Require: binary classifier p_phi, pre-trained eps_theta (and psi beside it: section 4.3), learning rate
     torch.manual_seed(options.seed)
-    model, schedule = source.to(device).model, source.schedule
     psi = trainable(source, options)  # all of theta for a method without adaptors
+    model, schedule = source.to(device).model, source.schedule
     describe(source, psi, targets, asked, options, device)
     classifier = obtain_classifier(source, inputs, options, out, device) if method.guidance else None
     # Theta alone, as Eq. 10 has it, or theta and psi

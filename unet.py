@@ -38,6 +38,22 @@ def zero_init(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def in_its_precision(x: Tensor) -> torch.autocast:
+    """In the block autocast does not compute with x in fp32: twice the memory, for a convolution in bf16."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class GroupNorm(nn.GroupNorm):
+    """(B, C, ...) -> (B, C, ...) in the precision of x; sums are in fp32 in any case."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return super().forward(x)
+        with in_its_precision(x):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention on channels-first tokens: (B, heads, width, L) each -> (B, heads * width, L)."""
     # Fused attention takes no tokens whose width is not contiguous.
@@ -54,7 +70,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (B, C, H, W) -> (B, C, 2H, 2W)
+        with in_its_precision(x):
+            larger = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(larger)  # (B, C, H, W) -> (B, C, 2H, 2W)
 
 
 class Downsample(nn.Module):
@@ -85,11 +103,11 @@ class ResBlock(nn.Module):
         self.resample = nn.Identity()
         if resample:
             self.resample = {"up": Upsample, "down": Downsample}[resample](channels, with_conv=False)
-        self.in_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels, norm_eps), nn.SiLU(),
+        self.in_layers = nn.Sequential(GroupNorm(norm_groups, channels, norm_eps), nn.SiLU(),
                                        nn.Conv2d(channels, out_channels, 3, padding=1))
         emb_out_channels = 2 * out_channels if scale_shift else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out_channels))
-        self.out_layers = nn.Sequential(nn.GroupNorm(norm_groups, out_channels, norm_eps), nn.SiLU(),
+        self.out_layers = nn.Sequential(GroupNorm(norm_groups, out_channels, norm_eps), nn.SiLU(),
                                         nn.Dropout(dropout),
                                         zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         same = channels == out_channels
@@ -117,7 +135,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, num_heads: int, norm_groups: int, norm_eps: float = 1e-5):
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(norm_groups, channels, norm_eps)
+        self.norm = GroupNorm(norm_groups, channels, norm_eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
@@ -270,7 +288,7 @@ class UNet(Encoder):
                     layers.append(up)
                     factor //= 2
                 self.output_blocks.append(Stage(*layers))
-        self.out = nn.Sequential(nn.GroupNorm(self.norm_groups, channels, self.config["norm_eps"]), nn.SiLU(),
+        self.out = nn.Sequential(GroupNorm(self.norm_groups, channels, self.config["norm_eps"]), nn.SiLU(),
                                  zero_init(nn.Conv2d(channels, out_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

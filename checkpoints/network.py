@@ -64,7 +64,7 @@ class Network:
         """Moves the network, first stage and all, and lays it out as convolutions are fastest."""
         for model in (self.model, self.first_stage):
             if model:
-                model.to(device, memory_format=torch.channels_last)
+                model.to(device, memory_format=distributed.layout(device))
         return self
 
     @torch.no_grad()

@@ -115,15 +115,16 @@ class Work:
 def prepare(network: Network, options: Options, device: torch.device) -> Work:
     """The network as train_tan.py prepares it, with random pictures, psi and classifier."""
     torch.manual_seed(0)
-    model, schedule = network.to(device).model.eval(), network.schedule
+    model, schedule = network.model.eval(), network.schedule
     usual = settings.suited(settings.Options(method="tan", adaptor=options.adaptor), network)
     adaptor.attach(model, usual.adaptor_width, usual.adaptor)
+    network.to(device)
     for p in model.parameters():
         if not p.any():  # a GPU is faster on zeros, with which a new layer begins
             nn.init.normal_(p, std=0.02)
     model.use_checkpoint = options.checkpoint_blocks
     psi = adaptor.parameters(model)
-    classifier = from_unet(model).to(device, memory_format=torch.channels_last).requires_grad_(False)
+    classifier = from_unet(model).to(device, memory_format=distributed.layout(device)).requires_grad_(False)
     classifier.use_checkpoint = options.checkpoint_blocks
     theta = adaptor.source_model(model)
     speed_up([model, theta], options.precision, options.adaptor, options.compile)

@@ -90,6 +90,11 @@ def _say_if_imitated(device: torch.device) -> None:
         say("note: this CPU has no bf16 of its own; imitating it may take 20 times as long as fp32")
 
 
+def layout(device: torch.device | str) -> torch.memory_format:
+    """How the weights of convolutions are best laid out: channels-last, but on a GPU group norms undo it."""
+    return torch.contiguous_format if torch.device(device).type == "cuda" else torch.channels_last
+
+
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0

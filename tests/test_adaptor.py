@@ -94,6 +94,14 @@ def test_the_bottleneck_written_out():
     torch.testing.assert_close(psi(x, emb), psi.up(F.silu(psi.norm_out(h))), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sides", [(16, 16), (24, 40), (33, 20)])
+def test_pooling_and_upsampling_as_products_are_torchs(sides):
+    x = randn(2, 3, *sides)
+    average = nn.AvgPool1d(3, ceil_mode=True)
+    torch.testing.assert_close(adaptor.by_axis(x, average, average), F.avg_pool2d(x, 3, ceil_mode=True))
+    torch.testing.assert_close(adaptor.upsample(x, (70, 50)), F.interpolate(x, (70, 50), mode="bilinear"))
+
+
 @pytest.mark.parametrize("scale, size", [(1, (16, 24)), (2, (32, 48)), (0.5, (8, 12))])
 def test_adaptor_has_the_output_size_of_its_block(scale, size):
     psi = adaptor.Adaptor(8, 32, 12, width=4, scale=scale, norm_groups=4)

@@ -37,17 +37,20 @@ def test_train_and_sample(flags, tiny, tmp_path):
 
 @pytest.mark.parametrize("first, then", [(GPU, "cpu"), ("cpu", GPU)])
 def test_a_run_goes_on_on_the_other_device(first, then, tiny, train, tmp_path):
-    call(train_tan.main, *on(first, tiny.flags()), "--iterations", 3, "--output-dir", tmp_path / "run")
+    call(train_tan.main, *on(first, tiny.flags("adaptor")), "--iterations", 3, "--output-dir", tmp_path / "run")
     call(train_tan.main, "--output-dir", tmp_path / "run", "--resume", "--iterations", 6, "--device", then)
-    whole = train(tmp_path / "whole")
-    a, b = (dict(load_run(folder)[0].model.named_parameters()) for folder in (tmp_path / "run", whole))
-    assert all(torch.allclose(a[name], b[name], atol=5e-3) for name in a)
+    whole = train(tmp_path / "whole", "--method", "adaptor")
+    a, b = (torch.cat([p.flatten() for name, p in load_run(folder)[0].model.named_parameters() if "adaptor.up" in name])
+            for folder in (tmp_path / "run", whole))
+    assert (a - b).norm() < 0.2 * b.norm()  # which begin at zero; Adam turns the least gradient into a whole step
 
 
 @NEEDS_ONE
 def test_a_batch_too_large_goes_through_in_parts(tiny, tmp_path, capsys):
     """As the computation would with all the memory of the device."""
     given = [*on(GPU, tiny.flags("adaptor")), "--batch-size", 1024, "--iterations", 2]
+    call(train_tan.main, *given, "--output-dir", tmp_path / "first")  # in which cuDNN tries what takes more memory
+    torch.cuda.reset_peak_memory_stats()
     call(train_tan.main, *given, "--output-dir", tmp_path / "whole")
     taken, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()

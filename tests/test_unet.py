@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny_network
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import adaptor
 from classifier import Classifier
-from unet import AttentionBlock, ResBlock, UNet, attend
+from unet import AttentionBlock, GroupNorm, ResBlock, UNet, Upsample, attend
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -91,3 +92,17 @@ def test_fused_attention_takes_the_tokens():
     adaptor.attach(unet, 4)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         unet(torch.randn(2, 3, 16, 16).requires_grad_(), torch.tensor([1, 2])).sum().backward()
+
+
+def test_nothing_large_is_in_fp32_where_the_network_computes_in_bf16():
+    """Norms and enlargements, which autocast would have in fp32: twice the memory of everything between convolutions."""
+    unet, x = tiny_network(use_scale_shift_norm=True, resblock_updown=True).model, torch.randn(2, 3, 16, 16)
+    adaptor.attach(unet, 4)
+    exact, kinds = unet(x, torch.tensor([3, 40])), set()
+    for layer in unet.modules():
+        if isinstance(layer, (nn.GroupNorm, nn.SiLU, Upsample)):
+            layer.register_forward_hook(lambda layer, inputs, out: kinds.add((type(layer), out.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = unet(x, torch.tensor([3, 40]))
+    assert kinds == {(GroupNorm, torch.bfloat16), (nn.SiLU, torch.bfloat16), (Upsample, torch.bfloat16)}
+    assert 0 < (found - exact).abs().max() < 0.05 * exact.abs().max()
