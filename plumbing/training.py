@@ -162,7 +162,7 @@ class Loop:
             with torch.no_grad():
                 for p, saved in zip(self.parameters, state["parameters"], strict=True):
                     p.copy_(saved)
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._restore_optimizer(state["optimizer"])
             self.ema.load_state_dict(state["ema"])
             if self.also:
                 self.also(state)
@@ -173,6 +173,16 @@ class Loop:
                              "start anew with --overwrite") from None
         distributed.say(f"resuming at iteration {state['iteration']}")
         return state["iteration"]
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """As kept, but laid out, and fused or not, as here: fused Adam takes numbers in the order they lie in."""
+        fused = [group.get("fused") for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, here in zip(self.optimizer.param_groups, fused):
+            group["fused"] = here
+        for p, kept in self.optimizer.state.items():
+            kept.update({name: torch.empty_like(p).copy_(value) for name, value in kept.items()
+                         if torch.is_tensor(value) and value.shape == p.shape})
 
     def save(self, done: int) -> None:
         """checkpoint.pt after so many iterations."""

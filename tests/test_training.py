@@ -160,6 +160,29 @@ def make_loop(out, iterations, events, state=None, save_every=2, rate=lambda ite
     return loop, p, optimizer, ema
 
 
+@pytest.mark.parametrize("first, then", [(True, False), (False, True), (False, False)])
+def test_adam_goes_on_where_weights_lie_otherwise(first, then, tmp_path):
+    """As of a GPU, where they are contiguous and Adam is fused, on a CPU, or back; against Adam without a stop."""
+    g = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(5, 4, 3, 3, 3, generator=g)
+    layouts = {True: torch.contiguous_format, False: torch.channels_last}
+    whole = torch.nn.Parameter(start.clone())
+    adam = torch.optim.Adam([whole], lr=0.1)
+    for whole.grad in gradients:
+        adam.step()
+    state = None
+    for fused, part in ((first, gradients[:2]), (then, gradients[2:])):
+        p = torch.nn.Parameter(start.contiguous(memory_format=layouts[fused]))
+        loop = Loop(tmp_path, "test", 4, 2, 4, [p], torch.optim.Adam([p], fused=fused), EMA([p], 0.5), lambda i: 0.1,
+                    torch.device("cpu"), state, {}, lambda done, saved: None)
+        for gradient, _ in zip(part, loop):
+            p.grad = torch.empty_like(p).copy_(gradient)
+            loop.optimizer.step()
+        loop.save(2)
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.testing.assert_close(p, whole)
+
+
 def go(loop, p, optimizer, ema, gradient=torch.tensor([1.0, 2.0])):
     for _ in loop:
         assert p.grad is None or not p.grad.any()
