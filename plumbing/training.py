@@ -175,7 +175,7 @@ class Loop:
         return state["iteration"]
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
-        """As kept, but laid out, and fused or not, as here: fused Adam takes numbers in the order they lie in."""
+        """As kept, but laid out, and fused or not, as here: fused Adam takes numbers in their order."""
         fused = [group.get("fused") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, here in zip(self.optimizer.param_groups, fused):
