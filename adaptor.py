@@ -38,7 +38,7 @@ ALPHA = RANK = 4  # of LoRA: so that its factor alpha / r is 1 at the default ra
 def by_axis(x: Tensor, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> Tensor:
     """(B, C, H, W) -> (B, C, H', W') by a linear map of each axis, (1, n, n) -> (1, n, n'), as products.
 
-    The gradients of torch's own pooling and interpolation take a GPU ten times as long.
+    The gradients of torch's own pooling and interpolation take a GPU several times as long.
     """
     for change in (columns, rows):
         identity = torch.eye(x.shape[3], device=x.device, dtype=x.dtype)

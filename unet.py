@@ -39,7 +39,7 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 def in_its_precision(x: Tensor) -> torch.autocast:
-    """In the block autocast does not compute with x in fp32: twice the memory, for a convolution in bf16."""
+    """In the block autocast leaves x as it is: fp32 would take twice the memory, for a bf16 convolution."""
     return torch.autocast(x.device.type, enabled=False)
 
 
