@@ -22,25 +22,26 @@ That is the form "bottleneck".  Two others change theta's own layers, in residua
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import AttentionBlock, GroupNorm, ResBlock, UNet, zero_init
+from unet import AttentionBlock, GroupNorm, ResBlock, UNet, group_norm, zero_init
 
 # The forms of psi, and the layers of residual and attention blocks that it goes to.
 FORMS = {"bottleneck": ResBlock, "scale-shift": nn.GroupNorm, "low-rank": (nn.Conv1d, nn.Conv2d)}
 ALPHA = RANK = 4  # of LoRA: so that its factor alpha / r is 1 at the default rank r
 
 
-def by_axis(x: Tensor, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> Tensor:
+def by_axis(x: Tensor, of_height: Callable[[Tensor], Tensor], of_width: Callable[[Tensor], Tensor]) -> Tensor:
     """(B, C, H, W) -> (B, C, H', W') by a linear map of each axis, (1, n, n) -> (1, n, n'), as products.
 
     The gradients of torch's own pooling and interpolation take a GPU several times as long.
     """
-    for change in (columns, rows):
+    for change in (of_width, of_height):
         identity = torch.eye(x.shape[3], device=x.device, dtype=x.dtype)
         x = (x @ change(identity[None])[0]).transpose(2, 3)
     return x
@@ -50,14 +51,16 @@ def pool(x: Tensor, side: int) -> Tensor:
     """Averages of x (B, C, H, W), so that no side is longer than `side`."""
     factor = math.ceil(max(x.shape[2:]) / side)
     if factor > 1 and x.is_cuda:
-        average = nn.AvgPool1d(factor, ceil_mode=True)
+        average = partial(F.avg_pool1d, kernel_size=factor, ceil_mode=True)
         return by_axis(x, average, average)
     return F.avg_pool2d(x, factor, ceil_mode=True) if factor > 1 else x
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear: (B, C, h, w) -> (B, C, *size)."""
-    return by_axis(x, *(nn.Upsample(side, mode="linear") for side in size)) if x.shape[2:] != size else x
+    if x.shape[2:] == size:
+        return x
+    return by_axis(x, *(partial(F.interpolate, size=side, mode="linear") for side in size))
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -123,8 +126,7 @@ class ScaleShift(nn.Module):
 
     def forward(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """What the changed norm gives: (B, C, ...) -> (B, C, ...)."""
-        weight, bias = norm.weight + self.scale, norm.bias + self.shift
-        return F.group_norm(for_norm(x), norm.num_groups, weight, bias, norm.eps)
+        return group_norm(for_norm(x), norm, norm.weight + self.scale, norm.bias + self.shift)
 
     def fold(self, norm: nn.GroupNorm) -> None:
         """Change the norm itself."""

@@ -188,7 +188,7 @@ class Options:
     checkpoint_blocks: bool = False
     """Recompute activations instead of storing them: less memory, more time."""
     compile: bool = False
-    """Compile the network: minutes at first, then it should be faster on a GPU; on a CPU it gains nothing."""
+    """Compile the network: for long runs on a GPU, as it takes many minutes; on a CPU it gains nothing."""
     hold_out: int = 0
     """Keep the last so many of the pictures from training: their loss shows at which stage copying begins."""
     seed: int = 0

@@ -10,6 +10,7 @@ block has one hook, `adaptor`, empty until adaptor.attach() fills it (section 4.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,20 +39,22 @@ def zero_init(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def in_its_precision(x: Tensor) -> torch.autocast:
+def in_its_precision(x: Tensor) -> AbstractContextManager:
     """In the block autocast leaves x as it is: fp32 would take twice the memory, for a bf16 convolution."""
-    return torch.autocast(x.device.type, enabled=False)
+    return nullcontext() if x.dtype == torch.float32 else torch.autocast(x.device.type, enabled=False)
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm, weight: Tensor, bias: Tensor) -> Tensor:
+    """The norm with these weights, in the precision of x, with sums in fp32: (B, C, ...) -> (B, C, ...)."""
+    with in_its_precision(x):
+        return F.group_norm(x, norm.num_groups, weight.to(x.dtype), bias.to(x.dtype), norm.eps)
 
 
 class GroupNorm(nn.GroupNorm):
-    """(B, C, ...) -> (B, C, ...) in the precision of x; sums are in fp32 in any case."""
+    """torch's, but in the precision of its input: (B, C, ...) -> (B, C, ...)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return super().forward(x)
-        with in_its_precision(x):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return group_norm(x, self, self.weight, self.bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

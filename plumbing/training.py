@@ -85,7 +85,7 @@ def speed_up(models: Iterable[torch.nn.Module], precision: str, form: str, compi
 
 
 def _hold_frozen_in_bf16(model: torch.nn.Module) -> None:
-    """Weights that do not learn need not be cast at every pass of autocast; norms and biases stay fp32."""
+    """Weights that do not learn need not be cast at every pass of autocast; norms and biases are small."""
     for p in model.parameters():
         if p.dim() > 1 and not p.requires_grad:
             p.data = p.data.bfloat16()
@@ -176,10 +176,9 @@ class Loop:
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
         """As kept, but laid out, and fused or not, as here: fused Adam takes numbers in their order."""
-        fused = [group.get("fused") for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state)
-        for group, here in zip(self.optimizer.param_groups, fused):
-            group["fused"] = here
+        groups = [dict(kept, fused=here.get("fused"))
+                  for kept, here in zip(state["param_groups"], self.optimizer.param_groups, strict=True)]
+        self.optimizer.load_state_dict(dict(state, param_groups=groups))
         for p, kept in self.optimizer.state.items():
             kept.update({name: torch.empty_like(p).copy_(value) for name, value in kept.items()
                          if torch.is_tensor(value) and value.shape == p.shape})

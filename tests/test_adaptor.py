@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, tiny_network
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +14,7 @@ import sample
 from checkpoints import run_folder
 from checkpoints.load import load_source
 from checkpoints.published import ARCHITECTURES
+from plumbing import distributed
 from plumbing.pictures import read_array, to_uint8
 from unet import AttentionBlock, ResBlock, UNet
 
@@ -60,13 +61,15 @@ def attached(config="updown", width=4, form="bottleneck"):
 @pytest.mark.parametrize("form, height, width", [
     ("bottleneck", 16, 16), ("bottleneck", 32, 32), ("bottleneck", 48, 48), ("bottleneck", 12, 40),
     ("scale-shift", 16, 24), ("low-rank", 16, 24)])
-def test_attached_is_the_source_bit_for_bit(config, form, height, width):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_attached_is_the_source_bit_for_bit(config, form, height, width, bf16):
     unet, x = source(config), randn(2, 3, height, width)
-    before = unet(x, T)
+    eps = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(lambda: unet(x, T))  # anew, with no weights kept
+    before = eps()
     adaptor.attach(unet, 4, form)
-    assert before.abs().max() > 0.1 and unet(x, T).equal(before)
+    assert before.abs().max() > 0.1 and eps().equal(before)
     perturb(adaptor.parameters(unet))
-    assert not unet(x, T).equal(before)
+    assert not eps().equal(before)
 
 
 def test_every_residual_block_has_one():
@@ -332,11 +335,20 @@ def test_the_default_width_of_a_tiny_network_is_4():
     assert adaptor.default_width(source()) == 4  # 1.4 % of its parameters would be less than one channel
 
 
+def test_psi_is_laid_out_as_its_network():
+    network = tiny_network()
+    adaptor.attach(network.model, 4)
+    weights = [p for p in network.to("cpu").model.parameters() if p.dim() == 4 and p.shape[2] > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert distributed.layout("cuda:1") == torch.contiguous_format
+
+
 @pytest.mark.parametrize("form", adaptor.FORMS)
 def test_no_norm_learns_from_channels_last_input_without_a_gradient(form):
     """There torch before 2.14 ends with a segmentation fault on a CPU."""
-    unet = source("plain").to(memory_format=torch.channels_last)
+    unet = source("plain")
     adaptor.attach(unet, 4, form)
+    unet.to(memory_format=torch.channels_last)
     found = []
 
     class Watch(TorchDispatchMode):

@@ -180,6 +180,7 @@ def test_adam_goes_on_where_weights_lie_otherwise(first, then, tmp_path):
             loop.optimizer.step()
         loop.save(2)
         state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        assert loop.optimizer.param_groups[0]["fused"] is fused
     torch.testing.assert_close(p, whole)
 
 
