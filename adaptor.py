@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import AttentionBlock, GroupNorm, ResBlock, UNet, group_norm, zero_init
+from unet import AttentionBlock, GroupNorm, ResBlock, UNet, zero_init
 
 # The forms of psi, and the layers of residual and attention blocks that it goes to.
 FORMS = {"bottleneck": ResBlock, "scale-shift": nn.GroupNorm, "low-rank": (nn.Conv1d, nn.Conv2d)}
@@ -126,7 +126,7 @@ class ScaleShift(nn.Module):
 
     def forward(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """What the changed norm gives: (B, C, ...) -> (B, C, ...)."""
-        return group_norm(for_norm(x), norm, norm.weight + self.scale, norm.bias + self.shift)
+        return GroupNorm.forward(norm, for_norm(x), self.scale, self.shift)
 
     def fold(self, norm: nn.GroupNorm) -> None:
         """Change the norm itself."""

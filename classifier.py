@@ -57,9 +57,7 @@ def fade(done: float, over: float) -> float:
 
 
 def limited(guidance: Tensor | float, residual: Tensor, limit: float | None) -> Tensor | float:
-    """The guidance (B, ...), shortened for each image to at most `limit` times the length of its residual
-    eps - eps_theta (B, ...).
-    """
+    """The guidance (B, ...), for each image at most `limit` times as long as its residual eps - eps_theta."""
     if limit is None or not isinstance(guidance, Tensor):
         return guidance
     length, of_residual = (x.flatten(1).norm(dim=1) for x in (guidance, residual))
@@ -81,10 +79,7 @@ def guided_loss(eps: Tensor, eps_theta: Tensor, guidance: Tensor | float) -> Ten
 
 
 class AttentionPool(nn.Module):
-    """One attention layer whose only query that counts is the mean of all tokens (as in CLIP).
-
-    (B, C, H, W) -> (B, out_channels)
-    """
+    """(B, C, H, W) -> (B, out_channels): attention whose one query is the mean of all tokens (as in CLIP)."""
 
     def __init__(self, tokens: int, channels: int, num_heads: int, out_channels: int):
         super().__init__()

@@ -10,7 +10,6 @@ block has one hook, `adaptor`, empty until adaptor.attach() fills it (section 4.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,22 +38,14 @@ def zero_init(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def in_its_precision(x: Tensor) -> AbstractContextManager:
-    """In the block autocast leaves x as it is: fp32 would take twice the memory, for a bf16 convolution."""
-    return nullcontext() if x.dtype == torch.float32 else torch.autocast(x.device.type, enabled=False)
-
-
-def group_norm(x: Tensor, norm: nn.GroupNorm, weight: Tensor, bias: Tensor) -> Tensor:
-    """The norm with these weights, in the precision of x, with sums in fp32: (B, C, ...) -> (B, C, ...)."""
-    with in_its_precision(x):
-        return F.group_norm(x, norm.num_groups, weight.to(x.dtype), bias.to(x.dtype), norm.eps)
-
-
 class GroupNorm(nn.GroupNorm):
-    """torch's, but in the precision of its input: (B, C, ...) -> (B, C, ...)."""
+    """torch's, in bf16 where x (B, C, ...) is: autocast would take fp32, twice the memory."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self, self.weight, self.bias)
+    def forward(self, x: Tensor, scale: Tensor | float = 0.0, shift: Tensor | float = 0.0) -> Tensor:
+        # `scale` and `shift` come on top of its own.
+        weight, bias = (self.weight + scale).to(x.dtype), (self.bias + shift).to(x.dtype)
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,9 +64,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        with in_its_precision(x):
-            larger = F.interpolate(x, scale_factor=2, mode="nearest")
-        return self.conv(larger)  # (B, C, H, W) -> (B, C, 2H, 2W)
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # as in GroupNorm
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x)  # (B, C, H, W) -> (B, C, 2H, 2W)
 
 
 class Downsample(nn.Module):
@@ -268,31 +259,26 @@ class Encoder(nn.Module):
 class UNet(Encoder):
     """eps_theta(x_t, t): float (B, C, H, W), int (B,) -> (B, out_channels, H, W).
 
-    The first C output channels are eps.
-
-    The options are `Encoder`'s.  out_channels = 2C for networks with learned sigma.
+    The first C output channels are eps; with learned sigma there are 2C.  The options are `Encoder`'s.
     """
 
-    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int,
-                 num_res_blocks: int, attention_resolutions: tuple[int, ...], channel_mult: tuple[int, ...],
-                 resblock_updown: bool = False, **options: Any):
-        super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks,
-                         attention_resolutions, channel_mult, resblock_updown=resblock_updown, **options)
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         skip_channels, channels, factor = list(self.skip_channels), self.channels, self.factor
+        blocks, updown = self.config["num_res_blocks"], self.config["resblock_updown"]
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
-                layers = [self.res(channels + skip_channels.pop(), model_channels * mult)]
-                channels = model_channels * mult
-                if factor in attention_resolutions:
+        for level, mult in reversed(list(enumerate(self.config["channel_mult"]))):
+            for i in range(blocks + 1):
+                layers = [self.res(channels + skip_channels.pop(), self.model_channels * mult)]
+                channels = self.model_channels * mult
+                if factor in self.config["attention_resolutions"]:
                     layers.append(self.attention(channels))
-                if level > 0 and i == num_res_blocks:
-                    up = self.res(channels, channels, "up") if resblock_updown else Upsample(channels, True)
-                    layers.append(up)
+                if level > 0 and i == blocks:
+                    layers.append(self.res(channels, channels, "up") if updown else Upsample(channels, True))
                     factor //= 2
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(GroupNorm(self.norm_groups, channels, self.config["norm_eps"]), nn.SiLU(),
-                                 zero_init(nn.Conv2d(channels, out_channels, 3, padding=1)))
+                                 zero_init(nn.Conv2d(channels, self.out_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h, emb, skips = self.encode(x, t)                                    # (B, C, H, W) -> (B, C', h, w)
