@@ -39,7 +39,7 @@ ALPHA = RANK = 4  # of LoRA: so that its factor alpha / r is 1 at the default ra
 def by_axis(x: Tensor, of_height: Callable[[Tensor], Tensor], of_width: Callable[[Tensor], Tensor]) -> Tensor:
     """(B, C, H, W) -> (B, C, H', W') by a linear map of each axis, (1, n, n) -> (1, n, n'), as products.
 
-    The gradients of torch's own pooling and interpolation take a GPU several times as long.
+    For GPUs, which take several times as long for the gradients of torch's own pooling and interpolation.
     """
     for change in (of_width, of_height):
         identity = torch.eye(x.shape[3], device=x.device, dtype=x.dtype)
@@ -50,16 +50,20 @@ def by_axis(x: Tensor, of_height: Callable[[Tensor], Tensor], of_width: Callable
 def pool(x: Tensor, side: int) -> Tensor:
     """Averages of x (B, C, H, W), so that no side is longer than `side`."""
     factor = math.ceil(max(x.shape[2:]) / side)
-    if factor > 1 and x.is_cuda:
-        average = partial(F.avg_pool1d, kernel_size=factor, ceil_mode=True)
-        return by_axis(x, average, average)
-    return F.avg_pool2d(x, factor, ceil_mode=True) if factor > 1 else x
+    if factor == 1:
+        return x
+    if not x.is_cuda:
+        return F.avg_pool2d(x, factor, ceil_mode=True)
+    average = partial(F.avg_pool1d, kernel_size=factor, ceil_mode=True)
+    return by_axis(x, average, average)
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear: (B, C, h, w) -> (B, C, *size)."""
     if x.shape[2:] == size:
         return x
+    if not x.is_cuda:
+        return F.interpolate(x, size, mode="bilinear")
     return by_axis(x, *(partial(F.interpolate, size=side, mode="linear") for side in size))
 
 

@@ -98,11 +98,13 @@ def test_the_bottleneck_written_out():
 
 
 @pytest.mark.parametrize("sides", [(16, 16), (24, 40), (33, 20)])
-def test_pooling_and_upsampling_as_products_are_torchs(sides):
+def test_pooling_and_upsampling_are_the_same_on_a_gpu(sides, monkeypatch):
     x = randn(2, 3, *sides)
-    average = nn.AvgPool1d(3, ceil_mode=True)
-    torch.testing.assert_close(adaptor.by_axis(x, average, average), F.avg_pool2d(x, 3, ceil_mode=True))
-    torch.testing.assert_close(adaptor.upsample(x, (70, 50)), F.interpolate(x, (70, 50), mode="bilinear"))
+    expected = adaptor.pool(x, 8), adaptor.upsample(x, (70, 50))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # there they are products
+    found = adaptor.pool(x, 8), adaptor.upsample(x, (70, 50))
+    torch.testing.assert_close(found, expected)
+    assert not found[1].is_contiguous() and expected[1].is_contiguous()  # transposed: by the other way indeed
 
 
 @pytest.mark.parametrize("scale, size", [(1, (16, 24)), (2, (32, 48)), (0.5, (8, 12))])
