@@ -130,7 +130,7 @@ class ScaleShift(nn.Module):
 
     def forward(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """What the changed norm gives: (B, C, ...) -> (B, C, ...)."""
-        return GroupNorm.forward(norm, for_norm(x), self.scale, self.shift)
+        return GroupNorm.forward(norm, for_norm(x), norm.weight + self.scale, norm.bias + self.shift)
 
     def fold(self, norm: nn.GroupNorm) -> None:
         """Change the norm itself."""

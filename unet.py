@@ -41,11 +41,10 @@ def zero_init(layer: nn.Module) -> nn.Module:
 class GroupNorm(nn.GroupNorm):
     """torch's, in bf16 where x (B, C, ...) is: autocast would take fp32, twice the memory."""
 
-    def forward(self, x: Tensor, scale: Tensor | float = 0.0, shift: Tensor | float = 0.0) -> Tensor:
-        # `scale` and `shift` come on top of its own.
-        weight, bias = (self.weight + scale).to(x.dtype), (self.bias + shift).to(x.dtype)
-        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        weight, bias = (self.weight, self.bias) if weight is None else (weight, bias)
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # there is none for "meta"
+            return F.group_norm(x, self.num_groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
